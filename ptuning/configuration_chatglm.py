@@ -1,0 +1,151 @@
+"""ChatGLMConfig: every field of the official ChatGLM2 `config.json`.
+
+Answers to the official `configuration_chatglm.py`. It differs in that a value the model cannot
+honour is a ValueError that names the field, instead of a wrong model.
+"""
+
+from transformers import PretrainedConfig
+
+
+class ChatGLMConfig(PretrainedConfig):
+    """Configuration of a ChatGLM2 model, and of its prefix encoder.
+
+    `pre_seq_len` (number of virtual tokens, None for no prefix), `prefix_projection` and
+    `prefix_dropout` (probability, training only) describe the prefix encoder; `quantization_bit` is
+    0 for float weights, else 4 or 8.
+
+    Raises ValueError for sizes that do not fit together and for variants that are not ChatGLM2.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "vocab_size": "padded_vocab_size",
+        "max_position_embeddings": "seq_length",
+        "head_dim": "kv_channels",
+    }
+
+    def __init__(
+        self,
+        num_layers=28,
+        padded_vocab_size=65024,
+        hidden_size=4096,
+        ffn_hidden_size=13696,
+        kv_channels=128,
+        num_attention_heads=32,
+        seq_length=2048,
+        hidden_dropout=0.0,
+        classifier_dropout=None,
+        attention_dropout=0.0,
+        layernorm_epsilon=1e-5,
+        rmsnorm=True,
+        apply_residual_connection_post_layernorm=False,
+        post_layer_norm=True,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        bias_dropout_fusion=True,  # how the official CUDA code fuses; no effect on the numbers
+        multi_query_attention=False,
+        multi_query_group_num=1,
+        apply_query_key_layer_scaling=True,  # cancels out in the official attention; no effect
+        attention_softmax_in_fp32=True,  # scaled_dot_product_attention always accumulates in float32
+        fp32_residual_connection=False,
+        original_rope=True,
+        rope_ratio=1,
+        quantization_bit=0,
+        pre_seq_len=None,
+        prefix_projection=False,
+        prefix_dropout=0.1,
+        initializer_range=0.02,
+        use_cache=True,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
+        kwargs.pop("vocab_size", None)  # older checkpoints repeat padded_vocab_size under this name
+        self.num_layers = num_layers
+        self.padded_vocab_size = padded_vocab_size
+        self.hidden_size = hidden_size
+        self.ffn_hidden_size = ffn_hidden_size
+        self.kv_channels = kv_channels if kv_channels is not None else hidden_size // num_attention_heads
+        self.num_attention_heads = num_attention_heads
+        self.seq_length = seq_length
+        self.hidden_dropout = hidden_dropout
+        self.classifier_dropout = classifier_dropout
+        self.attention_dropout = attention_dropout
+        self.layernorm_epsilon = layernorm_epsilon
+        self.rmsnorm = rmsnorm
+        self.apply_residual_connection_post_layernorm = apply_residual_connection_post_layernorm
+        self.post_layer_norm = post_layer_norm
+        self.add_bias_linear = add_bias_linear
+        self.add_qkv_bias = add_qkv_bias
+        self.bias_dropout_fusion = bias_dropout_fusion
+        self.multi_query_attention = multi_query_attention
+        self.multi_query_group_num = multi_query_group_num
+        self.apply_query_key_layer_scaling = apply_query_key_layer_scaling
+        self.attention_softmax_in_fp32 = attention_softmax_in_fp32
+        self.fp32_residual_connection = fp32_residual_connection
+        self.original_rope = original_rope
+        self.rope_ratio = rope_ratio
+        self.quantization_bit = quantization_bit or 0
+        self.pre_seq_len = pre_seq_len
+        self.prefix_projection = prefix_projection
+        self.prefix_dropout = prefix_dropout
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
+        # Set by hand as well: transformers 5 no longer defines these on every configuration.
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        super().__init__(
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+        )
+        self._check()
+
+    @property
+    def num_key_value_heads(self):
+        """KV groups G: `multi_query_group_num` with multi-query attention, else every query head."""
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    def _check(self):
+        for name in (
+            "num_layers",
+            "padded_vocab_size",
+            "hidden_size",
+            "ffn_hidden_size",
+            "kv_channels",
+            "num_attention_heads",
+            "multi_query_group_num",
+            "seq_length",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"config.json: {name} is {value!r}, expected a positive integer.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"multi_query_group_num {self.multi_query_group_num}."
+            )
+        if self.kv_channels % 4:
+            raise ValueError(
+                f"config.json: kv_channels is {self.kv_channels}; ChatGLM2 rotates pairs in the first half of a "
+                "head, so it must be a multiple of 4."
+            )
+        for name in ("hidden_dropout", "attention_dropout", "prefix_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability from 0 up to 1.")
+        if not self.original_rope or self.rope_ratio != 1:
+            raise ValueError(
+                f"config.json: original_rope={self.original_rope}, rope_ratio={self.rope_ratio} is the rotary "
+                "embedding of a later or long-context GLM; this code computes the one of ChatGLM2-6B "
+                "(original_rope true, no rope_ratio)."
+            )
+        if self.tie_word_embeddings:
+            raise ValueError("config.json: tie_word_embeddings is true; ChatGLM2 keeps a separate output layer.")
+        if self.quantization_bit not in (0, 4, 8):
+            raise ValueError(
+                f"config.json: quantization_bit is {self.quantization_bit}, expected 4, 8, or 0 for float weights."
+            )
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {self.pre_seq_len}, expected at least 1 (leave it out for no prefix).")

@@ -1,0 +1,71 @@
+"""What several test files share: the reference data's place, the weight formula, the small configuration."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+TINY = ROOT / "ptuning" / "tiny"
+SAMPLE = ROOT / "AdvertiseGen" / "sample"
+SYNTHETIC = json.loads((Path(__file__).parent / "forward.synthetic.json").read_text())
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of reference data that lies beside a developer's checkout; not part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the reference data is not here: {SHARED}")
+    return SHARED
+
+
+def formula_weights(state_dict, scale=0.02, bias_scale=0.01):
+    """The weights of the reference runs: normal numbers seeded by the CRC of each parameter's name."""
+    weights = {}
+    for name, tensor in state_dict.items():
+        x = numpy.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.shape, dtype=numpy.float32)
+        if "layernorm" in name:
+            x = 1 + 0.1 * x
+        elif name == "transformer.prefix_encoder.embedding.weight":
+            x = 0.5 * x
+        elif "prefix_encoder" in name:
+            x = 0.02 * x
+        else:
+            x = (bias_scale if name.endswith("bias") else scale) * x
+        weights[name] = torch.from_numpy(numpy.asarray(x, dtype=numpy.float32))
+    return weights
+
+
+def formula_model(config, scale=0.02, bias_scale=0.01, **overrides):
+    """A model of `config` (dict of an official config.json) with formula weights, prefix dropout off, eval mode."""
+    from configuration_chatglm import ChatGLMConfig
+    from modeling_chatglm import ChatGLMForConditionalGeneration
+
+    config = ChatGLMConfig(**{**config, "prefix_dropout": 0.0, **overrides})
+    model = ChatGLMForConditionalGeneration(config)
+    model.load_state_dict(formula_weights(model.state_dict(), scale, bias_scale))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("prefix_encoder" in name)
+    return model.eval()
+
+
+OFFICIAL_FIELDS = {"add_qkv_bias": True, "multi_query_attention": True, "rmsnorm": True, "post_layer_norm": True}
+
+
+def synthetic_model(**overrides):
+    """The reference case that is carried in forward.synthetic.json."""
+    return formula_model({**OFFICIAL_FIELDS, **SYNTHETIC["config"]}, scale=0.2, bias_scale=0.1, **overrides)
+
+
+def relative_difference(actual, expected):
+    """Norm of the difference over the norm of what is expected."""
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    return ((actual - expected).norm() / expected.norm()).item()
