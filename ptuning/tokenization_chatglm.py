@@ -54,9 +54,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         }
         for name in (*self.SPECIAL_TOKENS_ATTRIBUTES, *OTHER_SPECIAL_TOKEN_SETTINGS):
             kwargs.pop(name, None)
-        super().__init__(
-            padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs
-        )
+        super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
@@ -91,7 +89,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         # Part of the pickled state, so that caches keyed on the pickle notice another file at the same path.
         self.model_sha256 = hashlib.sha256(model).hexdigest()
         self.ids_without_text = frozenset(
-            index for index in range(self.sp_model.get_piece_size())
+            index
+            for index in range(self.sp_model.get_piece_size())
             if self.sp_model.is_control(index) or self.sp_model.is_unknown(index)
         )
 
@@ -196,15 +195,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
 
     def _pad(
-        self, encoded_inputs, max_length=None, padding_strategy=PaddingStrategy.DO_NOT_PAD,
-        pad_to_multiple_of=None, padding_side=None, return_attention_mask=None,
+        self,
+        encoded_inputs,
+        max_length=None,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of=None,
+        padding_side=None,
+        return_attention_mask=None,
     ) -> dict:
         """The base class pads ids and attention mask; position ids count from 0 and are 0 at padding."""
         if "position_ids" not in encoded_inputs:
             encoded_inputs["position_ids"] = list(range(len(encoded_inputs["input_ids"])))
         encoded_inputs = super()._pad(
-            encoded_inputs, max_length=max_length, padding_strategy=padding_strategy,
-            pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
+            encoded_inputs,
+            max_length=max_length,
+            padding_strategy=padding_strategy,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
             return_attention_mask=return_attention_mask,
         )
         padding = [0] * (len(encoded_inputs["input_ids"]) - len(encoded_inputs["position_ids"]))

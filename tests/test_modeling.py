@@ -5,11 +5,12 @@ import json
 import numpy
 import pytest
 import torch
-from configuration_chatglm import ChatGLMConfig
 from conftest import OFFICIAL_FIELDS, SYNTHETIC, formula_model, relative_difference, synthetic_model
-from modeling_chatglm import ChatGLMForConditionalGeneration, apply_rotary, rotary_cos_sin, unknown_token_ids
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from configuration_chatglm import ChatGLMConfig
+from modeling_chatglm import ChatGLMForConditionalGeneration, apply_rotary, rotary_cos_sin, unknown_token_ids
 
 LEFT_PADDED = {
     name: torch.tensor(SYNTHETIC["left_padded"][name]) for name in ("input_ids", "attention_mask", "position_ids")
@@ -134,7 +135,9 @@ def test_golden_trajectory_of_twelve_optimizer_steps(golden):
     reference, arrays, model = golden
     input_ids, labels = golden_batch(arrays)
     steps = reference["trajectory"]["steps"]
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    start = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=reference["learning_rate"], eps=1e-8, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

@@ -1,8 +1,9 @@
 """Virtual tokens -> one (key, value) pair per layer and KV group."""
 
 import torch
-from configuration_chatglm import ChatGLMConfig
 from conftest import OFFICIAL_FIELDS, SYNTHETIC
+
+from configuration_chatglm import ChatGLMConfig
 from prefix_encoder import PrefixEncoder
 
 

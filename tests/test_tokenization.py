@@ -221,7 +221,9 @@ def test_saved_and_reloaded_tokenizer_is_the_same(small_tokenizer, tmp_path):
 def test_special_tokens_named_in_a_configuration_file_do_not_cut_text(small_folder, tmp_path):
     folder = shutil.copytree(small_folder, tmp_path / "folder")
     config = {
-        "tokenizer_class": "ChatGLMTokenizer", "eos_token": "</s>", "pad_token": "<unk>",
+        "tokenizer_class": "ChatGLMTokenizer",
+        "eos_token": "</s>",
+        "pad_token": "<unk>",
         "additional_special_tokens": ["[gMASK]"],
         "added_tokens_decoder": {"121": {"content": "[gMASK]", "special": True}},
     }
@@ -280,7 +282,10 @@ def test_auto_tokenizer_uses_this_class_and_runs_no_code_of_the_folder(small_fol
         "print(type(AutoTokenizer.from_pretrained(sys.argv[1])) is ChatGLMTokenizer)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=Path(tokenization_chatglm.__file__).parent,
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", code, str(folder)],
+        cwd=Path(tokenization_chatglm.__file__).parent,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
     assert run.stdout.strip() == "True", run.stderr

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Answer dev.json with a tuned prefix and score the answers. Change a variable here, or in front of the command:
+#   MODEL=THUDM/chatglm2-6b STEP=2000 bash evaluate.sh --do_sample false
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ptuning/common.sh
+
+MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
+if [ "$MODEL" = tiny ]; then
+  source ptuning/tiny/settings.sh # smaller defaults for the variables below
+fi
+DATA=${DATA:-AdvertiseGen}                 # folder with train.json and dev.json
+PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # as in train.sh: part of the run's default name
+LR=${LR:-2e-2}                             # likewise
+STEP=${STEP:-3000}                         # which checkpoint of the run: output/$CHECKPOINT/checkpoint-$STEP
+EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-1}      # rows a GPU answers at once; greedy answers are the same for any
+MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # longest prompt, tokens
+MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # longest reference, tokens; prompt and answer get both together and 1
+QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: bf16 or fp16
+NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes, one for each GPU
+CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
+
+check_model_and_data "$DATA/dev.json"
+prepare_launch
+torchrun --standalone --nnodes=1 --nproc-per-node="$NUM_GPUS" ptuning/main.py \
+  --do_predict \
+  --validation_file "$DATA/dev.json" \
+  --test_file "$DATA/dev.json" \
+  --prompt_column content \
+  --response_column summary \
+  --model_name_or_path "$MODEL" \
+  --ptuning_checkpoint "output/$CHECKPOINT/checkpoint-$STEP" \
+  --output_dir "output/$CHECKPOINT" \
+  --overwrite_output_dir \
+  --max_source_length "$MAX_SOURCE_LENGTH" \
+  --max_target_length "$MAX_TARGET_LENGTH" \
+  --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
+  --predict_with_generate \
+  ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+  "$@"
+finish_launch

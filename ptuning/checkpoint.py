@@ -1,0 +1,373 @@
+"""Weight files: load a base model, save / load / describe a prefix, decide dtypes.
+
+The only place that knows the names of weight files. Answers to `from_pretrained(..., trust_remote_code=True)`
+and the prefix loading pasted into three of the official scripts. It differs in that no code of the folder
+is run, pickles are read with `weights_only`, nothing is half loaded, and the weights are memory-mapped and
+converted tensor by tensor, so there is never a second copy of them in memory.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import safetensors
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import GenerationConfig
+
+from configuration_chatglm import ChatGLMConfig
+from modeling_chatglm import ChatGLMForConditionalGeneration, unknown_token_ids
+from quantization import check_quantization_bit, is_quantized_weight, prepare_quantized_, quantize_weight
+from tokenization_chatglm import ChatGLMTokenizer
+
+PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
+PREFIX_KEY = "transformer.prefix_encoder."
+SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+# Stored by the official checkpoints, computed here.
+NOT_NEEDED = "transformer.rotary_pos_emb.inv_freq"
+
+
+# ---- which folder
+
+
+def resolve_folder(name_or_path, revision=None, cache_dir=None):
+    """The local folder of a model: `name_or_path` itself, or the hub's snapshot of it without code files.
+
+    Raises FileNotFoundError that says where it looked and how to get the model.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise FileNotFoundError(f"--model_name_or_path {name_or_path} is a file; give the folder that holds it.")
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise FileNotFoundError(
+            f"--model_name_or_path {name_or_path}: there is no such folder. Give a folder with config.json, "
+            "tokenizer.model and the weights, or a hub id such as THUDM/chatglm2-6b."
+        )
+    patterns = ["*.json", "*.bin", "*.safetensors", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"--model_name_or_path {name_or_path} is no local folder, and the hub did not give it ({reason}). "
+            "Check the spelling, set HF_ENDPOINT to a mirror, or download the folder by other means (ModelScope: "
+            "ZhipuAI/chatglm2-6b) and give its path."
+        ) from error
+
+
+def read_json(file):
+    """A JSON object from `file`. Raises FileNotFoundError and ValueError naming the file."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}). Copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
+    return value
+
+
+def model_family(settings, folder):
+    """What a config.json describes: "chatglm2", or the name of a model that this code cannot load."""
+    name = f"{settings.get('_name_or_path', '')} {Path(folder).name}".lower()
+    tokenizer_file = Path(folder) / "tokenizer_config.json"
+    tokenizer_text = tokenizer_file.read_text(encoding="utf-8", errors="replace") if tokenizer_file.is_file() else ""
+    if settings.get("model_type") != "chatglm":
+        return f"a model of type {settings.get('model_type')!r}"
+    if "position_encoding_2d" in settings or "inner_hidden_size" in settings:
+        return "ChatGLM-6B (the first generation)"
+    if "glm-4" in name or settings.get("padded_vocab_size", 0) > 100_000:
+        return "GLM-4"
+    if "chatglm3" in name or "chatglm3" in tokenizer_text.lower() or "<|user|>" in tokenizer_text:
+        return "ChatGLM3"
+    return "chatglm2"
+
+
+def is_prefix_checkpoint(folder):
+    """Whether `folder` holds a trained prefix and no base model."""
+    file = Path(folder) / PREFIX_FILE
+    if not file.is_file() or any((Path(folder) / name).is_file() for name in INDEX_FILES):
+        return False
+    names = [name for name, _ in read_tensors(file)]
+    return bool(names) and all(name.startswith(PREFIX_KEY) for name in names)
+
+
+def read_config(folder, **overrides):
+    """ChatGLMConfig of a base model folder, with fields overridden.
+
+    Raises FileNotFoundError without config.json, ValueError for a folder of another model or of a prefix.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "config.json")
+    family = model_family(settings, folder)
+    if family != "chatglm2":
+        raise ValueError(
+            f"{folder} holds {family}; this program trains ChatGLM2 (ChatGLM2-6B and models of its architecture). "
+            "Give a ChatGLM2 folder as --model_name_or_path."
+        )
+    if is_prefix_checkpoint(folder):
+        raise ValueError(
+            f"{folder} holds only a trained prefix (pre_seq_len {settings.get('pre_seq_len')}), not a base model. "
+            f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
+        )
+    try:
+        return ChatGLMConfig(**{**settings, **overrides})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+# ---- reading weight files
+
+
+def read_tensors(file):
+    """Yield (name, tensor) of one weight file, memory-mapped. Raises ValueError for a file that is no such."""
+    file = Path(file)
+    problem = f"{file} cannot be read as model weights ({{}}). Download or copy it again and compare its size."
+    if file.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    yield name, tensors.get_tensor(name)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(problem.format(first_line(error))) from error
+        return
+    try:
+        with open(file, "rb") as opened:
+            is_zip = opened.read(4) == b"PK\x03\x04"  # files from before torch 1.6 cannot be memory-mapped
+        tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it is no torch file, or holds objects other than tensors, which are never loaded"
+        raise ValueError(problem.format(reason)) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(problem.format(first_line(error))) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(problem.format("it does not hold a dictionary of tensors"))
+    yield from tensors.items()
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def weight_files(folder):
+    """The weight files of a model folder, in order: those of its index, or the single one."""
+    folder = Path(folder)
+    for name in INDEX_FILES:
+        if (folder / name).is_file():
+            weight_map = read_json(folder / name).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{folder / name} has no weight_map. Download it again.")
+            files = [folder / file for file in sorted(set(weight_map.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} weight files that {name} "
+                    "names). Download the rest."
+                )
+            return files
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise FileNotFoundError(
+        f"{folder} holds no weights; expected {', '.join(INDEX_FILES)}, or {' or '.join(SINGLE_FILES)}."
+    )
+
+
+# ---- the base model
+
+
+def choose_dtype(device, fp16=False, bf16=False):
+    """Dtype of the frozen weights and the reason, in words. The prefix and the loss are always float32."""
+    if torch.device(device).type != "cuda":
+        reason = "half precision is slower and less exact on a CPU" if fp16 or bf16 else "no GPU"
+        return torch.float32, reason
+    if fp16:
+        return torch.float16, "--fp16, with loss scaling"
+    if bf16:
+        return torch.bfloat16, "--bf16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has it"
+    return torch.float16, "the GPU has no bfloat16; with loss scaling"
+
+
+def place_tensor(model, name, tensor):
+    """Make `tensor` the frozen parameter, or the buffer, called `name`."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    setattr(module, leaf, tensor)
+
+
+def load_model(folder, *, config=None, dtype=torch.float32, device="cpu", quantization_bit=None):
+    """A base model from a folder in the official layout, frozen, in eval mode, with a fresh prefix encoder.
+
+    The module tree is built without storage; every tensor then goes from the memory-mapped file straight to
+    `dtype` and `device`, quantized on the way with `quantization_bit` 4 or 8 (or already so in the folder).
+    `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
+    prefix. The prefix encoder is float32 and is the only part with gradients.
+
+    Raises FileNotFoundError and ValueError: missing or unreadable files, and missing, unexpected or
+    wrongly shaped tensors, by name.
+    """
+    config = config or read_config(folder, pre_seq_len=None)
+    bits = check_quantization_bit(quantization_bit, config.quantization_bit)
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(config)
+    if bits:
+        prepare_quantized_(model, bits)
+        config.quantization_bit = bits
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
+    missing, unexpected = set(expected), []
+    for file in weight_files(folder):
+        for stored_name, stored in read_tensors(file):
+            if stored_name == NOT_NEEDED:
+                continue
+            if stored_name not in expected:
+                unexpected.append(stored_name)
+                continue
+            tensors = {stored_name: stored.to(device)}
+            if bits and is_quantized_weight(stored_name) and stored.is_floating_point():
+                weight, scale = quantize_weight(tensors[stored_name], bits)  # in the file's dtype, as official
+                tensors = {stored_name: weight, stored_name + "_scale": scale}
+            for name, tensor in tensors.items():
+                check_tensor(tensor, name, expected[name], file)
+                place_tensor(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                missing.discard(name)
+    problems = [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights in {folder} do not fit its config.json. Tensors {'; '.join(problems)}. "
+            "Is this the complete, unchanged folder of a ChatGLM2 model?"
+        )
+    prefix_encoder = model.transformer.prefix_encoder
+    if prefix_encoder is not None:
+        prefix_encoder.to_empty(device="cpu")  # initialized on the CPU: the same numbers on every device and rank
+        prefix_encoder.reset_parameters()
+        prefix_encoder.to(device).requires_grad_(True)
+    return model.eval()
+
+
+def check_tensor(tensor, name, expected, file):
+    """Raise ValueError unless shape and kind of dtype are those the configuration asks for."""
+    if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
+        raise ValueError(
+            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but config.json asks for "
+            f"{'float' if expected.is_floating_point() else expected.dtype} {tuple(expected.shape)}."
+        )
+
+
+def load_tokenizer(folder, config):
+    """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings."""
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer.model has {tokenizer.vocab_size} tokens, but config.json says padded_vocab_size "
+            f"{config.padded_vocab_size}. The two files come from different models."
+        )
+    return tokenizer
+
+
+def generation_config(tokenizer, config, **settings):
+    """How to generate with this model: its end and padding ids, and no ids that stand for no token."""
+    return GenerationConfig(
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=unknown_token_ids(tokenizer, config),
+        use_cache=True,
+        **settings,
+    )
+
+
+# ---- the prefix
+
+
+def save_prefix(model, folder, sidecar=None):
+    """Write the prefix checkpoint's own files: pytorch_model.bin, config.json, generation_config.json, sidecar.
+
+    The keys, their full names and float32 are the official ones, so the official code loads it too.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = model.transformer.prefix_encoder.state_dict()
+    torch.save({PREFIX_KEY + name: tensor.float().cpu() for name, tensor in prefix.items()}, folder / PREFIX_FILE)
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    settings["torch_dtype"] = settings.pop("dtype", None) or str(model.dtype).removeprefix("torch.")
+    settings["use_cache"] = True  # the Trainer turns it off; a checkpoint that says so generates slowly
+    settings["architectures"] = [type(model).__name__]
+    write_json(folder / "config.json", settings)
+    ids = GenerationConfig(eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id)
+    ids.save_pretrained(folder)
+    if sidecar is not None:
+        write_json(folder / SIDECAR_FILE, sidecar)
+
+
+def write_json(file, value):
+    file.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_prefix(checkpoint):
+    """The prefix encoder's tensors in a checkpoint folder, by name without `transformer.prefix_encoder.`.
+
+    Raises FileNotFoundError without a folder or weights (naming the checkpoints beside it), ValueError for
+    a file that holds no prefix.
+    """
+    checkpoint = Path(checkpoint)
+    file = checkpoint / PREFIX_FILE
+    if not file.is_file():
+        parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        beside = sorted(path.name for path in parent.glob("checkpoint-*") if (path / PREFIX_FILE).is_file())
+        hint = f"{parent} has {', '.join(beside)}." if beside else "Give a folder that training wrote."
+        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it. {hint}")
+    tensors = {
+        name.removeprefix(PREFIX_KEY): tensor for name, tensor in read_tensors(file) if name.startswith(PREFIX_KEY)
+    }
+    if "embedding.weight" not in tensors:
+        raise ValueError(
+            f"{file} holds no prefix ({PREFIX_KEY}embedding.weight is missing). Give a checkpoint of P-Tuning v2."
+        )
+    return tensors
+
+
+def read_prefix_settings(checkpoint):
+    """What a checkpoint says of itself: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
+
+    The first two are read off the weights, so they hold even without config.json and sidecar.
+    """
+    checkpoint = Path(checkpoint)
+    tensors = read_prefix(checkpoint)
+    settings = {}
+    if (checkpoint / "config.json").is_file():
+        settings["quantization_bit"] = read_json(checkpoint / "config.json").get("quantization_bit") or 0
+    if (checkpoint / SIDECAR_FILE).is_file():
+        settings.update(read_json(checkpoint / SIDECAR_FILE))
+    settings["pre_seq_len"] = tensors["embedding.weight"].shape[0]
+    settings["prefix_projection"] = "trans.0.weight" in tensors
+    return settings
+
+
+def load_prefix(model, checkpoint):
+    """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError."""
+    tensors = read_prefix(checkpoint)
+    prefix_encoder = model.transformer.prefix_encoder
+    expected = prefix_encoder.state_dict()
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if found_shapes != expected_shapes:
+        raise ValueError(
+            f"The prefix in {checkpoint} does not fit this base model: found {found_shapes}, "
+            f"expected {expected_shapes}. It was trained on a model of another size, or with other settings."
+        )
+    prefix_encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

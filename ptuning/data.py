@@ -1,0 +1,592 @@
+"""File -> rows -> token ids and label mask -> batches.
+
+Answers to the data half of the official `main.py`: load_dataset, preprocess_function_train / _eval, the data
+collators. Same ids and labels. What differs: files may be JSON lines, a JSON array or CSV in UTF-8, UTF-16 or
+GB18030; every defect is one error that names file and row; rows without a prompt or response are skipped and
+counted; features are padded to the longest of their batch instead of to max_source + max_target + 1.
+
+Reading path: read_rows (bytes -> rows), load_examples (rows -> checked columns), encode_training and
+encode_prediction (columns -> ids and labels), collate_training and collate_prediction (features -> tensors).
+"""
+
+import contextlib
+import csv
+import difflib
+import hashlib
+import io
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+IGNORED_LABEL = -100
+# Encodings in which a stray byte is noticed; what cchardet says of others counts only after GB18030 failed.
+EAST_ASIAN_ENCODINGS = {"BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "UHC", "EUC-TW"}
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+ROWS_PER_WORKER = 1000  # fewer are encoded sooner than a process starts
+ROWS_WORTH_A_PROGRESS_BAR = 20_000
+
+
+# ---- bytes -> text
+
+
+def _has_control_characters(text: str) -> bool:
+    """True for a character below the space that no text file has (tab, line ends, form feed and ^Z are fine)."""
+    return any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in set(text.encode("utf-8", "ignore")))
+
+
+def _decode_strictly(data: bytes, encoding: str) -> str | None:
+    try:
+        text = data.decode(encoding)
+    except (UnicodeDecodeError, LookupError):
+        return None
+    return None if _has_control_characters(text) else text
+
+
+def _decode_wide(data: bytes) -> str | None:
+    """Text in UTF-16 or UTF-32 without a byte-order mark, told by where the zero bytes of ASCII lie."""
+    if 2 * data.count(0) > len(data):
+        encodings = ("utf-32-le", "utf-32-be")
+    else:
+        encodings = ("utf-16-le", "utf-16-be")
+    for encoding in encodings:
+        text = _decode_strictly(data, encoding)
+        # In the wrong byte order, or in another encoding, no line end, bracket or comma comes out.
+        if text is not None and any(character in text for character in "\n{[,"):
+            return text
+    return None
+
+
+def _is_damaged_utf8(data: bytes) -> bool:
+    """True when nearly all characters beyond ASCII are sound UTF-8, so that no other encoding is likely."""
+    text = data.decode("utf-8", errors="replace")
+    damaged = text.count("\ufffd")
+    return sum(character > "\x7f" for character in text) - damaged > 4 * damaged
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Text of a file, its encoding detected: byte-order mark, UTF-8, UTF-16 / 32, then by cchardet or GB18030.
+
+    ValueError naming line and byte offset for bytes that are no text.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            text = _decode_strictly(data, encoding)
+            if text is None:
+                raise ValueError(
+                    f"{name} starts with the byte-order mark of {encoding.upper()} but is not {encoding.upper()} "
+                    "throughout; save it again as UTF-8"
+                )
+            return text
+    if b"\0" in data and (text := _decode_wide(data)) is not None:
+        return text
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start
+    else:
+        if "\0" not in text:
+            return text
+        offset = data.index(0)
+    line = data.count(b"\n", 0, offset) + 1
+    where = f"{name} line {line}, byte {offset} (0x{data[offset]:02x})"
+    if b"\0" not in data:
+        if _is_damaged_utf8(data):
+            raise ValueError(f"{where} is not UTF-8, though the rest is; repair that line, or save the file as UTF-8")
+
+        import cchardet
+
+        guess = cchardet.detect(data)
+        candidates = ["gb18030", guess["encoding"]]  # GB18030 contains GBK and GB2312
+        # cchardet takes very short texts in GB18030 for Cyrillic or, with little confidence, for Big5.
+        if guess["encoding"] in EAST_ASIAN_ENCODINGS and guess["confidence"] >= 0.6:
+            candidates.reverse()
+        for encoding in filter(None, candidates):
+            if (text := _decode_strictly(data, encoding)) is not None:
+                return text
+    raise ValueError(f"{where} is no text in UTF-8, UTF-16 or GB18030; is this the right file? Save it as UTF-8")
+
+
+# ---- text -> rows
+
+
+def _shown(text: str, length: int = 60) -> str:
+    text = text.strip()
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def _kind(value) -> str:
+    """The type of a JSON value in words, with the value where it is short."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return f"a truth value ({str(value).lower()})"
+    if isinstance(value, int | float):
+        return f"a number ({value})"
+    if isinstance(value, str):
+        return f"text ({_shown(value, 20)!r})"
+    return {list: "a list", dict: "an object"}[type(value)]
+
+
+def _parse_json_lines(text: str, name: str) -> list[dict]:
+    rows = []
+    # Not splitlines(): JSON text may hold line separators other than \n, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {_shown(line)}\n"
+                "Expected one whole JSON object per line, or one JSON array of objects."
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{name} line {number} is {_kind(row)}, not a JSON object: {_shown(line)}\n"
+                'Expected lines such as {"content": "...", "summary": "..."}.'
+            )
+        rows.append(row)
+    return rows
+
+
+def _parse_json_array(text: str, name: str) -> list[dict]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        # An array may be one line of megabytes: show what surrounds the error instead of the line's start.
+        around = " ".join(text[max(0, error.pos - 30) : error.pos + 30].split())
+        raise ValueError(
+            f"{name} line {error.lineno} breaks the JSON array ({error.msg}, column {error.colno}) near: {around}\n"
+            "Repair it there, or write one JSON object per line."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name} row {number} is {_kind(row)}, not a JSON object; expected an array of objects")
+    return rows
+
+
+def _parse_csv(text: str, name: str) -> list[dict]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    start = 2  # line of the file at which the next row starts; a quoted cell may span several
+    try:
+        for row in reader:
+            if None in row:
+                columns, extra = len(reader.fieldnames), row[None]
+                raise ValueError(
+                    f"{name} row {len(rows) + 1} (line {start}) has {columns + len(extra)} cells but the header "
+                    f"names {columns} columns; the first cell too many is {_shown(extra[0])!r}\n"
+                    "Put cells that contain commas in double quotes."
+                )
+            rows.append(row)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        line = text.split("\n")[start - 1]
+        raise ValueError(
+            f"{name} row {len(rows) + 1} (line {start}) is not CSV ({error}): {_shown(line)}\n"
+            'A double quote inside a quoted cell is written twice: "".'
+        ) from None
+    return rows
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a data file in it, such as {path / 'train.json'}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (looked for {path.absolute()}); check the data file's name")
+    return path.read_bytes()
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """Rows of a JSON-lines, JSON-array or (by its suffix) CSV file, in order, as dicts.
+
+    FileNotFoundError or ValueError, each naming the file and where it has one the line, for a file that is missing,
+    a folder, empty, not text, or not in one of these formats.
+    """
+    path = Path(path)
+    text = decode_text(_read_bytes(path), str(path))
+    if not text.strip():
+        raise ValueError(f"{path} is empty; expected JSON lines, a JSON array or CSV")
+    if path.suffix.lower() == ".csv":
+        rows = _parse_csv(text, str(path))
+    elif text.lstrip().startswith("["):
+        rows = _parse_json_array(text, str(path))
+    else:
+        rows = _parse_json_lines(text, str(path))
+    if not rows:
+        raise ValueError(f"{path} holds no rows; expected at least one example")
+    return rows
+
+
+# ---- rows -> examples
+
+
+def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str) -> ValueError:
+    columns = ", ".join(row) or "none"
+    if not column:
+        return ValueError(f"{flag} is not set; the columns of {name} are: {columns}; name one of them")
+    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
+    remedy = f"did you mean {flag} {near[0]}?" if near else f"name one of them with {flag}"
+    return ValueError(f"{name} row {number} has no column {column!r}; its columns are: {columns}; {remedy}")
+
+
+def _text(name: str, number: int, column: str | None, row: dict, flag: str) -> str:
+    """The text in a column, "" for null; ValueError where the column is missing or holds something else."""
+    if column not in row:
+        raise _missing_column(name, number, column, row, flag)
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{name} row {number}: column {column!r} ({flag}) holds {_kind(value)}, expected text; "
+            "put the value in double quotes or name another column"
+        )
+    return _checked(value, name, number, column)
+
+
+def _checked(text: str, name: str, number: int, column: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} row {number}: column {column!r} holds half a character (\\u{ord(text[error.start]):04x}) "
+            f"at position {error.start}, such as a cut emoji leaves; write the whole character or remove it"
+        ) from None
+    return text
+
+
+def _history(name: str, number: int, column: str | None, row: dict) -> list[list[str]]:
+    """Past [question, answer] turns; none where the column is missing or null in this row."""
+    history = row.get(column) if column else None
+    if history is None:
+        return []
+    expected = f"{name} row {number}: column {column!r} (--history_column) must be a list of [question, answer] pairs"
+    if not isinstance(history, list):
+        raise ValueError(f'{expected} of text, such as [["你好", "你好！"]], but is {_kind(history)}')
+    for position, turn in enumerate(history, start=1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            found = f"a list of {len(turn)}" if isinstance(turn, list) else _kind(turn)
+            raise ValueError(f"{expected}, but its item {position} is {found}")
+        for text in turn:
+            if not isinstance(text, str):
+                raise ValueError(f"{expected} of text, but its item {position} contains {_kind(text)}")
+            _checked(text, name, number, column)
+    return history
+
+
+def _generate_examples(path, prompt_column, response_column, history_column, max_samples, keep_unlabelled, key):
+    """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
+    rows = read_rows(path)
+    if history_column and not any(history_column in row for row in rows):
+        raise _missing_column(path, 1, history_column, rows[0], "--history_column")
+    kept = 0
+    for number, row in enumerate(rows[:max_samples], start=1):
+        prompt = _text(path, number, prompt_column, row, "--prompt_column")
+        if response_column is None and keep_unlabelled:
+            response = ""
+        else:
+            response = _text(path, number, response_column, row, "--response_column")
+        skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
+        kept += not skipped
+        yield {
+            "prompt": prompt,
+            "response": response,
+            "history": _history(path, number, history_column, row),
+            "row": number,
+            "skipped": skipped,
+        }
+    if not kept:
+        columns = repr(prompt_column) if keep_unlabelled else f"{prompt_column!r} or {response_column!r}"
+        raise ValueError(
+            f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an empty {columns}; "
+            "check --prompt_column and --response_column"
+        )
+
+
+def _code_sha256() -> str:
+    """Digest of the two files that turn text into ids, so that caches do not outlive a change of them."""
+    files = (Path(__file__), Path(__file__).with_name("tokenization_chatglm.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextlib.contextmanager
+def _progress_bars(shown: bool):
+    """Bars of `datasets` on or off inside the block, as before after it."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    disabled_before = are_progress_bars_disabled()
+    if not shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled_before:
+            enable_progress_bars()
+
+
+def load_examples(
+    path: str | os.PathLike,
+    prompt_column: str | None,
+    response_column: str | None,
+    history_column: str | None = None,
+    max_samples: int | None = None,
+    keep_unlabelled: bool = False,
+):
+    """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
+
+    Columns: `prompt` and `response` (text), `history` (list of [question, answer]), `row` (1-based, in the file).
+    Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
+    (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content.
+    ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
+    """
+    from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(path)
+    content = hashlib.sha256(_read_bytes(path)).hexdigest()
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"{max_samples} samples of {path} were asked for; set 1 or more, or leave the flag out")
+    features = Features(
+        {
+            "prompt": Value("string"),
+            "response": Value("string"),
+            "history": List(List(Value("string"))),
+            "row": Value("int64"),
+            "skipped": Value("bool"),
+        }
+    )
+    try:
+        with _progress_bars(False):
+            dataset = Dataset.from_generator(
+                _generate_examples,
+                features=features,
+                gen_kwargs={
+                    "path": str(path),
+                    "prompt_column": prompt_column,
+                    "response_column": response_column,
+                    "history_column": history_column,
+                    "max_samples": max_samples,
+                    "keep_unlabelled": keep_unlabelled,
+                    "key": f"{content} {_code_sha256()}",
+                },
+            )
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    kept = [index for index, skipped in enumerate(dataset["skipped"][:]) if not skipped]
+    skipped = len(dataset) - len(kept)
+    if skipped:
+        dataset = dataset.select(kept)
+    return dataset.remove_columns("skipped"), skipped
+
+
+# ---- examples -> token ids and labels
+
+
+def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_target_length: int) -> None:
+    """ValueError when prompts or responses would be cut to nothing."""
+    fixed = tokenizer.encode_batch([source_prefix + tokenizer.build_prompt("")])[0]
+    minimum = len(tokenizer.prefix_tokens) + len(fixed)
+    if max_source_length < minimum:
+        raise ValueError(
+            f"--max_source_length {max_source_length} cannot hold the fixed part of every prompt, {minimum} tokens "
+            f"of {_shown(source_prefix + tokenizer.build_prompt('…'))!r}; set at least {minimum} plus your questions"
+        )
+    if max_target_length < 1:
+        raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")
+
+
+def _source_ids(examples, tokenizer, source_prefix):
+    """Untruncated ids of each whole prompt, special tokens included."""
+    prompts = [
+        source_prefix + tokenizer.build_prompt(prompt, history)
+        for prompt, history in zip(examples["prompt"], examples["history"], strict=True)
+    ]
+    return [tokenizer.prefix_tokens + ids for ids in tokenizer.encode_batch(prompts)]
+
+
+def _encode_training_batch(
+    examples, tokenizer, source_prefix, max_source_length, max_target_length, ignore_pad_token_for_loss
+):
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
+    features = {"input_ids": [], "labels": [], "source_length": [], "target_length": []}
+    sources = _source_ids(examples, tokenizer, source_prefix)
+    targets = tokenizer.encode_batch(examples["response"])
+    for source, target in zip(sources, targets, strict=True):
+        features["source_length"].append(len(source))
+        features["target_length"].append(len(target))
+        source = source[:max_source_length]
+        answer = target[:max_target_length] + [end]
+        features["input_ids"].append(source + answer)
+        # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
+        learned = [ignored if index == pad else index for index in answer]
+        features["labels"].append([ignored] * len(source) + learned)
+    return features
+
+
+def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
+    labels = tokenizer.encode_batch(examples["response"])
+    room = max(0, max_target_length - len(tokenizer.prefix_tokens))
+    return {
+        "input_ids": [ids[:max_source_length] for ids in _source_ids(examples, tokenizer, source_prefix)],
+        "labels": [tokenizer.prefix_tokens + ids[:room] for ids in labels],
+        "row": examples["row"],
+    }
+
+
+def _encode(dataset, encode_batch, tokenizer, num_workers, overwrite_cache, settings):
+    """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code."""
+    # datasets' own fingerprint would name functions of this file, not notice a change in them.
+    key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, _code_sha256(), settings])
+    workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
+    with _progress_bars(len(dataset) >= ROWS_WORTH_A_PROGRESS_BAR):
+        return dataset.map(
+            partial(encode_batch, tokenizer=tokenizer, **settings),
+            batched=True,
+            remove_columns=dataset.column_names,
+            num_proc=workers if workers > 1 else None,
+            load_from_cache_file=not overwrite_cache,
+            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            desc="Encoding",
+        )
+
+
+def encode_training(
+    dataset,
+    tokenizer,
+    *,
+    source_prefix: str = "",
+    max_source_length: int,
+    max_target_length: int,
+    ignore_pad_token_for_loss: bool = True,
+    num_workers: int | None = None,
+    overwrite_cache: bool = False,
+):
+    """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
+
+    The prompt is cut on the right to `max_source_length` tokens, `[gMASK] sop` included, the response to
+    `max_target_length` before its end token. No padding. `source_length` and `target_length` are the token counts
+    before cutting. Ignored labels are -100, or the pad token without `ignore_pad_token_for_loss`.
+    """
+    check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
+    settings = {
+        "source_prefix": source_prefix,
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+        "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
+    }
+    return _encode(dataset, _encode_training_batch, tokenizer, num_workers, overwrite_cache, settings)
+
+
+def encode_prediction(
+    dataset,
+    tokenizer,
+    *,
+    source_prefix: str = "",
+    max_source_length: int,
+    max_target_length: int,
+    num_workers: int | None = None,
+    overwrite_cache: bool = False,
+):
+    """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, and `row`.
+
+    As in the official script the labels start with `[gMASK] sop`, which count among `max_target_length`.
+    """
+    check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
+    settings = {
+        "source_prefix": source_prefix,
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+    }
+    return _encode(dataset, _encode_prediction_batch, tokenizer, num_workers, overwrite_cache, settings)
+
+
+# ---- features -> batches
+
+
+def _pad(sequences: list[list[int]], value: int, length: int, left: bool = False):
+    """int64 tensor (B, length)."""
+    import torch
+
+    padding = [[value] * (length - len(sequence)) for sequence in sequences]
+    pairs = zip(padding, sequences, strict=True) if left else zip(sequences, padding, strict=True)
+    return torch.tensor([first + second for first, second in pairs], dtype=torch.int64)
+
+
+def collate_training(features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8):
+    """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up.
+
+    There is no attention mask: under causal attention no token sees the padding to its right.
+    """
+    longest = max(len(feature["input_ids"]) for feature in features)
+    length = -(-longest // multiple_of) * multiple_of
+    return {
+        "input_ids": _pad([feature["input_ids"] for feature in features], pad_token_id, length),
+        "labels": _pad([feature["labels"] for feature in features], label_pad_id, length),
+    }
+
+
+def collate_prediction(features, *, pad_token_id: int):
+    """`input_ids`, `attention_mask`, `position_ids`, int64 (B, S), padded on the left, and `labels` on the right.
+
+    Position ids count from 0 at the first token and are 0 at padding; labels are padded with -100.
+    """
+    prompts = [feature["input_ids"] for feature in features]
+    labels = [feature["labels"] for feature in features]
+    length = max(map(len, prompts))
+    return {
+        "input_ids": _pad(prompts, pad_token_id, length, left=True),
+        "attention_mask": _pad([[1] * len(prompt) for prompt in prompts], 0, length, left=True),
+        "position_ids": _pad([list(range(len(prompt))) for prompt in prompts], 0, length, left=True),
+        "labels": _pad(labels, IGNORED_LABEL, max(map(len, labels))),
+    }
+
+
+# ---- what the user should see before the first step
+
+
+def _length_line(name: str, lengths, limit: int) -> str:
+    import numpy
+
+    lengths = numpy.asarray(lengths)
+    figures = [int(numpy.percentile(lengths, share, method="higher")) for share in (50, 90, 99)]
+    columns = [*figures, int(lengths.max()), limit]
+    return f"  {name:<10}" + "".join(f"{figure:>8,}" for figure in columns) + f"{(lengths > limit).mean():>10.1%}"
+
+
+def describe_training(dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int) -> str:
+    """Text about an encode_training dataset: rows, token lengths, shares cut, and its first example decoded.
+
+    ⟦ and ⟧ enclose the part of the example that the model learns.
+    """
+    source_lengths, target_lengths = dataset["source_length"][:], dataset["target_length"][:]
+    lines = [
+        f"{len(dataset) + skipped:,} rows read, {skipped:,} skipped (empty prompt or response), {len(dataset):,} used",
+        f"  {'tokens':<10}" + "".join(f"{name:>8}" for name in ("50%", "90%", "99%", "max", "limit")) + "   cut off",
+        _length_line("prompt", source_lengths, max_source_length),
+        _length_line("response", target_lengths, max_target_length),
+    ]
+    for name, lengths, flag, limit in (
+        ("prompts", source_lengths, "--max_source_length", max_source_length),
+        ("responses", target_lengths, "--max_target_length", max_target_length),
+    ):
+        cut = sum(length > limit for length in lengths) / len(lengths)
+        if cut > 0.01:
+            lines.append(f"{cut:.0%} of the {name} lose their end at {limit} tokens; raise {flag} to keep it.")
+    example = dataset[0]
+    start = min(example["source_length"], max_source_length)
+    prompt = tokenizer.decode(example["input_ids"][:start])
+    answer = tokenizer.decode(example["input_ids"][start:])
+    lines += [
+        "The first example, with what the model learns between ⟦ and ⟧:",
+        f"[gMASK] sop {_shown(prompt, 400)}⟦{_shown(answer, 400)} {tokenizer.eos_token}⟧",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,377 @@
+"""P-Tuning v2 of ChatGLM2: train a prefix, evaluate it, predict with it.
+
+Answers to the official `main.py`, section by section. Read a training step here, then in data.py,
+modeling_chatglm.py and prefix_encoder.py.
+
+    torchrun --standalone --nproc-per-node=1 ptuning/main.py --do_train … (see train.sh)
+    python ptuning/main.py settings.json
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from arguments import parse_arguments
+from checkpoint import (
+    choose_dtype,
+    generation_config,
+    load_model,
+    load_prefix,
+    load_tokenizer,
+    read_config,
+    read_prefix_settings,
+    resolve_folder,
+)
+from data import (
+    collate_prediction,
+    collate_training,
+    describe_training,
+    encode_prediction,
+    encode_training,
+    load_examples,
+)
+from metrics import metric_table, score_all
+from trainer import PrefixTrainer, plot_loss
+
+TOP_K = 50  # transformers 4's default for sampling, which the official scripts left in place
+# What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
+SIDECAR_FIELDS = {
+    "prompt_column": None,
+    "response_column": None,
+    "history_column": None,
+    "source_prefix": "",
+    "max_source_length": 1024,
+    "max_target_length": 128,
+}
+
+
+def main():
+    # ------------------------------------------------------------------ 1. Arguments and seed
+    model_args, data_args, training_args, notes = parse_arguments(sys.argv[1:])
+    logging.set_verbosity_error()
+    say = print if training_args.process_index == 0 else silent
+    for note in notes:
+        say(note)
+    prepare_reports(training_args)
+    resume_from = find_resume_checkpoint(training_args, say)
+    set_seed(training_args.seed)
+
+    # ------------------------------------------------------------------ 2. What the checkpoint says
+    saved = read_prefix_settings(model_args.ptuning_checkpoint) if model_args.ptuning_checkpoint else {}
+    apply_saved_settings(model_args, data_args, saved)
+    if training_args.do_train and not model_args.pre_seq_len:
+        raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
+    if model_args.pre_seq_len and not (training_args.do_train or saved):
+        raise ValueError(
+            f"--pre_seq_len {model_args.pre_seq_len} without --ptuning_checkpoint would answer with a random prefix. "
+            "Give the checkpoint to evaluate, or leave the flag out to evaluate the base model."
+        )
+
+    # ------------------------------------------------------------------ 3. Configuration and tokenizer
+    folder = resolve_folder(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
+    config = read_config(
+        folder,
+        pre_seq_len=model_args.pre_seq_len,
+        prefix_projection=bool(model_args.prefix_projection),
+        prefix_dropout=model_args.prefix_dropout,
+    )
+    tokenizer = load_tokenizer(folder, config)
+    max_length = training_args.generation_max_length or (data_args.max_source_length + data_args.max_target_length + 1)
+    if max_length > config.seq_length:
+        raise ValueError(
+            f"--max_source_length {data_args.max_source_length} and --max_target_length "
+            f"{data_args.max_target_length} make sequences of {max_length} tokens; {folder} was made for "
+            f"{config.seq_length}. Lower one of them."
+        )
+
+    # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
+    train_data = eval_data = None
+    with training_args.main_process_first(desc="encoding"):
+        if training_args.do_train:
+            train_data, rows_skipped = read_split("train", data_args, tokenizer, encode_training)
+            if training_args.eval_strategy != "no":
+                eval_data, _ = read_split("eval", data_args, tokenizer, encode_training)
+            elif data_args.validation_file and not training_args.do_eval:
+                say("--validation_file is not read: --eval_strategy steps gives a dev loss, --do_eval metrics.")
+        splits = [name for name in ("eval", "predict") if getattr(training_args, f"do_{name}")]
+        prompts = {name: read_split(name, data_args, tokenizer, encode_prediction) for name in splits}
+
+    # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
+    dtype, reason = choose_dtype(training_args.device, training_args.fp16, training_args.bf16)
+    say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); prefix and loss: float32.")
+    training_args.fp16, training_args.bf16 = dtype == torch.float16 and training_args.do_train, False
+    started = time.monotonic()
+    model = load_model(
+        folder,
+        config=config,
+        dtype=dtype,
+        device=training_args.device,
+        quantization_bit=model_args.quantization_bit,
+    )
+    say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
+    if saved:
+        load_prefix(model, model_args.ptuning_checkpoint)
+        kind = "with projection" if model_args.prefix_projection else "without projection"
+        say(f"Prefix of {model_args.pre_seq_len} tokens, {kind}, from {model_args.ptuning_checkpoint}.")
+
+    # ------------------------------------------------------------------ 6. Trainer
+    sampling = {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
+    label_pad_id = -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
+    trainer = PrefixTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        data_collator=partial(collate_training, pad_token_id=tokenizer.pad_token_id, label_pad_id=label_pad_id),
+        collate_prediction=partial(collate_prediction, pad_token_id=tokenizer.pad_token_id),
+        generation_config=generation_config(
+            tokenizer,
+            config,
+            max_length=max_length,
+            num_beams=data_args.num_beams or training_args.generation_num_beams or 1,
+            do_sample=data_args.do_sample,
+            **(sampling if data_args.do_sample else {}),
+        ),
+        sidecar={
+            "base_model": model_args.model_name_or_path,
+            **{name: getattr(data_args, name) for name in SIDECAR_FIELDS},
+        },
+    )
+
+    # ------------------------------------------------------------------ 7. Train
+    if training_args.do_train:
+        say(
+            describe_training(
+                train_data,
+                tokenizer,
+                skipped=rows_skipped,
+                max_source_length=data_args.max_source_length,
+                max_target_length=data_args.max_target_length,
+            )
+        )
+        say(describe_schedule(training_args, len(train_data), model))
+        result = trainer.train(resume_from_checkpoint=resume_from)
+        result.metrics["train_samples"] = len(train_data)
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        if training_args.should_save:
+            plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "training_loss.png")
+
+    # ------------------------------------------------------------------ 8. Evaluate and predict
+    for split, (dataset, rows_skipped) in prompts.items():
+        say(f"{split}: {len(dataset)} rows, {rows_skipped} skipped (empty prompt).")
+        answers = trainer.predict(dataset, metric_key_prefix=split)
+        if training_args.should_save:
+            report_predictions(trainer, tokenizer, split, dataset, answers)
+    close_reports(trainer)
+
+
+# ---------------------------------------------------------------------- before training
+
+
+def silent(*args):
+    """What ranks other than 0 do instead of printing."""
+
+
+def prepare_reports(training_args):
+    """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set."""
+    if not training_args.do_train:
+        training_args.report_to = []
+    os.environ.setdefault("WANDB_DIR", training_args.output_dir)
+    os.environ.setdefault("WANDB_PROJECT", "chatglm2-ptuning")
+    logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")
+    if "WANDB_MODE" not in os.environ and not logged_in:
+        os.environ["WANDB_MODE"] = "offline"
+
+
+def read_text(file):
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
+def find_resume_checkpoint(training_args, say):
+    """The checkpoint folder to continue from, None to start afresh; ValueError where that is not clear."""
+    wanted = training_args.resume_from_checkpoint
+    output_dir = Path(training_args.output_dir)
+    if not training_args.do_train:
+        return None
+    newest = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if wanted is None or str(wanted).lower() == "false":
+        if newest and not training_args.overwrite_output_dir:
+            raise ValueError(
+                f"{output_dir} already has {Path(newest).name}. Give --resume_from_checkpoint True to continue that "
+                "run, --overwrite_output_dir to write over it, or another --output_dir."
+            )
+        return None
+    if str(wanted).lower() == "last" and newest is None:
+        say(f"--resume_from_checkpoint last: {output_dir} has no checkpoint yet, starting afresh.")
+        return None
+    folder = newest if str(wanted).lower() in ("true", "last") else wanted
+    if folder is None or not Path(folder, "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
+            f"{folder or output_dir}. To start a new run from a trained prefix use --ptuning_checkpoint."
+        )
+    state = json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))
+    say(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
+    return str(folder)
+
+
+def apply_saved_settings(model_args, data_args, saved):
+    """Fill flags that were not given from the checkpoint, then from the defaults. ValueError on contradictions."""
+    for name in ("pre_seq_len", "prefix_projection"):
+        given = getattr(model_args, name)
+        if saved and given is not None and given != saved[name]:
+            raise ValueError(
+                f"--{name} {given} contradicts {model_args.ptuning_checkpoint}, which was trained with "
+                f"{saved[name]}. Leave the flag out: it is read from the checkpoint."
+            )
+        setattr(model_args, name, saved.get(name, given))
+    if model_args.quantization_bit is None:
+        model_args.quantization_bit = saved.get("quantization_bit") or None
+    if model_args.model_name_or_path is None:
+        model_args.model_name_or_path = saved.get("base_model")
+    for name, default in SIDECAR_FIELDS.items():
+        if getattr(data_args, name) is None:
+            value = saved.get(name)
+            setattr(data_args, name, default if value is None else value)
+    if data_args.val_max_target_length is None:
+        data_args.val_max_target_length = data_args.max_target_length
+    owners = {"model_name_or_path": model_args, "prompt_column": data_args, "response_column": data_args}
+    for name, owner in owners.items():
+        if not getattr(owner, name):
+            raise ValueError(f"--{name} is missing (for ADGEN: {EXAMPLES[name]}).")
+
+
+EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
+FILES = {"train": "train_file", "eval": "validation_file", "predict": "test_file"}
+
+
+def read_split(split, data_args, tokenizer, encode):
+    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py."""
+    file = getattr(data_args, FILES[split])
+    if not file:
+        raise ValueError(f"--{FILES[split]} is missing.")
+    for_prediction = encode is encode_prediction
+    examples, rows_skipped = load_examples(
+        file,
+        data_args.prompt_column,
+        data_args.response_column,
+        data_args.history_column,
+        max_samples=getattr(data_args, f"max_{split}_samples"),
+        keep_unlabelled=for_prediction,
+    )
+    lengths = {
+        "max_source_length": data_args.max_source_length,
+        "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
+    }
+    if not for_prediction:
+        lengths["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
+    encoded = encode(
+        examples,
+        tokenizer,
+        source_prefix=data_args.source_prefix,
+        num_workers=data_args.preprocessing_num_workers,
+        overwrite_cache=data_args.overwrite_cache,
+        **lengths,
+    )
+    return encoded, rows_skipped
+
+
+def describe_schedule(training_args, num_rows, model):
+    """Effective batch size, steps as epochs, and the share of parameters that train, in two lines."""
+    batch_size = (
+        training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    )
+    steps_per_epoch = max(1, num_rows / batch_size)
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = round(training_args.num_train_epochs * steps_per_epoch)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = trainable + sum(tensor.numel() for tensor in frozen_tensors(model))
+    return (
+        f"Batch: {training_args.per_device_train_batch_size} rows x {training_args.gradient_accumulation_steps} "
+        f"accumulated x {training_args.world_size} processes = {batch_size} rows a step; "
+        f"{steps} steps = {steps / steps_per_epoch:.2f} epochs of {num_rows} rows.\n"
+        f"Trainable: {trainable:,} of {total:,} parameters ({trainable / total:.3%})."
+    )
+
+
+def frozen_tensors(model):
+    """Weights that do not train; integer ones are buffers."""
+    yield from (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    yield from model.buffers()
+
+
+# ---------------------------------------------------------------------- after predicting
+
+
+def report_predictions(trainer, tokenizer, split, dataset, answers):
+    """Write generated_predictions.txt (for `predict`), then score, save and print the metrics."""
+    predictions = decode(tokenizer, answers.predictions)
+    labels = decode(tokenizer, dataset["labels"])
+    output_dir = Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if split == "predict":  # on disk before anything can go wrong with the metrics
+        with open(output_dir / "generated_predictions.txt", "w", encoding="utf-8") as file:
+            for label, prediction, row in zip(labels, predictions, dataset["row"], strict=True):
+                line = {"labels": label, "predict": prediction, "row": row}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    labelled = [(prediction, label) for prediction, label in zip(predictions, labels, strict=True) if label]
+    if len(labelled) < len(labels):
+        print(f"{len(labels) - len(labelled)} rows have no response to compare with; they are not scored.")
+    scores = score_all(*zip(*labelled, strict=True)) if labelled else {}
+    runtime = {name: value for name, value in answers.metrics.items() if "preparation" not in name}
+    metrics = {**runtime, **{f"{split}_{name}": value for name, value in scores.items()}}
+    metrics[f"{split}_samples"] = len(dataset)
+    trainer.save_metrics(split, metrics)
+    print(metric_table(metrics))
+
+
+def decode(tokenizer, rows):
+    """Text of each row of token ids; -100 and other ids without text decode to nothing."""
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def close_reports(trainer):
+    """End the wandb run and the process group, so that neither complains at exit."""
+    if any(type(callback).__name__ == "WandbCallback" for callback in trainer.callback_handler.callbacks):
+        import wandb
+
+        wandb.finish()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def exit_with(error):
+    """Print one message and exit with status 2, also where every rank has met the same error."""
+    if os.environ.get("PTUNING_TRACEBACK"):
+        traceback.print_exc()
+    rank = int(os.environ.get("RANK", 0))
+    status_file = os.environ.get("PTUNING_STATUS_FILE")  # set by train.sh and evaluate.sh, see common.sh
+    if rank:
+        time.sleep(3)  # rank 0 goes first; by then torchrun has ended this process, or the status is known
+        if status_file and read_text(Path(status_file)):
+            os._exit(0)
+    sys.stdout.flush()
+    print(f"error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    if status_file:
+        Path(status_file).write_text("2")
+    os._exit(0 if status_file else 2)  # without waiting for other ranks
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        exit_with(error)

@@ -1,0 +1,109 @@
+"""Seq2SeqTrainer that saves and loads only what it trains, and generates batch-independent predictions.
+
+Answers to the official `trainer.py` and `trainer_seq2seq.py`, and to the library's for everything else. It
+differs in that a row's prediction does not depend on the rows that share its batch.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import Seq2SeqTrainer
+
+from checkpoint import load_prefix, save_prefix
+
+
+class PrefixTrainer(Seq2SeqTrainer):
+    """Trains the prefix encoder of a ChatGLM model.
+
+    `collate_prediction` makes batches of left-padded prompts for predict(), `data_collator` those of training
+    and of the dev loss. `generation_config` holds `max_length`, the tokens of prompt and answer together.
+    `sidecar` is written into every checkpoint.
+    """
+
+    def __init__(self, *args, collate_prediction=None, generation_config=None, sidecar=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.collate_prediction = collate_prediction
+        self.generation_config = generation_config
+        self.sidecar = sidecar
+
+    # ---- checkpoints
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write the official file set of a checkpoint; the Trainer adds optimizer, scheduler, RNG and state."""
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        save_prefix(self.accelerator.unwrap_model(self.model), output_dir, self.sidecar)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_prefix(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    # ---- dev loss and predictions
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="predict", **generation_settings):
+        """Generate an answer to every row, in the order of the rows.
+
+        Returns transformers' PredictionOutput: `predictions` (rows, longest answer) token ids, padded with
+        -100, and `label_ids` likewise.
+        """
+        training = self.data_collator, self.gather_function, self.args.train_sampling_strategy
+        self.data_collator, self.args.train_sampling_strategy = self.collate_prediction, "random"
+        self.generating = True
+        try:
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **generation_settings)
+        finally:
+            self.generating = False
+            self.data_collator, self.gather_function, self.args.train_sampling_strategy = training
+
+    generating = False
+
+    def evaluation_loop(self, *args, **kwargs):
+        # Drops the rows that pad the last batch to a multiple of the processes; Seq2SeqTrainer keeps them.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation_settings):
+        """The dev loss of a batch in training form, or the answers to a batch of prompts.
+
+        Answers are (B, longest) int64. The official code limits prompt, padding and answer together to
+        `max_length`, at a batch size of 1; here the padding does not count, so that each row gets the room
+        it would get alone.
+        """
+        inputs = self._prepare_inputs(inputs)
+        if not self.generating:
+            with torch.no_grad():
+                loss = self.accelerator.unwrap_model(model)(**inputs, logits_to_keep=1, use_cache=False).loss
+            return loss, None, None
+        prompt_lengths = inputs["attention_mask"].sum(dim=1)
+        room = self.generation_config.max_length - prompt_lengths  # (B,) tokens each row may still get
+        config = self.generation_config
+        answers = self.accelerator.unwrap_model(self.model).generate(
+            **{name: tensor for name, tensor in inputs.items() if name != "labels"},
+            generation_config=config,
+            max_new_tokens=int(room.max()),
+            max_length=None,
+        )[:, inputs["input_ids"].shape[1] :]
+        places = torch.arange(answers.shape[1], device=answers.device)
+        answers = answers.masked_fill(places[None, :] >= room[:, None], config.pad_token_id)
+        return None, answers, inputs["labels"]
+
+
+def plot_loss(log_history, file):
+    """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key, label in (("loss", "training loss"), ("eval_loss", "dev loss")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(file, dpi=120)

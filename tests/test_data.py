@@ -1,0 +1,545 @@
+"""Data: equal to the official features, and one clear message for everything a file can have wrong."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import sentencepiece
+
+import data
+from data import (
+    collate_prediction,
+    collate_training,
+    describe_training,
+    encode_prediction,
+    encode_training,
+    load_examples,
+    read_rows,
+)
+from tokenization_chatglm import ChatGLMTokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = SHARED / "golden"
+ADGEN = SHARED / "AdvertiseGen"
+ROWS = [{"content": "类型#裤*风格#简约", "summary": "简约的裤子。"}, {"content": "类型#裙", "summary": "好看的裙子 "}]
+TURNS = [["你好", "你好！"], ["今天天气？", "很好"]]
+
+
+def skip_without(path):
+    if not path.exists():
+        pytest.skip(f"reference data of the official scripts is not here: {path}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache of `datasets` that starts empty and that nobody else reads."""
+    import datasets.config
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("datasets-cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer():
+    skip_without(SHARED / "chatglm2-tokenizer")
+    return ChatGLMTokenizer.from_pretrained(SHARED / "chatglm2-tokenizer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small-tokenizer")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"问题{i}：今天是第{i}天。The answer is {i}, ok? [Round]\n答" for i in range(200)]),
+        model_writer=model,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return ChatGLMTokenizer.from_pretrained(tokenizer_folder)
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows (as JSON lines), text or bytes to a file and returns its path."""
+
+    def write_file(content, name="train.json"):
+        if isinstance(content, list):
+            content = as_lines(content)
+        path = tmp_path / name
+        path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        return path
+
+    return write_file
+
+
+# ---- equal to the official scripts
+
+
+@pytest.mark.parametrize("case", ["public_mqa", "public_projection"])
+def test_training_features_equal_the_official_ones_without_their_padding(case, real_tokenizer):
+    skip_without(GOLDEN / f"forward.{case}.npz")
+    settings = json.loads((GOLDEN / f"forward.{case}.json").read_text())
+    official = numpy.load(GOLDEN / f"forward.{case}.npz")
+    examples, _ = load_examples(ADGEN / "dev.json", "content", "summary")
+    encoded = encode_training(
+        examples.select(settings["rows"]),
+        real_tokenizer,
+        max_source_length=settings["max_source_length"],
+        max_target_length=settings["max_target_length"],
+    )
+    assert len(encoded) == len(official["input_ids"])
+    for feature, input_ids, labels in zip(encoded, official["input_ids"], official["labels"], strict=True):
+        length = len(feature["input_ids"])
+        assert feature["input_ids"] == input_ids[:length].tolist()
+        assert feature["labels"] == labels[:length].tolist()
+        assert not input_ids[length:].any()
+        assert (labels[length:] == -100).all()
+
+
+def test_prediction_batch_equals_the_official_one(real_tokenizer):
+    skip_without(GOLDEN / "forward.public_mqa.json")
+    settings = json.loads((GOLDEN / "forward.public_mqa.json").read_text())
+    examples, _ = load_examples(ADGEN / "dev.json", "content", "summary")
+    encoded = encode_prediction(
+        examples.select(settings["rows"]),
+        real_tokenizer,
+        max_source_length=settings["max_source_length"],
+        max_target_length=64,
+    )
+    batch = collate_prediction(list(encoded), pad_token_id=real_tokenizer.pad_token_id)
+    assert batch["input_ids"].tolist() == settings["generate"]["input_ids"]
+    padding = [row.count(0) for row in settings["generate"]["input_ids"]]
+    length = batch["input_ids"].shape[1]
+    assert batch["attention_mask"].tolist() == [[0] * pad + [1] * (length - pad) for pad in padding]
+    assert batch["position_ids"].tolist() == [[0] * pad + [*range(length - pad)] for pad in padding]
+
+
+def test_gb18030_file_gives_the_rows_of_the_utf8_file():
+    skip_without(ADGEN / "train.gb18030.json")
+    assert read_rows(ADGEN / "train.gb18030.json") == read_rows(ADGEN / "train.json")
+
+
+# ---- formats and encodings
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("lines.json", as_lines(ROWS)),
+        ("lines.jsonl", as_lines(ROWS)),
+        ("no-final-newline.json", as_lines(ROWS).rstrip("\n")),
+        ("blank-lines.json", "\n" + as_lines(ROWS).replace("\n", "\n\n")),
+        ("windows-line-ends.json", as_lines(ROWS).replace("\n", "\r\n")),
+        ("array.json", json.dumps(ROWS)),
+        ("pretty.json", json.dumps(ROWS, ensure_ascii=False, indent=4)),
+        ("table.csv", 'content,summary\n类型#裤*风格#简约,简约的裤子。\n类型#裙,"好看的裙子 "\n'),
+        ("TABLE.CSV", 'content,summary\r\n类型#裤*风格#简约,简约的裤子。\r\n类型#裙,"好看的裙子 "\r\n'),
+    ],
+)
+def test_every_format_gives_the_same_rows(name, content, write):
+    assert read_rows(write(content, name)) == ROWS
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "gbk", "gb18030", "gb2312"],
+)
+@pytest.mark.parametrize("name", ["train.json", "train.csv"])
+def test_every_encoding_gives_the_same_rows(encoding, name, write):
+    text = (
+        as_lines(ROWS)
+        if name == "train.json"
+        else "content,summary\n类型#裤*风格#简约,简约的裤子。\n类型#裙,好看的裙子 \n"
+    )
+    assert read_rows(write(text.encode(encoding), name)) == ROWS
+
+
+def test_traditional_chinese_in_big5_is_recognised(write):
+    rows = [{"content": "設計", "summary": "這個產品設計簡約，適合日常穿著，顏色鮮豔，價格實惠，歡迎選購。"}] * 3
+    assert read_rows(write(as_lines(rows).encode("big5"))) == rows
+
+
+def test_unicode_line_separators_inside_text_do_not_end_a_row(write):
+    rows = [{"content": "a\u2028b\x85c", "summary": "d"}]
+    assert read_rows(write(rows)) == rows
+
+
+def test_csv_cells_may_hold_commas_quotes_and_line_ends(write):
+    rows = read_rows(write('content,summary\n"a, ""b""\nc",d\n', "train.csv"))
+    assert rows == [{"content": 'a, "b"\nc', "summary": "d"}]
+
+
+# ---- bad input: one clear message each
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "a.json is empty; expected JSON lines, a JSON array or CSV"),
+        ("a.json", " \n\n", "a.json is empty"),
+        ("a.csv", "", "a.csv is empty"),
+        ("a.json", "[]", "a.json holds no rows"),
+        ("a.csv", "content,summary\n", "a.csv holds no rows"),
+        ("a.json", '{"a": "b"}\n{"a": "say "hi""}\n', 'a.json line 2 is not JSON .*column 13.*: {"a": "say "hi""}'),
+        ("a.json", '{"a": "b"}\n\nnonsense' + "x" * 99, "a.json line 3 is not JSON .*: nonsensex{52}…\n"),
+        ("a.json", json.dumps(ROWS[0], indent=2), "a.json line 1 is not JSON .*one whole JSON object per line"),
+        ("a.json", '{"a": "b"}\n["a"]\n', r'a.json line 2 is a list, not a JSON object: \["a"\]'),
+        ("a.json", '"text"\n', "a.json line 1 is text .'text'., not a JSON object"),
+        ("a.json", '[\n {"a": "b"},\n {"a" "b"}\n]', 'a.json line 3 breaks the JSON array .*near: .*{"a" "b"}'),
+        ("a.json", '[{"a": "b"}, 3]', r"a.json row 2 is a number \(3\), not a JSON object"),
+        ("a.csv", "a,b\n1,2\n3,4,five\n", "a.csv row 2 .line 3. has 3 cells but the header names 2 .*'five'"),
+        ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', r'a.csv row 2 \(line 3\) is not CSV \(.*\): "3,4'),
+        ("a.json", random.Random(0).randbytes(3000), r"a.json line \d+, byte \d+ \(0x..\) is no text in UTF-8"),
+        ("a.json", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0", r"a.json line 1, byte 0 \(0x89\) is no text"),
+        ("a.json", as_lines(ROWS * 3).encode()[:-4] + b"\xff\n", r"a.json line 6, byte 386 .* not UTF-8, though"),
+        ("a.json", b"\xff\xfe{", "a.json starts with the byte-order mark of UTF-16 but is not UTF-16"),
+    ],
+)
+def test_unreadable_file_is_refused_by_name_and_place(name, content, message, write):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_rows(write(content, name))
+
+
+def test_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.json does not exist"):
+        load_examples(tmp_path / "absent.json", "content", "summary")
+
+
+def test_folder_in_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder; name a data file in it"):
+        load_examples(tmp_path, "content", "summary")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (
+            {"contents": "a", "summary": "b"},
+            {},
+            "train.json row 2 has no column 'content'; .*: contents, summary; did you mean --prompt_column contents",
+        ),
+        ({"content": "a", "target": "b"}, {}, "row 2 has no column 'summary'; .*name one of them with --response_col"),
+        ({"content": 3.5, "summary": "b"}, {}, r"row 2: column 'content' .*holds a number \(3.5\), expected text"),
+        ({"content": True, "summary": "b"}, {}, r"row 2: column 'content' .*holds a truth value \(true\)"),
+        ({"content": "a", "summary": ["b"]}, {}, "row 2: column 'summary' .*holds a list, expected text"),
+        ({"content": "a", "summary": {"b": 1}}, {}, "row 2: column 'summary' .*holds an object"),
+        ({"content": "a\ud83d", "summary": "b"}, {}, r"row 2: column 'content' holds half a character \(\\ud83d\)"),
+        ({"history": "text"}, {"history_column": "history"}, r"row 2: column 'history' .*list of .* but is text"),
+        ({"history": ["q", "a"]}, {"history_column": "history"}, "row 2: .*item 1 is text"),
+        ({"history": [["q", "a"], ["q"]]}, {"history_column": "history"}, "row 2: .*item 2 is a list of 1"),
+        ({"history": [["q", None]]}, {"history_column": "history"}, r"row 2: .*item 1 contains nothing \(null\)"),
+        ({"history": [{"q": "a"}]}, {"history_column": "history"}, "row 2: .*item 1 is an object"),
+        (
+            {},
+            {"history_column": "histroy"},
+            "train.json row 1 has no column 'histroy'.*did you mean --history_column history",
+        ),
+        (
+            {},
+            {"prompt_column": None},
+            r"--prompt_column is not set; the columns of \S+train.json are: content, summary, history",
+        ),
+    ],
+)
+def test_bad_row_is_refused_by_number_and_column(row, columns, message, write):
+    base = {"content": "a", "summary": "b", "history": []}
+    row = row if "summary" in row or "content" in row else {**base, **row}
+    path = write("".join(json.dumps(each) + "\n" for each in (base, row)))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_examples(path, **{"prompt_column": "content", "response_column": "summary", **columns})
+
+
+@pytest.mark.parametrize("keep_unlabelled", [False, True])
+def test_file_of_empty_rows_only_is_refused(keep_unlabelled, write):
+    path = write([{"content": "", "summary": "b"}, {"content": None, "summary": "b"}])
+    with pytest.raises(ValueError, match="nothing to use: all 2 rows"):
+        load_examples(path, "content", "summary", keep_unlabelled=keep_unlabelled)
+
+
+def test_a_refused_file_leaves_nothing_in_the_cache(write, own_cache):
+    before = sorted(own_cache.rglob("*"))
+    with pytest.raises(ValueError):
+        load_examples(write([{"content": "", "summary": ""}]), "content", "summary")
+    left = [path for path in own_cache.rglob("*") if path not in before and path.is_file()]
+    assert [path for path in left if path.suffix != ".lock"] == []
+
+
+def test_no_samples_are_refused(write):
+    with pytest.raises(ValueError, match="0 samples of .*train.json"):
+        load_examples(write(ROWS), "content", "summary", max_samples=0)
+
+
+# ---- rows that are used and rows that are skipped
+
+
+MIXED = [
+    {"content": "", "summary": "b"},
+    {"content": "c", "summary": "d"},
+    {"content": "e", "summary": None},
+    {"content": "f", "summary": " "},
+    {"content": "g", "summary": "h"},
+]
+
+
+def test_training_skips_and_counts_rows_without_prompt_or_response(write):
+    examples, skipped = load_examples(write(MIXED), "content", "summary")
+    assert (examples["row"][:], examples["prompt"][:], skipped) == ([2, 5], ["c", "g"], 3)
+
+
+def test_prediction_keeps_rows_without_a_response(write):
+    examples, skipped = load_examples(write(MIXED), "content", "summary", keep_unlabelled=True)
+    assert (examples["row"][:], examples["response"][:], skipped) == ([2, 3, 4, 5], ["d", "", " ", "h"], 1)
+
+
+def test_prediction_needs_no_response_column(write):
+    examples, _ = load_examples(write([{"content": "c"}]), "content", None, keep_unlabelled=True)
+    assert examples[0] == {"prompt": "c", "response": "", "history": [], "row": 1}
+
+
+def test_max_samples_takes_the_first_rows_of_the_file_before_skipping(write):
+    examples, skipped = load_examples(write(MIXED), "content", "summary", max_samples=3)
+    assert (examples["row"][:], skipped) == ([2], 2)
+    assert len(load_examples(write(MIXED), "content", "summary", max_samples=99)[0]) == 2
+
+
+def test_history_is_kept_and_may_be_absent_from_a_row(write):
+    rows = [{**ROWS[0], "history": TURNS}, {**ROWS[1], "history": None}, ROWS[1], {**ROWS[1], "history": []}]
+    examples, _ = load_examples(write(rows), "content", "summary", "history")
+    assert examples["history"][:] == [TURNS, [], [], []]
+
+
+def test_an_edited_file_is_read_again_even_with_the_same_time_and_size(write):
+    path = write([{"content": "a", "summary": "b"}])
+    stamp = path.stat().st_mtime_ns
+    load_examples(path, "content", "summary")
+    write([{"content": "c", "summary": "d"}])
+    os.utime(path, ns=(stamp, stamp))
+    assert load_examples(path, "content", "summary")[0][0]["prompt"] == "c"
+
+
+# ---- token ids and labels
+
+
+def encode_one(tokenizer, write, row, history_column=None, **settings):
+    examples, _ = load_examples(write([row]), "content", "summary", history_column)
+    return encode_training(examples, tokenizer, **{"max_source_length": 64, "max_target_length": 64, **settings})[0]
+
+
+def test_prompt_tokens_do_not_contribute_to_loss(tokenizer, write):
+    feature = encode_one(tokenizer, write, ROWS[0])
+    prompt = tokenizer.encode(tokenizer.build_prompt(ROWS[0]["content"]))
+    answer = tokenizer.encode(ROWS[0]["summary"], add_special_tokens=False) + [tokenizer.eos_token_id]
+    assert feature["input_ids"] == prompt + answer
+    assert feature["labels"] == [-100] * len(prompt) + answer
+
+
+def test_without_ignoring_the_pad_token_it_labels_the_prompt(tokenizer, write):
+    feature = encode_one(tokenizer, write, ROWS[0], ignore_pad_token_for_loss=False)
+    masked = encode_one(tokenizer, write, ROWS[0])
+    assert feature["labels"] == [tokenizer.pad_token_id if label == -100 else label for label in masked["labels"]]
+
+
+def test_history_and_source_prefix_stand_in_the_prompt(tokenizer, write):
+    row = {"content": "然后呢", "summary": "好", "history": TURNS}
+    feature = encode_one(tokenizer, write, row, "history", source_prefix="请答：", max_source_length=999)
+    prompt = "请答：" + tokenizer.build_prompt("然后呢", TURNS)
+    assert "[Round 3]" in prompt
+    assert feature["input_ids"][: feature["source_length"]] == tokenizer.encode(prompt)
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_cut_at_the_limit_keeps_lengths_masks_and_the_end_token(offset, tokenizer, write):
+    full = encode_one(tokenizer, write, {"content": "今天" * 20, "summary": "答" * 30}, max_source_length=999)
+    source_limit, target_limit = full["source_length"] + offset, full["target_length"] + offset
+    feature = encode_one(
+        tokenizer,
+        write,
+        {"content": "今天" * 20, "summary": "答" * 30},
+        max_source_length=source_limit,
+        max_target_length=target_limit,
+    )
+    sources, targets = min(full["source_length"], source_limit), min(full["target_length"], target_limit)
+    assert len(feature["input_ids"]) == len(feature["labels"]) == sources + targets + 1
+    assert feature["input_ids"][:sources] == full["input_ids"][:sources]
+    assert feature["input_ids"][-1] == feature["labels"][-1] == tokenizer.eos_token_id
+    assert feature["labels"].count(-100) == sources
+    assert (feature["source_length"], feature["target_length"]) == (full["source_length"], full["target_length"])
+
+
+def test_prediction_features_hold_the_prompt_the_cut_reference_and_the_row(tokenizer, write):
+    examples, _ = load_examples(write(MIXED), "content", "summary", keep_unlabelled=True)
+    encoded = encode_prediction(examples, tokenizer, max_source_length=64, max_target_length=3)
+    assert encoded["row"][:] == [2, 3, 4, 5]
+    assert encoded[0]["input_ids"] == tokenizer.encode(tokenizer.build_prompt("c"))
+    assert encoded[0]["labels"] == tokenizer.encode("d")[:3]
+    assert encoded[1]["labels"] == tokenizer.prefix_tokens
+
+
+def test_source_length_below_the_fixed_part_is_refused_with_the_minimum(tokenizer, write):
+    examples, _ = load_examples(write(ROWS), "content", "summary")
+    minimum = len(tokenizer.encode("前缀" + tokenizer.build_prompt("")))
+    settings = {"source_prefix": "前缀", "max_target_length": 8}
+    for encode in (encode_training, encode_prediction):
+        with pytest.raises(ValueError, match=rf"--max_source_length {minimum - 1} .*at least {minimum} "):
+            encode(examples, tokenizer, max_source_length=minimum - 1, **settings)
+        assert len(encode(examples, tokenizer, max_source_length=minimum, **settings)) == 2
+
+
+def test_target_length_of_nothing_is_refused(tokenizer, write):
+    examples, _ = load_examples(write(ROWS), "content", "summary")
+    with pytest.raises(ValueError, match="--max_target_length 0"):
+        encode_training(examples, tokenizer, max_source_length=64, max_target_length=0)
+
+
+# ---- cache and workers
+
+
+def encode_file(path, tokenizer, **settings):
+    examples, _ = load_examples(path, "content", "summary")
+    return encode_training(examples, tokenizer, **{"max_source_length": 64, "max_target_length": 64, **settings})
+
+
+def test_features_are_computed_once_and_again_when_asked(tokenizer, write, monkeypatch):
+    calls = []
+    encode_batch = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: calls.append(texts) or encode_batch(texts))
+    path = write([{"content": "once", "summary": "only"}])
+    encode_file(path, tokenizer)
+    first = len(calls)
+    calls.clear()
+    encode_file(path, tokenizer)
+    assert len(calls) == 1 < first  # only the check of the lengths
+    calls.clear()
+    encode_file(path, tokenizer, overwrite_cache=True)
+    assert len(calls) == first
+
+
+def test_cached_features_change_with_settings_vocabulary_and_code(tokenizer, tmp_path, write, monkeypatch):
+    path = write(ROWS)
+    base = encode_file(path, tokenizer)._fingerprint
+    assert encode_file(path, tokenizer, num_workers=2)._fingerprint == base
+    others = {
+        encode_file(path, tokenizer, max_source_length=63)._fingerprint,
+        encode_file(path, tokenizer, max_target_length=63)._fingerprint,
+        encode_file(path, tokenizer, source_prefix="a")._fingerprint,
+        encode_file(path, tokenizer, ignore_pad_token_for_loss=False)._fingerprint,
+    }
+    monkeypatch.setattr(tokenizer, "model_sha256", "another vocabulary")
+    others.add(encode_file(path, tokenizer)._fingerprint)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_code_sha256", lambda: "other code")
+    others.add(encode_file(path, tokenizer)._fingerprint)
+    assert len(others | {base}) == 7
+
+
+def test_ranks_that_start_together_share_one_cache(tokenizer_folder, tokenizer, tmp_path, write, monkeypatch):
+    path = write([{"content": f"问题{i}", "summary": f"答{i}"} for i in range(50)])
+    code = (
+        "import sys, data; from tokenization_chatglm import ChatGLMTokenizer\n"
+        "examples, _ = data.load_examples(sys.argv[1], 'content', 'summary')\n"
+        "tokenizer = ChatGLMTokenizer.from_pretrained(sys.argv[2])\n"
+        "encoded = data.encode_training(examples, tokenizer, max_source_length=64, max_target_length=64)\n"
+        "print(encoded._fingerprint, len(encoded), encoded[7]['labels'])"
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(tokenizer_folder)],
+            cwd=Path(data.__file__).parent,
+            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    here = encode_file(path, tokenizer)
+    assert outputs[0][0] == outputs[1][0]
+    assert outputs[0][0].split(maxsplit=2)[1:] == ["50", str(here[7]["labels"]) + "\n"]
+
+
+def test_many_workers_on_a_larger_file_give_the_same_features(tokenizer, write, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_PER_WORKER", 20)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    path = write([{"content": f"问题{i}", "summary": f"答{i}" * (i % 7 + 1)} for i in range(60)])
+    alone = encode_file(path, tokenizer)[:]
+    together = encode_file(path, tokenizer, num_workers=10, overwrite_cache=True)
+    assert together[:] == alone
+
+
+# ---- batches
+
+
+def feature(length, first=1):
+    ids = list(range(first, first + length))
+    return {"input_ids": ids, "labels": [-100, *ids[1:]], "source_length": 1, "row": 7}
+
+
+def test_training_batch_is_padded_on_the_right_to_a_multiple_of_8():
+    import torch
+
+    batch = collate_training([feature(3), feature(9)], pad_token_id=0)
+    assert list(batch) == ["input_ids", "labels"]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
+    assert batch["input_ids"][0].tolist() == [1, 2, 3] + [0] * 13
+    assert batch["labels"][0].tolist() == [-100, 2, 3] + [-100] * 13
+    assert collate_training([feature(8)], pad_token_id=0)["input_ids"].shape == (1, 8)
+
+
+def test_padding_labels_can_be_other_than_ignored():
+    batch = collate_training([feature(3)], pad_token_id=0, label_pad_id=0)
+    assert batch["labels"][0].tolist() == [-100, 2, 3, 0, 0, 0, 0, 0]
+
+
+def test_prediction_batch_is_padded_on_the_left_and_its_labels_on_the_right():
+    batch = collate_prediction([feature(2), feature(4)], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[0, 0, 1, 2], [1, 2, 3, 4]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, 2, 3, 4]]
+
+
+# ---- what the user sees
+
+
+def test_description_counts_rows_and_cut_texts_and_marks_what_is_learned(tokenizer, write):
+    rows = [{"content": "今天", "summary": "答" * size} for size in (3, 3, 3, 30)] + [{"content": "", "summary": ""}]
+    examples, skipped = load_examples(write(rows), "content", "summary")
+    encoded = encode_training(examples, tokenizer, max_source_length=64, max_target_length=10)
+    text = describe_training(encoded, tokenizer, skipped=skipped, max_source_length=64, max_target_length=10)
+    assert "5 rows read, 1 skipped (empty prompt or response), 4 used" in text
+    assert "25% of the responses lose their end at 10 tokens; raise --max_target_length" in text
+    assert "of the prompts" not in text
+    assert text.endswith("[gMASK] sop [Round 1]\n\n问：今天\n\n答：⟦答答答 </s>⟧")
+    response = next(line for line in text.splitlines() if line.strip().startswith("response"))
+    assert response.split()[-2:] == ["10", "25.0%"]
+
+
+def test_importing_the_module_leaves_the_slow_libraries_alone():
+    code = "import sys, data; print([name for name in ('datasets', 'torch', 'pandas') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
