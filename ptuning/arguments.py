@@ -237,10 +237,17 @@ def parse_arguments(argv):
     if "ddp_broadcast_buffers" not in given:
         argv += ["--ddp_broadcast_buffers", "false"]  # integer weights are buffers, and never change
     parser = HfArgumentParser(classes, prog="main.py", allow_abbrev=False)
+    parser.error = refuse  # instead of a page of usage
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    if "do_eval" not in given:
+        training_args.do_eval = False  # transformers turns it on for any eval_strategy; here it means --do_eval
     check(model_args, data_args, training_args)
     training_args.remove_unused_columns = False  # the collators pick what they need
     return model_args, data_args, training_args, notes
+
+
+def refuse(message):
+    raise ValueError(f"{message[0].upper()}{message[1:]}. See python ptuning/main.py --help.")
 
 
 def check(model_args, data_args, training_args):
@@ -250,6 +257,8 @@ def check(model_args, data_args, training_args):
     for action, file in (("train", "train"), ("eval", "validation"), ("predict", "test")):
         if getattr(training_args, f"do_{action}") and not getattr(data_args, f"{file}_file"):
             raise ValueError(f"--do_{action} needs --{file}_file.")
+    if training_args.eval_strategy != "no" and not data_args.validation_file:
+        raise ValueError(f"--eval_strategy {training_args.eval_strategy.value} needs --validation_file.")
     if model_args.pre_seq_len is not None and model_args.pre_seq_len < 1:
         raise ValueError(
             f"--pre_seq_len {model_args.pre_seq_len}: expected at least 1 virtual token (leave it out for no prefix)."

@@ -85,13 +85,6 @@ def main():
         prefix_dropout=model_args.prefix_dropout,
     )
     tokenizer = load_tokenizer(folder, config)
-    max_length = training_args.generation_max_length or (data_args.max_source_length + data_args.max_target_length + 1)
-    if max_length > config.seq_length:
-        raise ValueError(
-            f"--max_source_length {data_args.max_source_length} and --max_target_length "
-            f"{data_args.max_target_length} make sequences of {max_length} tokens; {folder} was made for "
-            f"{config.seq_length}. Lower one of them."
-        )
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
     train_data = eval_data = None
@@ -104,6 +97,8 @@ def main():
                 say("--validation_file is not read: --eval_strategy steps gives a dev loss, --do_eval metrics.")
         splits = [name for name in ("eval", "predict") if getattr(training_args, f"do_{name}")]
         prompts = {name: read_split(name, data_args, tokenizer, encode_prediction) for name in splits}
+    for dataset in filter(None, (train_data, eval_data)):
+        check_fits(dataset, config.seq_length, data_args)
 
     # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
     dtype, reason = choose_dtype(training_args.device, training_args.fp16, training_args.bf16)
@@ -125,6 +120,7 @@ def main():
 
     # ------------------------------------------------------------------ 6. Trainer
     sampling = {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
+    max_length = data_args.max_source_length + data_args.max_target_length + 1  # of prompt and answer together
     label_pad_id = -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
     trainer = PrefixTrainer(
         model=model,
@@ -137,7 +133,7 @@ def main():
         generation_config=generation_config(
             tokenizer,
             config,
-            max_length=max_length,
+            max_length=min(training_args.generation_max_length or max_length, config.seq_length),
             num_beams=data_args.num_beams or training_args.generation_num_beams or 1,
             do_sample=data_args.do_sample,
             **(sampling if data_args.do_sample else {}),
@@ -286,6 +282,21 @@ def read_split(split, data_args, tokenizer, encode):
         **lengths,
     )
     return encoded, rows_skipped
+
+
+def check_fits(dataset, seq_length, data_args):
+    """ValueError where a training example is longer than the model was made for."""
+    source_lengths, target_lengths = dataset["source_length"], dataset["target_length"]
+    longest = max(
+        min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
+        for source, target in zip(source_lengths, target_lengths, strict=True)
+    )
+    if longest > seq_length:
+        raise ValueError(
+            f"The longest example has {longest} tokens, but the model was made for {seq_length} (seq_length in its "
+            f"config.json). Lower --max_source_length {data_args.max_source_length} or "
+            f"--max_target_length {data_args.max_target_length}."
+        )
 
 
 def describe_schedule(training_args, num_rows, model):

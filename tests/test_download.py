@@ -150,3 +150,9 @@ def test_wget_serves_where_there_is_no_curl(server, target, tmp_path):
     (target / "dev.json").write_text("earlier dev\n")
     (target / "train.json").write_text("earlier train\n")
     assert_nothing_changed(target, download(target, f"{url}/data.tar.gz", path=str(tools)), "could not fetch")
+
+
+def test_the_checksum_in_the_script_and_the_readme_is_adgens(shared):
+    checksum = hashlib.sha256((shared / "AdvertiseGen" / "dev.json").read_bytes()).hexdigest()
+    for name in ("download.sh", "README.md"):
+        assert checksum in (ROOT / "AdvertiseGen" / name).read_text(encoding="utf-8")

@@ -1,0 +1,162 @@
+"""The command line: the flags of 2023, the scripts' command lines, mistakes."""
+
+import json
+import shlex
+
+import pytest
+
+from arguments import parse_arguments, translate_flags
+
+TRAIN = """--do_train --train_file AdvertiseGen/train.json --validation_file AdvertiseGen/dev.json
+--preprocessing_num_workers 10 --prompt_column content --response_column summary --overwrite_cache
+--model_name_or_path THUDM/chatglm2-6b --output_dir output/adgen-chatglm2-6b-pt-128-2e-2 --overwrite_output_dir
+--max_source_length 64 --max_target_length 128 --per_device_train_batch_size 1 --per_device_eval_batch_size 1
+--gradient_accumulation_steps 16 --predict_with_generate --max_steps 3000 --logging_steps 10 --save_steps 1000
+--learning_rate 2e-2 --pre_seq_len 128 --quantization_bit 4"""
+EVALUATE = """--do_predict --validation_file AdvertiseGen/dev.json --test_file AdvertiseGen/dev.json --overwrite_cache
+--prompt_column content --response_column summary --model_name_or_path THUDM/chatglm2-6b
+--ptuning_checkpoint ./output/adgen-chatglm2-6b-pt-128-2e-2/checkpoint-3000
+--output_dir ./output/adgen-chatglm2-6b-pt-128-2e-2 --overwrite_output_dir --max_source_length 64
+--max_target_length 64 --per_device_eval_batch_size 1 --predict_with_generate --pre_seq_len 128 --quantization_bit 4"""
+MINIMAL = "--do_train --train_file t.json --output_dir output/run"
+
+
+def parse(line):
+    return parse_arguments(shlex.split(line))
+
+
+def test_the_official_training_command_line_means_what_it_meant():
+    model_args, data_args, training_args, notes = parse(TRAIN)
+    assert (model_args.pre_seq_len, model_args.quantization_bit, model_args.prefix_projection) == (128, 4, None)
+    assert (data_args.prompt_column, data_args.max_source_length, data_args.max_target_length) == ("content", 64, 128)
+    assert data_args.overwrite_cache and data_args.ignore_pad_token_for_loss
+    assert training_args.overwrite_output_dir and training_args.predict_with_generate and training_args.do_train
+    assert (training_args.max_steps, training_args.save_steps, training_args.logging_steps) == (3000, 1000, 10)
+    assert (training_args.learning_rate, training_args.gradient_accumulation_steps) == (2e-2, 16)
+    assert notes == []
+
+
+def test_the_official_evaluation_command_line_means_what_it_meant():
+    model_args, data_args, training_args, notes = parse(EVALUATE)
+    assert training_args.do_predict and not training_args.do_train
+    assert model_args.ptuning_checkpoint.endswith("checkpoint-3000")
+    assert (data_args.do_sample, data_args.top_p, data_args.temperature) == (True, 0.7, 0.95)
+    assert notes == []
+
+
+def test_defaults_of_the_optimizer_are_the_official_ones():
+    training_args = parse(MINIMAL)[2]
+    assert training_args.weight_decay == 0.0
+    assert (training_args.adam_beta1, training_args.adam_beta2, training_args.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert training_args.max_grad_norm == 1.0
+    assert training_args.lr_scheduler_type == "linear"
+    assert training_args.warmup_steps == 0
+    assert training_args.seed == 42
+
+
+def test_nan_losses_are_not_filtered_out_of_the_log():
+    assert parse(MINIMAL)[2].logging_nan_inf_filter is False
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "value"),
+    [
+        ("--evaluation_strategy steps --validation_file d.json", "eval_strategy", "steps"),
+        ("--no_cuda", "use_cpu", True),
+        ("--warmup_ratio 0.1", "warmup_steps", 0.1),
+        ("--group_by_length", "train_sampling_strategy", "group_by_length"),
+        ("--per_gpu_train_batch_size 3", "per_device_train_batch_size", 3),
+        ("--gradient_checkpointing", "gradient_checkpointing", True),
+        ("--no-cuda", "use_cpu", True),
+    ],
+)
+def test_a_renamed_flag_is_mapped(old, name, value):
+    assert getattr(parse(f"{MINIMAL} {old}")[2], name) == value
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        "--use_fast_tokenizer true",
+        "--lang zh",
+        "--save_safetensors false",
+        "--half_precision_backend auto",
+        "--pad_to_max_length",
+    ],
+)
+def test_a_flag_without_effect_is_accepted_and_said(old):
+    notes = parse(f"{MINIMAL} {old}")[3]
+    assert len(notes) == 1
+    assert notes[0].startswith(old.split()[0]) and "no effect" in notes[0]
+
+
+def test_of_a_flag_given_twice_the_last_counts_and_it_is_said():
+    _, _, training_args, notes = parse(f"{MINIMAL} --max_steps 5 --max_steps 7")
+    assert training_args.max_steps == 7
+    assert "--max_steps is given more than once" in notes[0] and "7" in notes[0]
+
+
+def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
+    settings = {
+        "do_train": True,
+        "train_file": "t.json",
+        "output_dir": "output/run",
+        "learning_rate": 0.02,
+        "pre_seq_len": 16,
+        "overwrite_output_dir": False,
+        "history_column": None,
+        "evaluation_strategy": "no",
+    }
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings))
+    model_args, data_args, training_args, _ = parse_arguments([str(file)])
+    assert (model_args.pre_seq_len, training_args.learning_rate) == (16, 0.02)
+    assert data_args.history_column is None
+    assert training_args.overwrite_output_dir is False
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{MINIMAL} --lerning_rate 1", r"Unknown flag --lerning_rate. Did you mean --learning_rate\?"),
+        (f"{MINIMAL} --max_steps many", "--max_steps.*invalid int value: 'many'"),
+        (f"{MINIMAL} --zzz", "Unknown flag --zzz"),
+        ("do_train --x", "Stray word 'do_train'"),
+        ("--do_train --train_file t.json", "--output_dir is missing"),
+        ("--output_dir o", "Nothing to do"),
+        ("--do_train --output_dir o", "--do_train needs --train_file"),
+        ("--do_predict --output_dir o", "--do_predict needs --test_file"),
+        ("--do_eval --output_dir o", "--do_eval needs --validation_file"),
+        (f"{MINIMAL} --eval_strategy steps", "--eval_strategy steps needs --validation_file"),
+        (f"{MINIMAL} --pre_seq_len 0", "--pre_seq_len 0: expected at least 1"),
+        (f"{MINIMAL} --prefix_dropout 1.5", "--prefix_dropout 1.5"),
+        (f"{MINIMAL} --max_source_length 0", "--max_source_length 0"),
+        (f"{MINIMAL} --max_train_samples 0", "--max_train_samples 0"),
+        (f"{MINIMAL} --top_p 0", "--top_p 0"),
+        (f"{MINIMAL} --temperature 0", "--do_sample false is greedy"),
+    ],
+)
+def test_a_mistake_is_named_with_what_to_do(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse(line)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_broken_settings_file_is_named(text, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"settings\.json"):
+        parse_arguments([str(file)])
+
+
+def test_a_missing_settings_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        parse_arguments(["none.json"])
+
+
+def test_a_dev_loss_during_training_does_not_turn_on_the_generation_at_the_end():
+    assert parse(f"{MINIMAL} --eval_strategy steps --validation_file d.json")[2].do_eval is False
+
+
+def test_a_flag_that_transformers_still_has_is_left_alone():
+    assert translate_flags(["--adafactor", "true"], {"adafactor"}) == (["--adafactor", "true"], [])

@@ -1,0 +1,148 @@
+"""train.sh and evaluate.sh as a user runs them, and main.py under torchrun with several processes."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT, SAMPLE, TINY
+from test_arguments import EVALUATE, TRAIN
+from test_main import TRAIN_SETTINGS, flags, losses, predictions
+
+pytestmark = pytest.mark.slow
+
+
+def bash(command, timeout=600, cwd=ROOT, **environment):
+    environment = {**os.environ, "WANDB_MODE": "disabled", **{key: str(value) for key, value in environment.items()}}
+    for name in ("MODEL", "DATA", "OMP_NUM_THREADS"):
+        if name not in environment:
+            environment.pop(name, None)
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
+    )
+
+
+def torchrun(processes, words):
+    return f"torchrun --standalone --nnodes=1 --nproc-per-node={processes} {shlex.join(map(str, words))}"
+
+
+def test_train_and_evaluate_on_the_tiny_model_learn(tmp_path):
+    # The defaults of MODEL=tiny, in an output folder of the test's own.
+    done = bash(f"bash train.sh --output_dir {tmp_path} --logging_steps 50", MODEL="tiny")
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    dev_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert dev_losses[-1] <= 0.75 * dev_losses[0]
+
+    steps = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    tuned = bash(
+        f"bash evaluate.sh --ptuning_checkpoint {tmp_path}/checkpoint-{steps[-1]} --output_dir {tmp_path}/tuned",
+        MODEL="tiny",
+    )
+    assert tuned.returncode == 0, tuned.stderr[-3000:]
+    untuned = bash(
+        f"python ptuning/main.py --do_predict --test_file {SAMPLE}/dev.json --prompt_column content "
+        f"--response_column summary --model_name_or_path {TINY} --max_source_length 64 --max_target_length 64 "
+        f"--per_device_eval_batch_size 60 --output_dir {tmp_path}/untuned"
+    )
+    assert untuned.returncode == 0, untuned.stderr[-3000:]
+    results = [
+        json.loads((tmp_path / name / "predict_results.json").read_text())["predict_bleu-4"]
+        for name in ("tuned", "untuned")
+    ]
+    assert results[0] >= 2 * results[1]
+
+
+def test_the_scripts_defaults_find_each_others_run():
+    # evaluate.sh looks where train.sh wrote: the two name the run by the same rule.
+    names = [re.search(r"CHECKPOINT:-(\S+)}", (ROOT / script).read_text())[1] for script in ("train.sh", "evaluate.sh")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh", "train_chat.sh"])
+def test_without_a_model_the_script_says_where_to_get_one(script):
+    done = bash(f"bash {script}")
+    assert done.returncode == 2
+    for hint in ("THUDM/chatglm2-6b", "HF_ENDPOINT", "modelscope", "./chatglm2-6b", "MODEL=tiny bash train.sh"):
+        assert hint in done.stderr
+
+
+def test_without_data_the_script_says_where_to_get_it():
+    done = bash("bash train.sh", MODEL=TINY, DATA="nowhere")
+    assert done.returncode == 2
+    for hint in ("nowhere/train.json does not exist", "AdvertiseGen/download.sh", "MODEL=tiny bash train.sh"):
+        assert hint in done.stderr
+
+
+def test_a_mistake_under_torchrun_ends_in_one_message_and_status_2(tmp_path):
+    done = bash(f"bash train.sh --output_dir {tmp_path}/run --prompt_column contents", MODEL="tiny")
+    assert done.returncode == 2
+    assert "did you mean --prompt_column content?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_chat_trains_on_histories(tmp_path):
+    rows = [
+        {"prompt": "再短一点", "response": "好的。", "history": [["写一句话", "白色的杯子很好看。"]]},
+        {"prompt": "你好", "response": "你好！", "history": []},
+    ]
+    for name in ("train.json", "dev.json"):
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    done = bash(f"bash train_chat.sh --max_steps 2 --output_dir {tmp_path}/run", MODEL="tiny", DATA=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[Round 2]" in done.stdout
+
+
+def replaced(line, **values):
+    """An official command line with some flags' values replaced."""
+    words = shlex.split(line)
+    for name, value in values.items():
+        words[words.index(f"--{name}") + 1] = str(value)
+    return words
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["from the project root", "from inside ptuning/"])
+def test_the_official_command_lines_run(inside, tmp_path):
+    files = {"train_file": SAMPLE / "train.json", "validation_file": SAMPLE / "dev.json"}
+    train = replaced(TRAIN, model_name_or_path=TINY, max_steps=1, output_dir=tmp_path, **files)
+    program, folder = ("main.py", ROOT / "ptuning") if inside else ("ptuning/main.py", ROOT)
+    done = bash(torchrun(1, [program, *train, "--max_train_samples", 20]), cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = {"test_file": SAMPLE / "dev.json", "validation_file": SAMPLE / "dev.json"}
+    evaluate = replaced(
+        EVALUATE,
+        model_name_or_path=TINY,
+        output_dir=tmp_path,
+        ptuning_checkpoint=tmp_path / "checkpoint-1",
+        **files,
+    )
+    done = bash(torchrun(1, [program, *evaluate, "--max_predict_samples", 2]), cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(predictions(tmp_path)) == 2
+
+
+def test_two_processes_train_like_one(tmp_path):
+    settings = {**TRAIN_SETTINGS, "prefix_dropout": 0, "gradient_accumulation_steps": 1}
+    for processes, batch_size in ((1, 8), (2, 4)):
+        folder = tmp_path / str(processes)
+        words = flags({**settings, "per_device_train_batch_size": batch_size, "output_dir": folder})
+        done = bash(torchrun(processes, ["ptuning/main.py", *words]), OMP_NUM_THREADS=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"x {processes} processes = 8 rows a step" in done.stdout
+        assert done.stdout.count("rows read") == 1  # only one process talks
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+
+
+def test_two_processes_predict_every_row_once_and_in_order(tmp_path):
+    common = f"--do_predict --test_file {SAMPLE}/dev.json --prompt_column content --response_column summary"
+    common += f" --model_name_or_path {TINY} --max_predict_samples 7 --per_device_eval_batch_size 2 --do_sample false"
+    common += " --max_source_length 64 --max_target_length 8"
+    for processes in (1, 2):
+        words = [*shlex.split(common), "--output_dir", tmp_path / str(processes)]
+        done = bash(torchrun(processes, ["ptuning/main.py", *words]), OMP_NUM_THREADS=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["row"] for line in predictions(tmp_path / "2")] == [1, 2, 3, 4, 5, 6, 7]
+    assert predictions(tmp_path / "2") == predictions(tmp_path / "1")
