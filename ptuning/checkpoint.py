@@ -240,7 +240,9 @@ def load_model(folder, *, config=None, dtype=torch.float32, device="cpu", quanti
                 tensors = {stored_name: weight, stored_name + "_scale": scale}
             for name, tensor in tensors.items():
                 check_tensor(tensor, name, expected[name], file)
-                place_tensor(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                if tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
+                    tensor = tensor.to(dtype)
+                place_tensor(model, name, tensor)
                 missing.discard(name)
     problems = [
         f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"

@@ -40,6 +40,7 @@ from data import (
     load_examples,
 )
 from metrics import metric_table, score_all
+from quantization import QuantizedLinear
 from trainer import PrefixTrainer, plot_loss
 
 TOP_K = 50  # transformers 4's default for sampling, which the official scripts left in place
@@ -309,19 +310,16 @@ def describe_schedule(training_args, num_rows, model):
     if steps <= 0:
         steps = round(training_args.num_train_epochs * steps_per_epoch)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = trainable + sum(tensor.numel() for tensor in frozen_tensors(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):  # its integers are buffers, for int4 two in a byte
+            total += module.in_features * module.out_features + (0 if module.bias is None else module.out_features)
     return (
         f"Batch: {training_args.per_device_train_batch_size} rows x {training_args.gradient_accumulation_steps} "
         f"accumulated x {training_args.world_size} processes = {batch_size} rows a step; "
         f"{steps} steps = {steps / steps_per_epoch:.2f} epochs of {num_rows} rows.\n"
         f"Trainable: {trainable:,} of {total:,} parameters ({trainable / total:.3%})."
     )
-
-
-def frozen_tensors(model):
-    """Weights that do not train; integer ones are buffers."""
-    yield from (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    yield from model.buffers()
 
 
 # ---------------------------------------------------------------------- after predicting

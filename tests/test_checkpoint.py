@@ -21,6 +21,7 @@ from checkpoint import (
     resolve_folder,
     save_prefix,
 )
+from quantization import quantize_model_
 
 CONFIG = {"model_type": "chatglm", "torch_dtype": "float16", **OFFICIAL_FIELDS, **SYNTHETIC["config"]}
 INPUT_IDS = torch.tensor(SYNTHETIC["input_ids"])
@@ -175,6 +176,26 @@ def test_python_files_in_the_folder_are_never_run(folder, tmp_path):
         (folder / name).write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     load_model(folder)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantizing_while_loading_equals_quantizing_the_loaded_model(bits, base, folder):
+    quantize_model_(base, bits)
+    loaded = load_model(folder, quantization_bit=bits)
+    assert torch.equal(loaded(INPUT_IDS).logits, base(INPUT_IDS).logits)
+    assert loaded.config.quantization_bit == bits
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_folder_of_integer_weights_loads_directly_and_is_not_quantized_twice(bits, base, tmp_path):
+    quantize_model_(base, bits)
+    folder = write_folder(tmp_path / "base", base.state_dict())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_bit": bits}))
+    for asked in (None, bits):
+        assert torch.equal(load_model(folder, quantization_bit=asked)(INPUT_IDS).logits, base(INPUT_IDS).logits)
+    with pytest.raises(ValueError, match="not quantized twice"):
+        load_model(folder, quantization_bit=12 - bits)
 
 
 # ---- which folder

@@ -1,0 +1,288 @@
+"""Frozen linear layers with int8 or int4 weights: quantize, swap in, run forward and backward.
+
+Answers to the official `quantization.py`. Same scheme and same names, so that the published int4 / int8 folders load:
+
+    scale  (out,)            = max |w| over the row / (2^(bits-1) - 1), in the weights' own dtype
+    weight (out, in)    int8 = round(w / scale)
+    weight (out, in/2)  int8   for 4 bits: two columns in a byte, the even one in the high nibble, the odd one in
+                               the low, both two's complement
+
+What differs: everything is plain torch ops and runs on any device, no compiled kernels; weights are buffers, so no
+optimizer and no `requires_grad_` can reach them; backward computes the gradient of the input only (the official code
+also multiplies out a weight gradient and drops it); a quotient that rounds past the largest integer is clamped, where
+the official code lets it wrap and the row's largest weight changes its sign (in bf16 one int8 row in six; in fp16 only
+rows whose weights are all below 0.001).
+
+Memory and time: on a CPU the float weight never exists as a whole. It is dequantized block by block into one buffer of
+a few MB, which stays in the cache between the conversion and the product: much faster than a full-size temporary, whose
+fresh pages must be mapped on every call. Backward dequantizes again, so nothing but the integers is kept for it. On
+other devices the weight is dequantized in one piece: fewer, larger kernels.
+
+With DistributedDataParallel set `broadcast_buffers=False` (`--ddp_broadcast_buffers False`): the weights are buffers,
+and the default sends every buffer to every rank on every forward.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SUPPORTED_BITS = (4, 8)
+# In every block of transformer.encoder.layers. Norms, biases, embedding, prefix and output layer stay float.
+QUANTIZED_MODULES = (
+    "self_attention.query_key_value",
+    "self_attention.dense",
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+)
+QUANTIZED_WEIGHT_NAME = re.compile(
+    r"transformer\.encoder\.layers\.\d+\.(" + "|".join(map(re.escape, QUANTIZED_MODULES)) + r")\.weight"
+)
+CPU_BLOCK_ELEMENTS = 2**20  # weights dequantized at a time on a CPU: 4 MB in float32
+
+
+def check_quantization_bit(bits: int | None, already: int | None = None) -> int:
+    """Bits of the linear weights once the model is loaded: 4, 8, or 0 for float weights.
+
+    `bits` is what the user asks for (None: nothing), `already` is `quantization_bit` of the base model's config.json
+    (None and 0: float weights). Raises ValueError for an unsupported value and for a folder that is quantized to
+    another width; the same width is accepted and means that the folder is loaded as it is.
+    """
+    already = already or 0
+    if already not in (0, *SUPPORTED_BITS):
+        raise ValueError(
+            f"config.json of the base model has quantization_bit {already}; int4 and int8 weights can be loaded. "
+            "Use a ChatGLM2-6B, ChatGLM2-6B-int4 or ChatGLM2-6B-int8 folder."
+        )
+    if bits is None:
+        return already
+    if bits in (16, 32):
+        raise ValueError(
+            f"--quantization_bit {bits} makes no sense: 16 and 32 bits are the float weights themselves. "
+            "Leave the flag out for a model that is not quantized, or give 4 or 8."
+        )
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(
+            f"--quantization_bit {bits} is not supported. Give 4 or 8, or leave the flag out for float weights."
+        )
+    if already and bits != already:
+        raise ValueError(
+            f"--quantization_bit {bits} was given, but the base model's weights are int{already} already "
+            f"(quantization_bit {already} in its config.json) and are not quantized twice. Leave the flag out to use "
+            f"them as they are, or give the folder of the float model."
+        )
+    return bits
+
+
+def is_quantized_weight(name: str) -> bool:
+    """Whether this state-dict name is the weight of a layer that gets quantized; its scale is `name + "_scale"`."""
+    return QUANTIZED_WEIGHT_NAME.fullmatch(name) is not None
+
+
+def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Float (out, in) -> int8 (out, in), for 4 bits packed (out, in // 2), and scale (out,) in the weight's dtype.
+
+    On the weight's own device. Give the weight in the checkpoint's dtype, before any cast: only then are the integers
+    the official ones, and a scale rounded to bf16 shifts its whole row by up to 0.4%.
+    Rows of zeros get scale 0 and integers 0, as official in effect (there 0 / 0 is NaN, which the cast to int8 happens
+    to turn into 0). Raises ValueError for infinite or NaN weights, and for an odd `in` with 4 bits.
+    """
+    packed_columns(weight.shape[1], bits)
+    largest = 2 ** (bits - 1) - 1
+    lowest_weight, highest_weight = torch.aminmax(weight, dim=1)
+    scale = torch.maximum(lowest_weight.abs(), highest_weight.abs()) / largest
+    if not torch.isfinite(scale).all():
+        raise ValueError(
+            "the weight holds infinite or NaN values and cannot be quantized. Check the base model's files."
+        )
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+    quantized = (weight / divisor[:, None]).round_().clamp_(-largest, largest).to(torch.int8)
+    return (pack_int4(quantized) if bits == 4 else quantized), scale
+
+
+def dequantize_weight(
+    quantized: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The float weight (out, in) that `quantize_weight`'s result stands for, rounded to `dtype` once.
+
+    Written to `out`, a contiguous tensor of that shape and dtype, if given.
+    """
+    integers = unpack_int4(quantized) if bits == 4 else quantized
+    weight = integers.to(dtype) if out is None else out.copy_(integers)  # exact: integers up to 127 fit every dtype
+    return weight.mul_(scale[:, None])
+
+
+def packed_columns(in_features: int, bits: int) -> int:
+    """Columns of the int8 tensor that holds `in_features` weights a row. ValueError for an odd number with 4 bits."""
+    if bits == 4 and in_features % 2:
+        raise ValueError(
+            f"int4 packs two columns in one byte and needs an even number of columns, but the weight has "
+            f"{in_features}. Use --quantization_bit 8, or leave the flag out."
+        )
+    return in_features * bits // 8
+
+
+def pack_int4(quantized: Tensor) -> Tensor:
+    """int8 (out, in) with values -8 to 7 -> int8 (out, in // 2). The columns are even in number."""
+    return (quantized[:, 0::2] << 4) | (quantized[:, 1::2] & 0x0F)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """int8 (out, in // 2) -> int8 (out, in) with values -8 to 7: `pack_int4` undone.
+
+    Works on the sign-extended byte in 16 bits, whose two bytes (little endian) are to hold the even column, then the
+    odd one: half the memory traffic of unpacking both into tensors of their own and interleaving them.
+    """
+    wide = packed.to(torch.int16)
+    odd_column = (wide << 12) >> 4  # sign-extended in the upper byte, zeros in the lower
+    even_column = (wide >> 4).bitwise_and_(0xFF)
+    return odd_column.bitwise_or_(even_column).view(torch.int8)
+
+
+def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of output rows and their float weights: a few MB at a time on a CPU, all rows at once elsewhere.
+
+    On a CPU every block lies in the same buffer and is overwritten by the next.
+    """
+    if weight.device.type != "cpu":
+        yield slice(None), dequantize_weight(weight, scale, bits, dtype)
+        return
+    num_rows, in_features = weight.shape[0], weight.shape[1] * 8 // bits
+    step = min(num_rows, max(1, CPU_BLOCK_ELEMENTS // in_features))
+    buffer = torch.empty(step, in_features, dtype=dtype)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        yield rows, dequantize_weight(weight[rows], scale[rows], bits, dtype, out=buffer[: rows.stop - start])
+
+
+class _FrozenQuantizedProduct(torch.autograd.Function):
+    """input (..., in) x dequantized weight (out, in) transposed -> (..., out), with a gradient for the input only."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)  # references to the buffers, no copies
+        ctx.bits = bits
+        outputs = [F.linear(input, block) for _, block in _dequantized_blocks(weight, scale, bits, input.dtype)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        in_features = weight.shape[1] * 8 // ctx.bits
+        # In float32 on a CPU: half precision would round at every block that is added, and on a CPU without
+        # instructions for it this product (the weight not transposed) takes some 10 to 100 times as long.
+        dtype = grad_output.dtype
+        if grad_output.device.type == "cpu":
+            dtype = torch.promote_types(dtype, torch.float32)
+        grad_rows = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
+        grad_input = grad_rows.new_zeros(grad_rows.shape[0], in_features)
+        for rows, block in _dequantized_blocks(weight, scale, ctx.bits, dtype):
+            grad_input.addmm_(grad_rows[:, rows], block)
+        grad_input = grad_input.to(grad_output.dtype).view(*grad_output.shape[:-1], in_features)
+        return grad_input, None, None, None
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` with frozen int8 or int4 weights. Input (..., in) float32 / bf16 / fp16, output (..., out) alike.
+
+    Buffers, under the official state-dict names: `weight` int8, `weight_scale` (out,) and, with `bias`, `bias` (out,),
+    the two latter in `dtype`. It starts empty: fill it with `load_state_dict`, or from a float layer with
+    `from_linear`. Raises ValueError for an odd `in_features` with 4 bits.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        columns = packed_columns(in_features, bits)
+        self.register_buffer("weight", torch.empty(out_features, columns, device=device, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(out_features, device=device, dtype=dtype))
+        self.register_buffer("bias", torch.empty(out_features, device=device, dtype=dtype) if bias else None)
+
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, bits: int, device: torch.device | str | None = None) -> "QuantizedLinear":
+        """An unfilled layer of the shape and dtype of `linear`."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            bits,
+            bias=linear.bias is not None,
+            device=device,
+            dtype=linear.weight.dtype,
+        )
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
+        """`linear` quantized, on its device."""
+        layer = cls.empty_like(linear, bits, device="meta")
+        layer.weight, layer.weight_scale = quantize_weight(linear.weight.detach(), bits)
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach()
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Autocast does not look inside the function below, so its cast is made here, as nn.Linear's would be.
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        output = _FrozenQuantizedProduct.apply(input, self.weight, self.weight_scale, self.bits)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.dtype != torch.int8:  # copied into int8, floats would all become 0
+            raise ValueError(
+                f"{prefix}weight is {weight.dtype} in the checkpoint, but this model was built for int{self.bits} "
+                "weights. Quantize the tensor first (quantize_weight), or build the model without quantization_bit."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
+
+
+def _swap_linears_(model: nn.Module, replacement: Callable[[nn.Linear], QuantizedLinear]) -> None:
+    for number, layer in enumerate(model.transformer.encoder.layers):
+        for path in QUANTIZED_MODULES:
+            parent_path, name = path.split(".")
+            parent = layer.get_submodule(parent_path)
+            linear = getattr(parent, name)
+            if isinstance(linear, QuantizedLinear):
+                raise ValueError(
+                    f"layer {number} {path} has int{linear.bits} weights already, and a quantized model is not "
+                    "quantized twice. Leave --quantization_bit out, or load the float model."
+                )
+            try:
+                setattr(parent, name, replacement(linear))
+            except ValueError as error:
+                raise ValueError(f"layer {number} {path}: {error}") from error
+
+
+def quantize_model_(model: nn.Module, bits: int) -> None:
+    """Quantize the linear layers of every block of a loaded float model in place, one at a time.
+
+    Raises ValueError, with the layer's name, where a layer is quantized already or cannot be.
+    """
+    _swap_linears_(model, lambda linear: QuantizedLinear.from_linear(linear, bits))
+
+
+def prepare_quantized_(model: nn.Module, bits: int) -> None:
+    """Put empty `QuantizedLinear` layers on the meta device in place of the linear layers of every block.
+
+    Whoever reads the checkpoint puts the buffers in place, from a published int folder as they are, or from a float
+    checkpoint by `quantize_weight` of each tensor that `is_quantized_weight`, as it is read. Raises ValueError, before
+    any weight is read, for shapes that cannot be quantized.
+    """
+    _swap_linears_(model, lambda linear: QuantizedLinear.empty_like(linear, bits, device="meta"))
