@@ -239,6 +239,8 @@ def parse_arguments(argv):
     parser = HfArgumentParser(classes, prog="main.py", allow_abbrev=False)
     parser.error = refuse  # instead of a page of usage
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    if training_args.eval_strategy == "no":
+        training_args.eval_on_start = False
     if "do_eval" not in given:
         training_args.do_eval = False  # transformers turns it on for any eval_strategy; here it means --do_eval
     check(model_args, data_args, training_args)

@@ -190,6 +190,7 @@ def prepare_reports(training_args):
     logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")
     if "WANDB_MODE" not in os.environ and not logged_in:
         os.environ["WANDB_MODE"] = "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")  # nobody asked for its page of text
 
 
 def read_text(file):

@@ -66,12 +66,20 @@ def archive(**files):
 
 def download(target, url, path=os.environ["PATH"]):
     environment = {
-        **os.environ, "ADGEN_URL": url, "ADGEN_DEV_SHA256": hashlib.sha256(DEV).hexdigest(),
-        "PATH": path, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+        **os.environ,
+        "ADGEN_URL": url,
+        "ADGEN_DEV_SHA256": hashlib.sha256(DEV).hexdigest(),
+        "PATH": path,
+        "no_proxy": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1",
     }
     return subprocess.run(
         [shutil.which("bash"), str(target / "download.sh")],
-        env=environment, cwd=target.parent, capture_output=True, text=True, timeout=60,
+        env=environment,
+        cwd=target.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

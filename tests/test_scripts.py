@@ -104,24 +104,38 @@ def replaced(line, **values):
     return words
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["from the project root", "from inside ptuning/"])
-def test_the_official_command_lines_run(inside, tmp_path):
-    files = {"train_file": SAMPLE / "train.json", "validation_file": SAMPLE / "dev.json"}
-    train = replaced(TRAIN, model_name_or_path=TINY, max_steps=1, output_dir=tmp_path, **files)
-    program, folder = ("main.py", ROOT / "ptuning") if inside else ("ptuning/main.py", ROOT)
-    done = bash(torchrun(1, [program, *train, "--max_train_samples", 20]), cwd=folder)
+OFFICIAL = {"processes": 1, "bits": (4, 4), "train": {}, "inside": False, "predictions": ""}
+RUNS = {
+    "official scripts, from the project root": OFFICIAL,
+    "official scripts, from inside ptuning/": {**OFFICIAL, "inside": True},
+    "a user's run on several GPUs": {
+        "processes": 2,
+        "bits": (8, 4),
+        "train": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        "inside": False,
+        "predictions": "evaluate_output",
+    },
+}
+
+
+@pytest.mark.parametrize("case", RUNS.values(), ids=RUNS.keys())
+def test_the_command_lines_of_2023_run(case, tmp_path):
+    program, folder = ("main.py", ROOT / "ptuning") if case["inside"] else ("ptuning/main.py", ROOT)
+    settings = {"model_name_or_path": TINY, "validation_file": SAMPLE / "dev.json"}
+    train = {**settings, "train_file": SAMPLE / "train.json", "output_dir": tmp_path, "max_steps": 1, **case["train"]}
+    words = replaced(TRAIN, quantization_bit=case["bits"][0], **train)
+    done = bash(torchrun(case["processes"], [program, *words, "--max_train_samples", 40]), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    files = {"test_file": SAMPLE / "dev.json", "validation_file": SAMPLE / "dev.json"}
-    evaluate = replaced(
-        EVALUATE,
-        model_name_or_path=TINY,
-        output_dir=tmp_path,
-        ptuning_checkpoint=tmp_path / "checkpoint-1",
-        **files,
-    )
-    done = bash(torchrun(1, [program, *evaluate, "--max_predict_samples", 2]), cwd=folder)
+    evaluate = {
+        **settings,
+        "test_file": SAMPLE / "dev.json",
+        "output_dir": tmp_path / case["predictions"],
+        "ptuning_checkpoint": tmp_path / "checkpoint-1",
+    }
+    words = replaced(EVALUATE, quantization_bit=case["bits"][1], **evaluate)
+    done = bash(torchrun(case["processes"], [program, *words, "--max_predict_samples", 3]), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(predictions(tmp_path)) == 2
+    assert len(predictions(tmp_path / case["predictions"])) == 3
 
 
 def test_two_processes_train_like_one(tmp_path):
