@@ -102,9 +102,8 @@ def main():
         check_fits(dataset, config.seq_length, data_args)
 
     # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
-    dtype, reason = choose_dtype(training_args.device, training_args.fp16, training_args.bf16)
+    dtype, reason = set_precision(training_args)
     say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); prefix and loss: float32.")
-    training_args.fp16, training_args.bf16 = dtype == torch.float16 and training_args.do_train, False
     started = time.monotonic()
     model = load_model(
         folder,
@@ -284,6 +283,17 @@ def read_split(split, data_args, tokenizer, encode):
         **lengths,
     )
     return encoded, rows_skipped
+
+
+def set_precision(training_args):
+    """Dtype of the frozen weights and why. Of the Trainer's own mixed precision only loss scaling remains."""
+    fp16 = training_args.fp16 or training_args.fp16_full_eval
+    bf16 = training_args.bf16 or training_args.bf16_full_eval
+    dtype, reason = choose_dtype(training_args.device, fp16, bf16)
+    training_args.fp16 = dtype == torch.float16 and training_args.do_train
+    training_args.mixed_precision = "fp16" if training_args.fp16 else "no"
+    training_args.bf16 = training_args.fp16_full_eval = training_args.bf16_full_eval = False
+    return dtype, reason
 
 
 def check_fits(dataset, seq_length, data_args):

@@ -46,7 +46,8 @@ class PrefixEncoder(nn.Module):
         """
         prefix = self.embedding.weight  # (P, 2L * G * D)
         if self.trans is not None:
-            prefix = self.trans(prefix)
+            with torch.autocast(prefix.device.type, enabled=False):  # float32 under fp16 training, too
+                prefix = self.trans(prefix)
         prefix = prefix.view(self.pre_seq_len, *self.shape).permute(1, 2, 0, 3)  # (2L, G, P, D)
         prefix = prefix.unsqueeze(1).expand(-1, batch_size, -1, -1, -1)  # (2L, B, G, P, D)
         prefix = nn.functional.dropout(prefix, self.dropout, self.training).to(dtype)

@@ -1,13 +1,18 @@
 """Loading base models, and prefix checkpoints in both directions."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import OFFICIAL_FIELDS, SYNTHETIC, synthetic_model
+from conftest import OFFICIAL_FIELDS, ROOT, SYNTHETIC, TINY, synthetic_model
 from safetensors.torch import save_file
 
 from checkpoint import (
@@ -239,6 +244,75 @@ def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name):
 def test_a_hub_id_that_cannot_be_fetched_names_the_other_ways():
     with pytest.raises(FileNotFoundError, match="HF_ENDPOINT.*ModelScope"):
         resolve_folder("nobody/no-such-model")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as a download asks for: one model, its list of files, and the files."""
+
+    folder = None
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        content, headers = b"", {}
+        if self.path.startswith("/api/models/THUDM/chatglm2-6b/tree/"):
+            files = [file for file in self.folder.iterdir() if file.is_file()]
+            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name} for f in files]
+            content = json.dumps(entries).encode()
+            headers["Content-Type"] = "application/json"
+        elif self.path.startswith("/api/models/THUDM/chatglm2-6b"):
+            siblings = [{"rfilename": file.name} for file in self.folder.iterdir()]
+            content = json.dumps({"id": "THUDM/chatglm2-6b", "sha": "1" * 40, "siblings": siblings}).encode()
+            headers["Content-Type"] = "application/json"
+        elif (file := self.folder / self.path.split("/")[-1]).is_file():
+            content = file.read_bytes()
+            headers |= {"ETag": f'"{file.name}"', "X-Repo-Commit": "1" * 40}
+        self.send_response(200 if content else 404)
+        for name, value in {**headers, "Content-Length": len(content)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_hub_id_is_downloaded_from_hf_endpoint_without_its_code(folder, tmp_path):
+    (folder / "modeling_chatglm.py").write_text("raise SystemExit")
+    shutil.copy(TINY / "tokenizer.model", folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Hub,), {"folder": folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    program = (
+        "from checkpoint import load_model, resolve_folder; folder = resolve_folder('THUDM/chatglm2-6b'); "
+        "load_model(folder); print(*sorted(file.name for file in folder.iterdir()))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT / "ptuning",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(file.name for file in folder.iterdir() if file.suffix != ".py")
 
 
 def test_broken_json_is_named(folder):

@@ -176,6 +176,13 @@ def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_batches(monkeypatc
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("flag", ["fp16", "bf16", "fp16_full_eval"])
+def test_half_precision_flags_on_a_cpu_train_in_float32_and_say_so(flag, trained, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, {**TRAIN_SETTINGS, flag: True}, output_dir=tmp_path)
+    assert "float32 on cpu (half precision is slower" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(trained[0])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_model_trains_and_its_checkpoint_remembers_the_bits(bits, monkeypatch, tmp_path):
     run(monkeypatch, TRAIN_SETTINGS, quantization_bit=bits, output_dir=tmp_path / "run")

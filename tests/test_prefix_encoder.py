@@ -61,6 +61,13 @@ def test_parameters_are_float32_and_the_output_is_cast():
     assert encoder(1, torch.bfloat16)[0][0].dtype == torch.bfloat16
 
 
+def test_autocast_does_not_lower_the_precision_of_the_projection():
+    encoder = make(prefix_projection=True).eval()
+    expected = encoder(1, torch.float32)[1][1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder(1, torch.float32)[1][1], expected)
+
+
 def test_initial_embedding_is_standard_normal_as_in_the_official_code():
     weight = make(pre_seq_len=500).embedding.weight
     assert abs(weight.mean().item()) < 0.02
