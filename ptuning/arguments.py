@@ -244,8 +244,18 @@ def parse_arguments(argv):
     if "do_eval" not in given:
         training_args.do_eval = False  # transformers turns it on for any eval_strategy; here it means --do_eval
     check(model_args, data_args, training_args)
+    notes += use_one_device(training_args)
     training_args.remove_unused_columns = False  # the collators pick what they need
     return model_args, data_args, training_args, notes
+
+
+def use_one_device(training_args):
+    """Keep the Trainer from splitting batches over GPUs in one process, which a prefix does not survive."""
+    num_gpus = training_args.n_gpu
+    if num_gpus < 2:
+        return []
+    training_args._n_gpu = 1
+    return [f"Using 1 of {num_gpus} GPUs. To use all: torchrun --nproc-per-node={num_gpus} ptuning/main.py …"]
 
 
 def refuse(message):

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from arguments import parse_arguments, translate_flags
+from arguments import parse_arguments, translate_flags, use_one_device
 
 TRAIN = """--do_train --train_file AdvertiseGen/train.json --validation_file AdvertiseGen/dev.json
 --preprocessing_num_workers 10 --prompt_column content --response_column summary --overwrite_cache
@@ -156,6 +156,14 @@ def test_a_missing_settings_file_is_named():
 
 def test_a_dev_loss_during_training_does_not_turn_on_the_generation_at_the_end():
     assert parse(f"{MINIMAL} --eval_strategy steps --validation_file d.json")[2].do_eval is False
+
+
+def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all():
+    training_args = parse(MINIMAL)[2]
+    training_args._n_gpu = 4
+    assert "torchrun --nproc-per-node=4" in use_one_device(training_args)[0]
+    assert training_args.n_gpu == 1
+    assert use_one_device(training_args) == []
 
 
 def test_a_flag_that_transformers_still_has_is_left_alone():
