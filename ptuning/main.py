@@ -28,6 +28,7 @@ from checkpoint import (
     load_prefix,
     load_tokenizer,
     read_config,
+    read_json,
     read_prefix_settings,
     resolve_folder,
 )
@@ -219,7 +220,12 @@ def find_resume_checkpoint(training_args, say):
             f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
             f"{folder or output_dir}. To start a new run from a trained prefix use --ptuning_checkpoint."
         )
-    state = json.loads(Path(folder, "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(Path(folder, "trainer_state.json"))
+    if state.get("train_batch_size") is None:  # transformers 4.30 did not write it, and today's cannot do without
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} was written by the official scripts of 2023; its optimizer cannot "
+            f"be continued. Start a new run from its prefix: --ptuning_checkpoint {folder}"
+        )
     say(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
     return str(folder)
 

@@ -5,6 +5,9 @@ import os
 import zlib
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores: the workers share them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy
 import pytest
 import torch

@@ -399,6 +399,12 @@ def test_a_run_is_not_overwritten_by_accident(trained, monkeypatch):
         run(monkeypatch, TRAIN_SETTINGS, output_dir=trained[0])
 
 
+def test_resuming_a_run_of_the_official_scripts_points_to_its_prefix(shared, monkeypatch, tmp_path):
+    checkpoint = shared / "golden" / "official-checkpoint"
+    with pytest.raises(ValueError, match="Start a new run from its prefix: --ptuning_checkpoint"):
+        run(monkeypatch, TRAIN_SETTINGS, resume_from_checkpoint=checkpoint, output_dir=tmp_path / "run")
+
+
 def test_resuming_from_the_last_checkpoint_starts_afresh_where_there_is_none(monkeypatch, tmp_path, capsys):
     run(monkeypatch, TRAIN_SETTINGS, resume_from_checkpoint="last", max_steps=1, output_dir=tmp_path)
     assert "has no checkpoint yet, starting afresh" in capsys.readouterr().out
