@@ -16,7 +16,7 @@ STEP=${STEP:-3000}                         # which checkpoint of the run: output
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-1}      # rows a GPU answers at once; greedy answers are the same for any
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # longest prompt, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # longest reference, tokens; prompt and answer get both together and 1
-QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: bf16 or fp16
+QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: as in training
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes, one for each GPU
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
 

@@ -10,9 +10,12 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from quantization import check_quantization_bit
 
 
 @dataclass
@@ -38,6 +41,15 @@ class ModelArguments:
     )
     quantization_bit: int | None = field(
         default=None, metadata={"help": "4 or 8: integer weights for the frozen model. Leave out for float."}
+    )
+    quantization_backend: Literal["auto", "triton", "cpm_kernels", "torch"] = field(
+        default="auto",
+        metadata={
+            "help": "What computes with integer weights. auto: triton on a GPU if it works there, else torch; "
+            "triton: kernels compiled for the GPU at hand; "
+            "cpm_kernels: int4 only, unpacked by a kernel that cpm_kernels launches; "
+            "torch: plain operations, on any device."
+        },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for models downloaded from the hub."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
@@ -111,7 +123,6 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",  # a value below 1 is a ratio
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "use_auth_token": "hub_token",
 }
 # Flags of 2023 that change nothing, and why.
 UNREAD = "the official scripts never read it"
@@ -132,12 +143,12 @@ RETIRED = {
         ).split(),
         "transformers dropped it",
     ),
+    "use_auth_token": "log in with `hf auth login`, or set HF_TOKEN",
     "save_safetensors": "the prefix is always written as pytorch_model.bin",
     "logging_dir": "",  # handled in translate_flags
     "group_by_length": "",
     "adafactor": "",
 }
-SWITCHES = {"use_fast_tokenizer", "resize_position_embeddings", "pad_to_max_length", "save_safetensors"}
 
 
 def split_flags(argv):
@@ -183,6 +194,8 @@ def translate_flags(argv, known):
             translated += [f"--{RENAMED[name]}", *values]
         elif name in RETIRED and name not in known:
             notes.append(f"--{name} is accepted and has no effect: {RETIRED[name]}.")
+        elif name == "prefix_projection" and not values:  # a switch in 2023; here it may also be left to the checkpoint
+            translated += [f"--{name}", "true"]
         elif name in known or name == "help" or name.startswith("no_") and name[3:] in known:
             translated += [f"--{name}", *values]
         else:
@@ -234,11 +247,12 @@ def parse_arguments(argv):
         argv += ["--gradient_checkpointing", "true"]  # as the official scripts; memory is scarce on GPUs
     if "ddp_find_unused_parameters" not in given:
         argv += ["--ddp_find_unused_parameters", "false"]  # every parameter of the prefix is always used
-    if "ddp_broadcast_buffers" not in given:
-        argv += ["--ddp_broadcast_buffers", "false"]  # integer weights are buffers, and never change
     parser = HfArgumentParser(classes, prog="main.py", allow_abbrev=False)
     parser.error = refuse  # instead of a page of usage
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    try:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+    except ImportError as error:  # --deepspeed, an --optim of another package, …
+        raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error
     if training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     if "do_eval" not in given:
@@ -275,6 +289,7 @@ def check(model_args, data_args, training_args):
         raise ValueError(
             f"--pre_seq_len {model_args.pre_seq_len}: expected at least 1 virtual token (leave it out for no prefix)."
         )
+    check_quantization_bit(model_args.quantization_bit)
     if not 0 <= model_args.prefix_dropout < 1:
         raise ValueError(f"--prefix_dropout {model_args.prefix_dropout}: expected a probability from 0 up to 1.")
     for name in ("max_source_length", "max_target_length", "val_max_target_length"):

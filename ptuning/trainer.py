@@ -7,6 +7,7 @@ differs in that a row's prediction does not depend on the rows that share its ba
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer
 
 from checkpoint import load_prefix, save_prefix
@@ -25,6 +26,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.collate_prediction = collate_prediction
         self.generation_config = generation_config
         self.sidecar = sidecar
+        # Every process has read the same frozen weights: only the prefix is synchronized, and its gradient summed.
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in self.model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
 
     # ---- checkpoints
 

@@ -78,6 +78,7 @@ def test_a_renamed_flag_is_mapped(old, name, value):
     "old",
     [
         "--use_fast_tokenizer true",
+        "--use_auth_token",
         "--lang zh",
         "--save_safetensors false",
         "--half_precision_backend auto",
@@ -94,6 +95,12 @@ def test_of_a_flag_given_twice_the_last_counts_and_it_is_said():
     _, _, training_args, notes = parse(f"{MINIMAL} --max_steps 5 --max_steps 7")
     assert training_args.max_steps == 7
     assert "--max_steps is given more than once" in notes[0] and "7" in notes[0]
+
+
+def test_prefix_projection_is_a_switch_as_in_2023():
+    assert parse(f"{MINIMAL} --prefix_projection")[0].prefix_projection is True
+    assert parse(f"{MINIMAL} --prefix_projection false --seed 1")[0].prefix_projection is False
+    assert parse(MINIMAL)[0].prefix_projection is None
 
 
 def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
@@ -120,6 +127,7 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
     [
         (f"{MINIMAL} --lerning_rate 1", r"Unknown flag --lerning_rate. Did you mean --learning_rate\?"),
         (f"{MINIMAL} --max_steps many", "--max_steps.*invalid int value: 'many'"),
+        (f"{MINIMAL} --deepspeed deepspeed.json", "needs a package that is not installed"),
         (f"{MINIMAL} --zzz", "Unknown flag --zzz"),
         ("do_train --x", "Stray word 'do_train'"),
         ("--do_train --train_file t.json", "--output_dir is missing"),
