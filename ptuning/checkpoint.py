@@ -19,7 +19,14 @@ from transformers import GenerationConfig
 
 from configuration_chatglm import ChatGLMConfig
 from modeling_chatglm import ChatGLMForConditionalGeneration, unknown_token_ids
-from quantization import check_quantization_bit, is_quantized_weight, prepare_quantized_, quantize_weight
+from quantization import (
+    check_quantization_bit,
+    choose_backend,
+    is_quantized_weight,
+    prepare_quantized_,
+    quantize_weight,
+    use_backend_,
+)
 from tokenization_chatglm import ChatGLMTokenizer
 
 PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
@@ -207,11 +214,14 @@ def place_tensor(model, name, tensor):
     setattr(module, leaf, tensor)
 
 
-def load_model(folder, *, config=None, dtype=torch.float32, device="cpu", quantization_bit=None):
+def load_model(
+    folder, *, config=None, dtype=torch.float32, device="cpu", quantization_bit=None, quantization_backend="auto"
+):
     """A base model from a folder in the official layout, frozen, in eval mode, with a fresh prefix encoder.
 
     The module tree is built without storage; every tensor then goes from the memory-mapped file straight to
-    `dtype` and `device`, quantized on the way with `quantization_bit` 4 or 8 (or already so in the folder).
+    `dtype` and `device`, quantized on the way with `quantization_bit` 4 or 8 (or already so in the folder). What
+    computes with integer weights is one of quantization.BACKENDS, tried before any weight is read.
     `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
     prefix. The prefix encoder is float32 and is the only part with gradients.
 
@@ -224,6 +234,7 @@ def load_model(folder, *, config=None, dtype=torch.float32, device="cpu", quanti
         model = ChatGLMForConditionalGeneration(config)
     if bits:
         prepare_quantized_(model, bits)
+        use_backend_(model, choose_backend(quantization_backend, device, bits, dtype))
         config.quantization_bit = bits
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
     missing, unexpected = set(expected), []
@@ -320,6 +331,16 @@ def write_json(file, value):
     file.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def list_checkpoints(run_folder):
+    """The checkpoints of a run that hold weights, by step: {"checkpoint-1000": path, …}."""
+    found = {}
+    for path in Path(run_folder).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and (path / PREFIX_FILE).is_file():
+            found[path.name] = path
+    return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("checkpoint-"))))
+
+
 def read_prefix(checkpoint):
     """The prefix encoder's tensors in a checkpoint folder, by name without `transformer.prefix_encoder.`.
 
@@ -330,7 +351,7 @@ def read_prefix(checkpoint):
     file = checkpoint / PREFIX_FILE
     if not file.is_file():
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        beside = sorted(path.name for path in parent.glob("checkpoint-*") if (path / PREFIX_FILE).is_file())
+        beside = list_checkpoints(parent)
         hint = f"{parent} has {', '.join(beside)}." if beside else "Give a folder that training wrote."
         raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it. {hint}")
     tensors = {
@@ -362,8 +383,12 @@ def read_prefix_settings(checkpoint):
 
 def load_prefix(model, checkpoint):
     """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError."""
+    fill_prefix_encoder(model.transformer.prefix_encoder, checkpoint)
+
+
+def fill_prefix_encoder(prefix_encoder, checkpoint):
+    """The same for a PrefixEncoder that is in no model."""
     tensors = read_prefix(checkpoint)
-    prefix_encoder = model.transformer.prefix_encoder
     expected = prefix_encoder.state_dict()
     found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}

@@ -40,8 +40,9 @@ from data import (
     encode_training,
     load_examples,
 )
+from memory import count_weights, memory_table
 from metrics import metric_table, score_all
-from quantization import QuantizedLinear
+from quantization import check_quantization_bit
 from trainer import PrefixTrainer, plot_loss
 
 TOP_K = 50  # transformers 4's default for sampling, which the official scripts left in place
@@ -86,6 +87,7 @@ def main():
         prefix_projection=bool(model_args.prefix_projection),
         prefix_dropout=model_args.prefix_dropout,
     )
+    check_quantization_bit(model_args.quantization_bit, config.quantization_bit)
     tokenizer = load_tokenizer(folder, config)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
@@ -112,8 +114,10 @@ def main():
         dtype=dtype,
         device=training_args.device,
         quantization_bit=model_args.quantization_bit,
+        quantization_backend=model_args.quantization_backend,
     )
     say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
+    say(memory_table(model, **largest_batch(train_data, data_args, training_args)))
     if saved:
         load_prefix(model, model_args.ptuning_checkpoint)
         kind = "with projection" if model_args.prefix_projection else "without projection"
@@ -302,13 +306,34 @@ def set_precision(training_args):
     return dtype, reason
 
 
+def longest_example(dataset, data_args):
+    """Tokens of the longest training example, as cut."""
+    return max(
+        min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
+        for source, target in zip(dataset["source_length"], dataset["target_length"], strict=True)
+    )
+
+
+def largest_batch(train_data, data_args, training_args):
+    """What memory_table must know of the largest batch of training or, without training, of prediction."""
+    if train_data is not None:
+        length = longest_example(train_data, data_args)
+        return {
+            "batch_size": training_args.per_device_train_batch_size,
+            "length": -(-length // 8) * 8,  # as collate_training pads
+            "num_supervised": min(length, data_args.max_target_length + 1),
+            "checkpointing": training_args.gradient_checkpointing,
+        }
+    return {
+        "batch_size": training_args.per_device_eval_batch_size * (data_args.num_beams or 1),
+        "length": data_args.max_source_length + data_args.max_target_length + 1,
+        "num_supervised": 0,
+    }
+
+
 def check_fits(dataset, seq_length, data_args):
     """ValueError where a training example is longer than the model was made for."""
-    source_lengths, target_lengths = dataset["source_length"], dataset["target_length"]
-    longest = max(
-        min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
-        for source, target in zip(source_lengths, target_lengths, strict=True)
-    )
+    longest = longest_example(dataset, data_args)
     if longest > seq_length:
         raise ValueError(
             f"The longest example has {longest} tokens, but the model was made for {seq_length} (seq_length in its "
@@ -327,10 +352,7 @@ def describe_schedule(training_args, num_rows, model):
     if steps <= 0:
         steps = round(training_args.num_train_epochs * steps_per_epoch)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):  # its integers are buffers, for int4 two in a byte
-            total += module.in_features * module.out_features + (0 if module.bias is None else module.out_features)
+    total = sum(numbers for numbers, _ in count_weights(model).values())
     return (
         f"Batch: {training_args.per_device_train_batch_size} rows x {training_args.gradient_accumulation_steps} "
         f"accumulated x {training_args.world_size} processes = {batch_size} rows a step; "

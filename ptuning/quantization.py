@@ -7,7 +7,8 @@ Answers to the official `quantization.py`. Same scheme and same names, so that t
     weight (out, in/2)  int8   for 4 bits: two columns in a byte, the even one in the high nibble, the odd one in
                                the low, both two's complement
 
-What differs: everything is plain torch ops and runs on any device, no compiled kernels; weights are buffers, so no
+What differs: plain torch ops that run on any device are the reference, and faster kernels for CUDA devices, compiled for
+the GPU at hand, are tried once and checked against it (`choose_backend`); weights are buffers, so no
 optimizer and no `requires_grad_` can reach them; backward computes the gradient of the input only (the official code
 also multiplies out a weight gradient and drops it); a quotient that rounds past the largest integer is clamped, where
 the official code lets it wrap and the row's largest weight changes its sign (in bf16 one int8 row in six; in fp16 only
@@ -16,14 +17,14 @@ rows whose weights are all below 0.001).
 Memory and time: on a CPU the float weight never exists as a whole. It is dequantized block by block into one buffer of
 a few MB, which stays in the cache between the conversion and the product: much faster than a full-size temporary, whose
 fresh pages must be mapped on every call. Backward dequantizes again, so nothing but the integers is kept for it. On
-other devices the weight is dequantized in one piece: fewer, larger kernels.
-
-With DistributedDataParallel set `broadcast_buffers=False` (`--ddp_broadcast_buffers False`): the weights are buffers,
-and the default sends every buffer to every rank on every forward.
+other devices the weight is dequantized in one piece: fewer, larger kernels, and one buffer that PyTorch's allocator
+hands to layer after layer. With Triton, few rows of input are multiplied without dequantizing at all.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,14 +143,111 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return odd_column.bitwise_or_(even_column).view(torch.int8)
 
 
-def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of output rows and their float weights: a few MB at a time on a CPU, all rows at once elsewhere.
+# ---- backends
 
-    On a CPU every block lies in the same buffer and is overwritten by the next.
+
+class Backend(NamedTuple):
+    """How a layer computes: `dequantize(weight, scale, bits, dtype)` returns the float weight (out, in).
+
+    Up to `few_rows` rows of input, `multiply_few_rows(input, weight, scale, bits)` returns the product (rows, out).
     """
-    if weight.device.type != "cpu":
-        yield slice(None), dequantize_weight(weight, scale, bits, dtype)
-        return
+
+    name: str
+    dequantize: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
+    few_rows: int = 0
+    multiply_few_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+
+
+BACKENDS = ("auto", "triton", "cpm_kernels", "torch")
+TORCH = Backend("torch", dequantize_weight)
+
+
+def load_triton() -> Backend:
+    from quantization_triton import FEW_ROWS, dequantize, multiply_few_rows  # only where there is a GPU
+
+    return Backend("triton", dequantize, FEW_ROWS, multiply_few_rows)
+
+
+def load_cpm_kernels() -> Backend:
+    from quantization_cpm import dequantize_int4, import_cpm_kernels
+
+    import_cpm_kernels()
+    return Backend("cpm_kernels", dequantize_int4)
+
+
+def choose_backend(name: str, device: torch.device | str, bits: int, dtype: torch.dtype) -> Backend:
+    """The backend that `--quantization_backend name` means for weights of `bits` and activations of `dtype`.
+
+    auto is triton on a CUDA device, or torch with one warning where that fails a trial, and torch elsewhere. Raises
+    ValueError for an unknown name, and for a backend asked for by name that does not work here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"--quantization_backend {name} is not known. Give one of {', '.join(BACKENDS)}.")
+    on_cuda = torch.device(device).type == "cuda"
+    if name == "torch" or (name == "auto" and not on_cuda):
+        return TORCH
+    if not on_cuda:
+        raise ValueError(
+            f"--quantization_backend {name} needs a CUDA device, but the model goes to the {torch.device(device).type}. "
+            "Leave the flag out, or give torch."
+        )
+    if name == "cpm_kernels" and bits != 4:
+        raise ValueError(
+            f"--quantization_backend cpm_kernels is for int4 weights only, and these are int{bits}. "
+            "Leave the flag out, or give triton or torch."
+        )
+    try:
+        backend = load_cpm_kernels() if name == "cpm_kernels" else load_triton()
+        try_backend(backend, device, bits, dtype)
+    except Exception as error:  # compilers, drivers and missing libraries raise what they like
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
+        if name != "auto":
+            raise ValueError(
+                f"--quantization_backend {name} does not work here ({reason}). Leave the flag out, or give torch."
+            ) from error
+        warnings.warn(
+            f"Triton does not work here ({reason}); int{bits} layers run on plain torch ops, which is slower.",
+            stacklevel=2,
+        )
+        return TORCH
+    return backend
+
+
+def try_backend(backend: Backend, device: torch.device | str, bits: int, dtype: torch.dtype) -> None:
+    """Run a backend on a small weight and, on a GPU, one of the 6B's; RuntimeError where it differs from the reference."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 96)] if torch.device(device).type == "cpu" else [(40, 96), (4608, 4096)]
+    for out_features, in_features in shapes:
+        weight = torch.randn(out_features, in_features, generator=generator).to(device, dtype)
+        quantized, scale = quantize_weight(weight, bits)
+        expected = dequantize_weight(quantized, scale, bits, dtype).float()
+        results = [(backend.dequantize(quantized, scale, bits, dtype), expected)]
+        if backend.multiply_few_rows is not None:
+            input = torch.randn(3, in_features, generator=generator).to(device, dtype)
+            results.append((backend.multiply_few_rows(input, quantized, scale, bits), input.float() @ expected.T))
+        for result, reference in results:
+            error = ((result.float() - reference).norm() / reference.norm()).item()
+            if not error < 0.02:  # NaN, too; bfloat16 rounds by up to 0.004
+                raise RuntimeError(f"its results on a {out_features} x {in_features} weight are off by {error:.0%}")
+
+
+def use_backend_(model: nn.Module, backend: Backend) -> None:
+    """Let every quantized layer of the model compute with `backend`."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.backend = backend
+
+
+# ---- the layer
+
+
+def _in_blocks(weight: Tensor, backend: Backend) -> bool:
+    """Whether the weight is dequantized a few rows at a time: only plain torch ops on a CPU gain by it."""
+    return backend == TORCH and weight.device.type == "cpu"
+
+
+def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of output rows and their float weights, a few MB at a time, all in one buffer that the next overwrites."""
     num_rows, in_features = weight.shape[0], weight.shape[1] * 8 // bits
     step = min(num_rows, max(1, CPU_BLOCK_ELEMENTS // in_features))
     buffer = torch.empty(step, in_features, dtype=dtype)
@@ -162,28 +260,34 @@ class _FrozenQuantizedProduct(torch.autograd.Function):
     """input (..., in) x dequantized weight (out, in) transposed -> (..., out), with a gradient for the input only."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def forward(ctx, input: Tensor, weight: Tensor, scale: Tensor, bits: int, backend: Backend) -> Tensor:
         ctx.save_for_backward(weight, scale)  # references to the buffers, no copies
-        ctx.bits = bits
+        ctx.bits, ctx.backend = bits, backend
+        if 0 < input.numel() <= backend.few_rows * input.shape[-1]:
+            input_rows = input.reshape(-1, input.shape[-1])
+            return backend.multiply_few_rows(input_rows, weight, scale, bits).view(*input.shape[:-1], -1)
+        if not _in_blocks(weight, backend):
+            return F.linear(input, backend.dequantize(weight, scale, bits, input.dtype))
         outputs = [F.linear(input, block) for _, block in _dequantized_blocks(weight, scale, bits, input.dtype)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, scale = ctx.saved_tensors
+        if not _in_blocks(weight, ctx.backend):
+            grad_input = grad_output @ ctx.backend.dequantize(weight, scale, ctx.bits, grad_output.dtype)
+            return grad_input, None, None, None, None
+        # In float32: half precision would round at every block that is added, and on a CPU without instructions
+        # for it this product (the weight not transposed) takes some 10 to 100 times as long.
         in_features = weight.shape[1] * 8 // ctx.bits
-        # In float32 on a CPU: half precision would round at every block that is added, and on a CPU without
-        # instructions for it this product (the weight not transposed) takes some 10 to 100 times as long.
-        dtype = grad_output.dtype
-        if grad_output.device.type == "cpu":
-            dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(grad_output.dtype, torch.float32)
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
         grad_input = grad_rows.new_zeros(grad_rows.shape[0], in_features)
         for rows, block in _dequantized_blocks(weight, scale, ctx.bits, dtype):
             grad_input.addmm_(grad_rows[:, rows], block)
         grad_input = grad_input.to(grad_output.dtype).view(*grad_output.shape[:-1], in_features)
-        return grad_input, None, None, None
+        return grad_input, None, None, None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -193,6 +297,8 @@ class QuantizedLinear(nn.Module):
     the two latter in `dtype`. It starts empty: fill it with `load_state_dict`, or from a float layer with
     `from_linear`. Raises ValueError for an odd `in_features` with 4 bits.
     """
+
+    backend = TORCH  # see use_backend_
 
     def __init__(
         self,
@@ -237,7 +343,7 @@ class QuantizedLinear(nn.Module):
         # Autocast does not look inside the function below, so its cast is made here, as nn.Linear's would be.
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        output = _FrozenQuantizedProduct.apply(input, self.weight, self.weight_scale, self.bits)
+        output = _FrozenQuantizedProduct.apply(input, self.weight, self.weight_scale, self.bits, self.backend)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -251,6 +357,9 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
+
+
+# ---- the swap
 
 
 def _swap_linears_(model: nn.Module, replacement: Callable[[nn.Linear], QuantizedLinear]) -> None:

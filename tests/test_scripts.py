@@ -57,7 +57,9 @@ def test_train_and_evaluate_on_the_tiny_model_learn(tmp_path):
 
 def test_the_scripts_defaults_find_each_others_run():
     # evaluate.sh looks where train.sh wrote: the two name the run by the same rule.
-    names = [re.search(r"CHECKPOINT:-(.+)} #", (ROOT / script).read_text())[1] for script in ("train.sh", "evaluate.sh")]
+    names = [
+        re.search(r"CHECKPOINT:-(.+)} #", (ROOT / script).read_text())[1] for script in ("train.sh", "evaluate.sh")
+    ]
     assert names[0] == names[1]
 
 

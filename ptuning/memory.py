@@ -1,0 +1,97 @@
+"""What a loaded model weighs, and an estimate of the memory that a batch will take.
+
+Answers to nothing in the official scripts; their users learn it from an out-of-memory error.
+
+The estimate, with the shape legend of modeling_chatglm.py, e bytes per number of an activation, U supervised tokens:
+
+    weights       as stored, integers, scales and floats
+    prefix        16 bytes a number: weight, gradient and AdamW's two averages, all float32
+    activations   a layer keeps for backward, per token: 8 H (the inputs of its two norms, float32)
+                  + e (2 H + 3 F) (query and context; gate, value and silu(gate)), and e 2 G D (1 + P / S) for the keys
+                  and values. With gradient checkpointing e H per token, and all of the above for one layer.
+    generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
+    work          the larger of the logits, (12 + e) V U bytes (float32 logits, their log-softmax and its gradient), and
+                  on a GPU one dequantized layer, e 2 F H
+    process       on a CPU only: Python and the libraries, PROCESS_BYTES
+"""
+
+from torch import nn
+
+from quantization import QuantizedLinear
+
+PROCESS_BYTES = 510_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
+
+
+def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{kind: (numbers, bytes)} of the model; kinds are "int4", "float32" and so on, and "trained" for the prefix."""
+    counts = {}
+
+    def add(kind, numbers, size):
+        before = counts.get(kind, (0, 0))
+        counts[kind] = before[0] + numbers, before[1] + size
+
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            size = module.weight.nbytes + module.weight_scale.nbytes
+            add(f"int{module.bits}", module.in_features * module.out_features, size)
+            if module.bias is not None:
+                add(str(module.bias.dtype).removeprefix("torch."), module.bias.numel(), module.bias.nbytes)
+        for parameter in module.parameters(recurse=False):
+            kind = "trained" if parameter.requires_grad else str(parameter.dtype).removeprefix("torch.")
+            add(kind, parameter.numel(), parameter.nbytes)
+    return counts
+
+
+def estimate_peak_bytes(
+    model: nn.Module, *, batch_size: int, length: int, num_supervised: int, checkpointing: bool = False
+) -> dict[str, int]:
+    """The parts of the estimate by name, in bytes, for `batch_size` rows of `length` tokens (S, without the prefix).
+
+    `num_supervised` tokens a row have labels; 0 stands for generation.
+    """
+    config, counts = model.config, count_weights(model)
+    hidden, feed_forward = config.hidden_size, config.ffn_hidden_size
+    element = model.transformer.encoder.layers[0].input_layernorm.weight.element_size()
+    prefix_length = config.pre_seq_len or 0
+    tokens = batch_size * length
+    keys_values = 2 * config.num_key_value_heads * config.kv_channels * element * batch_size * (prefix_length + length)
+    layer = tokens * (8 * hidden + element * (2 * hidden + 3 * feed_forward)) + keys_values
+    if not num_supervised:
+        kept = {"keys and values": keys_values * config.num_layers}
+    elif checkpointing:
+        kept = {"activations": layer + tokens * element * hidden * config.num_layers}
+    else:
+        kept = {"activations": layer * config.num_layers}
+    on_cpu = model.device.type == "cpu"
+    logits = (12 + element) * config.padded_vocab_size * batch_size * max(num_supervised, 1)
+    dequantized = 0 if on_cpu else 2 * feed_forward * hidden * element
+    trained, trained_bytes = counts.get("trained", (0, 0))
+    return {
+        "weights": sum(size for _, size in counts.values()) - trained_bytes,
+        "prefix": 16 * trained if num_supervised else trained_bytes,
+        **kept,
+        "logits and work": max(logits, dequantized),
+        **({"Python and libraries": PROCESS_BYTES} if on_cpu else {}),
+    }
+
+
+def memory_table(model: nn.Module, **batch) -> str:
+    """Text: numbers, bits and memory of each kind of weights, and the estimate for the batch, whose arguments are
+    those of `estimate_peak_bytes`."""
+    bits = {"trained": 32, "float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+    lines = [f"  {'weights':<12}{'parameters':>15}{'bits':>6}{'memory':>12}"]
+    for kind, (numbers, size) in count_weights(model).items():
+        lines.append(f"  {kind:<12}{numbers:>15,}{bits.get(kind, ''):>6}{in_words(size):>12}")
+    parts = estimate_peak_bytes(model, **batch)
+    listed = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    purpose = "training on" if batch["num_supervised"] else "generating for"
+    lines.append(
+        f"Estimated peak memory, {purpose} {batch['batch_size']} rows x {batch['length']} tokens: "
+        f"{in_words(sum(parts.values()))} ({listed})."
+    )
+    return "\n".join(lines)
+
+
+def in_words(size: int) -> str:
+    """Bytes as MB below 1 GB, else as GB, in powers of ten."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,157 @@
+"""The Triton kernels against the torch reference: on a GPU where there is one, else in Triton's interpreter on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, relative_difference
+from torch import nn
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when kernels are defined
+triton = pytest.importorskip("triton", reason="triton is not installed (torch's build for CPUs comes without it)")
+
+import quantization_triton  # noqa: E402
+from quantization import (  # noqa: E402
+    QuantizedLinear,
+    dequantize_weight,
+    load_triton,
+    quantize_weight,
+    try_backend,
+    use_backend_,
+)
+
+runs_loops = pytest.mark.skipif(
+    not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7),
+    reason="the interpreter of Triton before 3.7 runs no loops with NumPy 2.4 and later",
+)
+both_bits = pytest.mark.parametrize("bits", [4, 8])
+# The interpreter keeps bfloat16 as raw bits, cuts where a GPU rounds, and multiplies the bits as integers.
+products_dtypes = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def quantized_weight(rows, columns, bits, scale_dtype=torch.float16):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.02
+    return quantize_weight(weight.to(DEVICE, scale_dtype), bits)
+
+
+# ---- dequantize
+
+
+@both_bits
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, columns", [(1, 2), (8, 512), (37, 1030)])
+def test_the_dequantized_weight_is_the_references(rows, columns, dtype, scale_dtype, bits):
+    quantized, scale = quantized_weight(rows, columns, bits, scale_dtype)
+    weight = quantization_triton.dequantize(quantized, scale, bits, dtype)
+    expected = dequantize_weight(quantized, scale, bits, dtype)
+    assert weight.dtype == dtype
+    if dtype == torch.bfloat16 and not ON_GPU:
+        torch.testing.assert_close(weight, expected, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(weight, expected)
+
+
+def test_every_byte_of_int4_is_unpacked_into_its_columns():
+    packed = torch.arange(-128, 128, device=DEVICE).to(torch.int8)[None]
+    scale = torch.ones(1, device=DEVICE)
+    weight = quantization_triton.dequantize(packed, scale, 4, torch.float32)
+    assert torch.equal(weight, dequantize_weight(packed, scale, 4, torch.float32))
+
+
+def test_an_odd_number_of_int8_columns_is_dequantized():
+    quantized, scale = quantized_weight(5, 33, 8)
+    weight = quantization_triton.dequantize(quantized, scale, 8, torch.float32)
+    assert torch.equal(weight, dequantize_weight(quantized, scale, 8, torch.float32))
+
+
+# ---- few rows
+
+
+@runs_loops
+@both_bits
+@pytest.mark.parametrize("dtype", products_dtypes)
+@pytest.mark.parametrize("inputs", [1, 3, quantization_triton.FEW_ROWS])
+@pytest.mark.parametrize("rows, columns", [(16, 64), (37, 130), (48, 1200)])
+def test_the_product_of_few_rows_is_the_references(rows, columns, inputs, dtype, bits):
+    quantized, scale = quantized_weight(rows, columns, bits)
+    input = torch.randn(inputs, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    output = quantization_triton.multiply_few_rows(input, quantized, scale, bits)
+    expected = input.double() @ dequantize_weight(quantized, scale, bits, torch.float64).T
+    assert output.dtype == dtype and output.shape == (inputs, rows)
+    assert relative_difference(output.cpu(), expected.cpu()) < TOLERANCE[dtype]
+
+
+# ---- the layer
+
+
+@runs_loops
+@both_bits
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs", [(1, 4), (3, 8)], ids=["few rows", "many rows"])
+def test_output_and_input_gradient_of_the_layer_equal_the_dequantized_layers(inputs, bias, bits):
+    torch.manual_seed(bits)
+    linear = nn.Linear(96, 40, bias=bias, device=DEVICE)
+    layer = QuantizedLinear.from_linear(linear, bits)
+    with torch.no_grad():
+        linear.weight.copy_(dequantize_weight(layer.weight, layer.weight_scale, bits, torch.float32))
+    use_backend_(layer, load_triton())
+    input = torch.randn(*inputs, 96, device=DEVICE, requires_grad=True)
+    upstream = torch.randn(*inputs, 40, device=DEVICE)
+    output, expected = layer(input), linear(input)
+    (gradient,) = torch.autograd.grad(output, input, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, input, upstream)
+    assert relative_difference(output.detach().cpu(), expected.detach().cpu()) < 1e-5
+    assert relative_difference(gradient.cpu(), expected_gradient.cpu()) < 1e-5
+
+
+@runs_loops
+@both_bits
+@pytest.mark.parametrize("dtype", products_dtypes)
+def test_the_backend_passes_its_trial(dtype, bits):
+    try_backend(load_triton(), DEVICE, bits, dtype)
+
+
+# ---- machine code
+
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import quantization_triton as kernels
+
+dtype, bits, capability = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+types = {"weight_pointer": "*i8", "scale_pointer": "*fp16", "input_pointer": "*" + dtype, "output_pointer": "*" + dtype}
+found = []
+for kernel, constants, options in kernels.LAUNCHES:
+    constants = {"BITS": bits, **constants}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [index for index, name in enumerate(kernel.arg_names) if name in types or name == "num_bytes"]
+    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    found.append({"tensor cores": "mma" in compiled.asm["ptx"], "bytes": len(compiled.asm["cubin"])})
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@both_bits
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_kernels_compile_for_gpus_that_are_not_here_and_use_their_tensor_cores(dtype, capability, bits, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE, dtype, str(bits), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "ptuning", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    dequantize, few_rows = json.loads(done.stdout.splitlines()[-1])
+    assert dequantize["bytes"] > 0 and few_rows["bytes"] > 0
+    assert few_rows["tensor cores"]
