@@ -42,10 +42,10 @@ from data import (
 )
 from memory import count_weights, memory_table
 from metrics import metric_table, score_all
+from modeling_chatglm import TOP_K
 from quantization import check_quantization_bit
 from trainer import PrefixTrainer, plot_loss
 
-TOP_K = 50  # transformers 4's default for sampling, which the official scripts left in place
 # What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
 SIDECAR_FIELDS = {
     "prompt_column": None,
