@@ -1,4 +1,4 @@
-# What train.sh, train_chat.sh and evaluate.sh share; sourced by them, in the project's folder.
+# What train.sh, train_chat.sh, evaluate.sh and web_demo.sh share; sourced by them, in the project's folder.
 
 # GPUs to use: those that CUDA_VISIBLE_DEVICES names, else all there are; 1 process without a GPU.
 count_gpus() {
@@ -16,7 +16,7 @@ count_gpus() {
 check_model_and_data() {
   if [ -z "$MODEL" ]; then
     cat >&2 <<'TEXT'
-error: MODEL is not set. Which model should be tuned?
+error: MODEL is not set. Which model?
   ChatGLM2-6B (12.5 GB), downloaded from the hub:  MODEL=THUDM/chatglm2-6b bash train.sh
     through a mirror:                              HF_ENDPOINT=https://hf-mirror.com MODEL=THUDM/chatglm2-6b bash train.sh
     from ModelScope:  pip install modelscope && modelscope download ZhipuAI/chatglm2-6b --local_dir chatglm2-6b

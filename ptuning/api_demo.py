@@ -1,0 +1,414 @@
+"""The tuned model for applications: an API in OpenAI's format, and the official one.
+
+Answers to the official `api.py` of ChatGLM2-6B (POST /) and to its `openai_api.py` (POST /v1/chat/completions,
+GET /v1/models). It differs in that requests are computed together, in that every checkpoint of the run is a model
+of its own to ask for, and in that a client that goes away stops its answer.
+
+    python ptuning/api_demo.py --ptuning_checkpoint output/my-run
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import secrets
+import sys
+import time
+import uuid
+from datetime import datetime
+from typing import Annotated, Literal
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from checkpoint import PREFIX_FILE
+from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server
+
+LOOK_SECONDS = 0.5  # between looks whether a client is still there
+
+
+# ---- requests and answers
+
+
+class Strict(BaseModel):
+    """Wrong types are refused rather than converted; unknown fields are ignored, as clients send many."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def text(self):
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class ChatRequest(Strict):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy [0.95].")
+    top_p: float | None = Field(None, ge=0, le=1, description="Probability mass to choose from [0.8].")
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class OfficialRequest(Strict):
+    prompt: str
+    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    max_length: int | None = Field(None, ge=1, description="Tokens of prompt and answer together [2048].")
+    top_p: float | None = Field(None, ge=0, le=1, description="[0.7]")
+    temperature: float | None = Field(None, ge=0, le=2, description="[0.95]")
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    error: ErrorBody
+
+
+ERRORS = {
+    400: "The request, or the prompt's length.",
+    401: "The key.",
+    404: "No such model.",
+    413: "More than 1 MiB.",
+    429: "All places are taken and the queue is full.",
+    500: "The model failed.",
+}
+RESPONSES = {status: {"model": Error, "description": text} for status, text in ERRORS.items()}
+CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+
+
+def error_response(status, message, headers=None):
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": CODES.get(status)}}
+    return JSONResponse(body, status, headers=headers)
+
+
+def conversation(messages):
+    """(question, history) of a list of messages.
+
+    ChatGLM2 knows questions and answers only: system messages stand before the question they precede, and
+    messages of one side in a row become one. Raises ValueError unless a user has the last word.
+    """
+    history, pending = [], []
+    for message in messages:
+        if message.role != "assistant":
+            pending.append(message.text())
+        elif pending or not history:
+            history.append(("\n".join(pending), message.text()))
+            pending = []
+        else:
+            question, answer = history[-1]
+            history[-1] = (question, f"{answer}\n{message.text()}")
+    if messages[-1].role != "user":
+        raise ValueError(f"The last message is of role {messages[-1].role!r}; expected 'user', whom the model answers.")
+    return "\n".join(pending), history
+
+
+# ---- waiting for answers without blocking
+
+
+class Pending:
+    """The answers of one request: submitted together, cancelled together."""
+
+    def __init__(self, server, request):
+        self.server, self.request = server, request
+        self.answers = []
+        self.changed = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
+
+    def notify(self, answer):
+        try:
+            self.loop.call_soon_threadsafe(self.changed.set)
+        except RuntimeError:  # the loop is closed: the program is ending
+            answer.cancel()
+
+    async def submit(self, token_ids, model, samplings):
+        """HTTPException 404, 400 or 429 where the request cannot be taken."""
+        try:
+            for sampling in samplings:
+                # On a thread: a prefix may have to be read first.
+                answer = await run_in_threadpool(
+                    self.server.submit, token_ids, model=model, sampling=sampling, notify=self.notify
+                )
+                self.answers.append(answer)
+        except Busy as error:
+            self.cancel()
+            raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+        except (ValueError, OSError) as error:
+            self.cancel()
+            raise HTTPException(400, str(error)) from error
+
+    async def changes(self):
+        """Yield after every change until all have ended; ends early, and cancels, when the client has gone."""
+        try:
+            while True:
+                finished = all(answer.finish_reason for answer in self.answers)
+                yield
+                if finished:
+                    return
+                try:
+                    await asyncio.wait_for(self.changed.wait(), LOOK_SECONDS)
+                except asyncio.TimeoutError:
+                    if await self.request.is_disconnected():
+                        return
+                self.changed.clear()
+        finally:
+            self.cancel()
+
+    async def finish(self):
+        """Wait for all; HTTPException 500 where one failed. Nobody reads what is returned to a client that has gone."""
+        look = time.monotonic()
+        async for _ in self.changes():
+            if time.monotonic() - look > LOOK_SECONDS:  # also while tokens arrive
+                look = time.monotonic()
+                if await self.request.is_disconnected():
+                    self.cancel()
+        for answer in self.answers:
+            if answer.finish_reason == "error":
+                raise HTTPException(500, answer.error)
+
+    def cancel(self):
+        for answer in self.answers:
+            answer.cancel()
+
+    def usage(self):
+        prompt = len(self.answers[0].token_ids)
+        completion = sum(len(answer.response_ids) for answer in self.answers)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def stream_chat(pending, head, include_usage):
+    """Server-sent events of a chat completion."""
+
+    def event(choices, **more):
+        if include_usage:
+            more = {"usage": None, **more}
+        return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+
+    def choice(index, delta, finish_reason=None):
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+
+    sent = [0] * len(pending.answers)
+    over = [False] * len(pending.answers)
+    for index in range(len(pending.answers)):
+        yield event(choice(index, {"role": "assistant", "content": ""}))
+    async for _ in pending.changes():
+        for index, answer in enumerate(pending.answers):
+            reason, text = answer.finish_reason, answer.text  # in this order: the text is written first
+            if len(text) > sent[index]:
+                yield event(choice(index, {"content": text[sent[index] :]}))
+                sent[index] = len(text)
+            if reason == "error":
+                yield f"data: {json.dumps({'error': {'message': answer.error, 'type': 'server_error'}})}\n\n"
+                return
+            if reason and not over[index]:
+                over[index] = True
+                yield event(choice(index, {}, "stop" if reason == "cancelled" else reason))
+    if include_usage:
+        yield event([], usage=pending.usage())
+    yield "data: [DONE]\n\n"
+
+
+# ---- the application
+
+
+def create_app(server, api_key=None, cors_origins=()):
+    """The API of a ChatServer."""
+    app = FastAPI(title="ChatGLM2 P-Tuning", description=__doc__.partition("\n")[0], redoc_url=None)
+    app.add_middleware(BodyLimit)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    bearer = HTTPBearer(auto_error=False, description="The key of --api_key, where one is set.")
+
+    def check_key(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]):
+        given = credentials.credentials if credentials else ""
+        if api_key and not secrets.compare_digest(given.encode(), api_key.encode()):
+            raise HTTPException(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+
+    locked = [Depends(check_key)] if api_key else []
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request, error):
+        return error_response(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_request(request, error):
+        # Without the input, which may be anything.
+        problems = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
+        return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode())
+
+    def model_name(name):
+        name = name or server.default
+        if name not in server.models():
+            raise HTTPException(404, f"There is no model {name!r}; there are {', '.join(server.models())}.")
+        return name
+
+    def describe_model(name):
+        folder = server.checkpoints().get(name)
+        created = int(folder.stat().st_mtime) if folder else started
+        return {"id": name, "object": "model", "created": created, "owned_by": server.name}
+
+    started = int(time.time())
+    prefix_file = server.checkpoints()[server.default] / PREFIX_FILE if server.default != BASE else None
+    digest = hashlib.sha256(prefix_file.read_bytes()).hexdigest() if prefix_file else None
+
+    @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)
+    async def chat_completions(body: ChatRequest, request: Request):
+        """Answer a conversation, whole or, with `stream`, as server-sent events."""
+        model = model_name(body.model)
+        pending = Pending(server, request)
+        try:
+            question, history = conversation(body.messages)
+            token_ids = await run_in_threadpool(server.encode, question, history)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        samplings = [
+            Sampling(
+                max_new_tokens=body.max_completion_tokens or body.max_tokens or server.model.config.seq_length,
+                top_p=0.8 if body.top_p is None else body.top_p,
+                temperature=0.95 if body.temperature is None else body.temperature,
+                seed=None if body.seed is None else (body.seed + index) % 2**63,
+                stop=stop,
+            )
+            for index in range(body.n or 1)
+        ]
+        await pending.submit(token_ids, model, samplings)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        if body.stream:
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = stream_chat(pending, {**head, "object": "chat.completion.chunk"}, include_usage)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        await pending.finish()
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": answer.text},
+                "logprobs": None,
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(pending.answers)
+        ]
+        return {**head, "object": "chat.completion", "choices": choices, "usage": pending.usage()}
+
+    @app.get("/v1/models", dependencies=locked, responses={401: RESPONSES[401]})
+    async def models():
+        """The base model and every checkpoint of the run."""
+        return {"object": "list", "data": [describe_model(name) for name in server.models()]}
+
+    @app.get("/v1/models/{model}", dependencies=locked, responses={401: RESPONSES[401], 404: RESPONSES[404]})
+    async def one_model(model: str):
+        """One of them."""
+        return describe_model(model_name(model))
+
+    @app.post("/", dependencies=locked, responses=RESPONSES)
+    async def official(body: OfficialRequest, request: Request):
+        """The official API: prompt and history in, response and longer history out."""
+        history = [(question, answer) for question, answer in body.history or []]
+        pending = Pending(server, request)
+        try:
+            token_ids = await run_in_threadpool(server.encode, body.prompt, history)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        max_length = min(body.max_length or 2048, server.model.config.seq_length)
+        if len(token_ids) >= max_length:
+            raise HTTPException(
+                400, f"The prompt has {len(token_ids)} tokens, and max_length is {max_length} for prompt and answer."
+            )
+        sampling = Sampling(
+            max_new_tokens=max_length - len(token_ids),
+            top_p=0.7 if body.top_p is None else body.top_p,
+            temperature=0.95 if body.temperature is None else body.temperature,
+        )
+        await pending.submit(token_ids, server.default, [sampling])
+        await pending.finish()
+        response = pending.answers[0].text
+        return {
+            "response": response,
+            "history": [*history, (body.prompt, response)],
+            "status": 200,
+            "time": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
+        }
+
+    @app.get("/health")
+    async def health():
+        """Which weights and which prefix answer, and how busy they are."""
+        running, waiting = server.load()
+        return {
+            "status": "ok",
+            **server.facts(server.default),
+            "prefix_file": str(prefix_file) if prefix_file else None,
+            "prefix_sha256": digest,
+            "running": running,
+            "waiting": waiting,
+        }
+
+    return app
+
+
+# ---- the program
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="api_demo.py", description="The tuned model as an HTTP API.")
+    add_model_arguments(parser)
+    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+    parser.add_argument("--server_port", type=int, default=8000, help="Port to listen on [8000].")
+    parser.add_argument("--api_key", help="Ask clients for this key (Authorization: Bearer …).")
+    parser.add_argument("--cors_origin", action="append", default=[], help="Let pages of this origin ask; repeatable.")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    check_port(args.server_name, args.server_port)
+    server = load_server(args)
+    app = create_app(server, args.api_key, args.cors_origin)
+    print(f"Listening on http://{args.server_name}:{args.server_port}, documented at /docs (Ctrl-C ends)", flush=True)
+    if args.server_name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+        print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)
+    try:
+        uvicorn.run(app, host=args.server_name, port=args.server_port, log_level="warning")
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,165 @@
+"""Talk to the tuned model in a terminal, or send it a file of prompts through a pipe.
+
+Answers to the official `cli_demo.py` of ChatGLM2-6B, whose commands `clear` and `stop` it keeps. It differs in
+that an answer is written on as it grows instead of clearing the screen, in switching prefixes, and in that
+Ctrl-C ends an answer and not the program.
+
+    python ptuning/cli_demo.py --ptuning_checkpoint output/my-run
+    python ptuning/cli_demo.py --ptuning_checkpoint output/my-run --temperature 0 < prompts.txt > answers.txt
+"""
+
+import argparse
+import os
+import sys
+import unicodedata
+
+from serving import BASE, Sampling, add_model_arguments, load_server
+
+try:
+    import readline  # noqa: F401 - gives input() its history and line editing
+except ImportError:  # not on every system
+    pass
+
+HELP = """\
+Type a message. Commands, each on a line of its own:
+  clear          start a new conversation
+  prefix on|off  answer with the trained prefix, or as the base model
+  checkpoint N   answer with checkpoint-N of the run
+  exit, stop     leave (Ctrl-D too); Ctrl-C stops an answer"""
+
+
+def plain(text):
+    """Text without control characters, which could move the cursor or worse."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
+
+
+class Terminal:
+    """A conversation: its turns, the model that answers, and how."""
+
+    def __init__(self, server, sampling):
+        self.server, self.sampling = server, sampling
+        self.tuned = self.model = server.default
+        self.history = []
+
+    def command(self, line):
+        """What a command says, None where the line is no command."""
+        words = line.split()
+        if line == "clear":
+            self.history = []
+            return "A new conversation."
+        if len(words) == 2 and words[0] == "prefix" and words[1] in ("on", "off"):
+            if words[1] == "on" and self.tuned == BASE:
+                return "There is no prefix to switch on; start with --ptuning_checkpoint."
+            return self.use(self.tuned if words[1] == "on" else BASE)
+        if len(words) == 2 and words[0] == "checkpoint" and words[1].removeprefix("checkpoint-").isdecimal():
+            return self.use(f"checkpoint-{words[1].removeprefix('checkpoint-')}")
+        return None
+
+    def use(self, model):
+        try:
+            facts = self.server.facts(model)
+        except (ValueError, OSError) as error:
+            return str(error)
+        self.model = model
+        self.tuned = model if model != BASE else self.tuned
+        return f"Answering: {model}, {facts['pre_seq_len']} virtual tokens."
+
+    def answer(self, question):
+        """Write the answer as it grows, remember the turn, and return one line about it."""
+        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens)
+        if dropped:
+            print(f"(the oldest {dropped} turns no longer fit and were left out)")
+        written, answer = "", None
+        stream = self.server.stream(token_ids, model=self.model, sampling=self.sampling, session="terminal")
+        try:
+            for answer in stream:
+                print(plain(answer.text[len(written) :]), end="", flush=True)
+                written = answer.text
+            reason = {"error": f"failed: {answer.error}"}.get(answer.finish_reason, answer.finish_reason)
+        except KeyboardInterrupt:
+            reason = "stopped"
+        finally:
+            stream.close()
+            print()
+        self.history.append((question, written))
+        if answer is None:
+            return f"[{self.model} · {reason}]"
+        speed = f"{len(answer.response_ids)} tokens, {answer.tokens_per_second:.1f} tokens/s"
+        return f"[{self.model} · {speed} · {reason}]"
+
+
+def talk(server, sampling):
+    """The conversation at a terminal."""
+    terminal = Terminal(server, sampling)
+    print(HELP)
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(exit leaves)")
+            continue
+        if line in ("exit", "stop"):
+            return
+        if not line:
+            continue
+        said = terminal.command(line)
+        if said is None:
+            try:
+                said = terminal.answer(line)
+            except ValueError as error:  # the question is too long
+                said = f"error: {error}"
+        print(said)
+
+
+def answer_lines(server, sampling, lines):
+    """One answer a line for one prompt a line, each without history; a line break in an answer is written as \\n."""
+    for number, line in enumerate(lines, start=1):
+        text = ""
+        if line.strip():
+            try:
+                token_ids, _ = server.fit(line.rstrip("\r\n"), [], sampling.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"Line {number}: {error}") from error
+            *_, answer = server.stream(token_ids, sampling=sampling)
+            if answer.error:
+                raise ValueError(f"Line {number}: {answer.error}")
+            text = plain(answer.text).replace("\n", "\\n")
+        print(text, flush=True)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="cli_demo.py", description="Talk to the tuned model in a terminal.")
+    add_model_arguments(parser)
+    parser.add_argument("--max_length", type=int, default=8192, help="Longest answer, in new tokens [8192].")
+    parser.add_argument("--top_p", type=float, default=0.8, help="Probability mass to choose from [0.8].")
+    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token [0.95].")
+    parser.add_argument("--seed", type=int, help="Makes sampled answers repeatable.")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    sampling = Sampling(args.max_length, args.top_p, args.temperature, args.seed)
+    server = load_server(args, say=lambda line: print(line, file=sys.stderr))
+    try:
+        if sys.stdin.isatty():
+            talk(server, sampling)
+        else:
+            answer_lines(server, sampling, sys.stdin)
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:  # whoever reads the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

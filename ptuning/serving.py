@@ -1,0 +1,635 @@
+"""Answer with a tuned model, many conversations at once: what the page, the terminal and the API share.
+
+Answers to the loading code that the official `web_demo.py`, `cli_demo.py` and `api.py` each carry, and to their
+use of `stream_chat`. It differs in three ways.
+
+One model in memory answers with any prefix, or with none: the prefix is not a part of the model here but the
+first entries of an answer's KV cache, so two answers that are computed side by side may have different ones.
+
+Answers are computed together. A worker thread owns the model; in every step it feeds one token of each running
+answer. New answers join and finished ones leave between steps:
+
+    cache of answer 1   [........ prefix | prompt | answer]     padded on the left to the longest, and masked
+    cache of answer 2   [ prefix | prompt | answer .......]     there; positions count from 0 after the prefix
+
+A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
+what follows the part they share is computed: an edited history simply shares less.
+"""
+
+import queue
+import socket
+import threading
+import time
+from bisect import bisect_left
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from checkpoint import (
+    choose_dtype,
+    fill_prefix_encoder,
+    list_checkpoints,
+    load_model,
+    load_tokenizer,
+    read_config,
+    read_prefix_settings,
+    resolve_folder,
+)
+from configuration_chatglm import ChatGLMConfig
+from modeling_chatglm import TOP_K, unknown_token_ids
+from prefix_encoder import PrefixEncoder
+
+BASE = "base"  # name of the model without a prefix
+PREFILL_TOKENS = 1024  # of a prompt fed at once: bounds the memory of its attention mask
+MAX_BODY_BYTES = 2**20  # of a request to the page or the API
+PLACEHOLDER = "[[训练时间]]"  # process_response() replaces it, so half of it is never shown
+
+
+class Busy(RuntimeError):
+    """All places are taken and the queue is full."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. `temperature` 0 is greedy; `max_new_tokens` counts the answer only."""
+
+    max_new_tokens: int = 8192
+    top_p: float = 0.8
+    temperature: float = 0.95
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1.")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: expected a probability from 0 to 1.")
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature {self.temperature}: expected from 0 (greedy) to 100.")
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer on its way. The worker writes it, whoever asked reads it; `notify` is called on every change.
+
+    `text` only grows: half a character and the possible beginning of a stop string are held back.
+    `finish_reason` is None until the end, then stop, length, cancelled or error (with `error` saying which).
+    """
+
+    token_ids: list[int]
+    model: str
+    sampling: Sampling
+    notify: object = None
+    session: object = None
+    prefix: list = field(default_factory=list, repr=False)
+    text: str = ""
+    response_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    cancelled: bool = False
+    seconds: float = 0.0  # since the first token was asked for
+    reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
+
+    def cancel(self):
+        """Give the place free at the next token."""
+        self.cancelled = True
+
+    @property
+    def tokens_per_second(self):
+        return len(self.response_ids) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(eq=False)
+class Row:
+    """What the worker knows of a running answer; `layers` is None while its cache is a row of the batch."""
+
+    answer: Answer
+    prefix_length: int
+    length: int  # entries in its cache: prefix, prompt and answer, but not `next_id`
+    layers: list | None
+    generator: torch.Generator
+    started: float
+    next_id: int = 0
+
+
+@dataclass
+class Memory:
+    """The cache of a conversation between two answers."""
+
+    model: str
+    token_ids: list[int]
+    layers: list
+
+
+class ChatServer:
+    """A model, the prefixes of a run, and the thread that answers with them. See `submit` and `stream`.
+
+    `max_batch` answers are computed at once and `max_queue` more wait; `max_sessions` conversations keep
+    their cache, the one that was idle longest goes first.
+    """
+
+    def __init__(self, model, tokenizer, checkpoints=None, *, default=BASE, max_batch=8, max_queue=64, max_sessions=32):
+        self.model, self.tokenizer, self.default = model, tokenizer, default
+        self.max_batch, self.max_queue, self.max_sessions = max_batch, max_queue, max_sessions
+        self.name = BASE  # of the base model, for people
+        self.run_folder = None  # rescanned for new checkpoints
+        self._checkpoints = dict(checkpoints or {})
+        self._prefixes = {BASE: []}
+        self._unknown_ids = unknown_token_ids(tokenizer, model.config)
+        self._memories = OrderedDict()  # session -> Memory
+        self._running = []  # rows; row i is row i of the batch
+        self._cache = None  # DynamicCache of the batch
+        self._waiting = []
+        self._unfinished = 0  # answers waiting, starting and running
+        self._closed = False
+        self._changed = threading.Condition()
+        self._loading = threading.Lock()
+        self._worker = threading.Thread(target=self._work, name="chat-server", daemon=True)
+        self._worker.start()
+
+    # ---- models
+
+    def checkpoints(self):
+        """{name: folder} of the prefixes that can be asked for, new ones of a run that is still training too."""
+        return list_checkpoints(self.run_folder) if self.run_folder else self._checkpoints
+
+    def models(self):
+        """Names for `model`: every checkpoint, then the base model."""
+        return [*self.checkpoints(), BASE]
+
+    def prefix(self, name):
+        """Key and value (1, G, P, D) of every layer for the prefix `name`; empty for the base model.
+
+        Read once and kept. Raises ValueError for an unknown name or a checkpoint that does not fit the model.
+        """
+        with self._loading:
+            if name not in self._prefixes:
+                checkpoints = self.checkpoints()
+                if name not in checkpoints:
+                    raise ValueError(f"There is no model {name!r}; there are {', '.join(self.models())}.")
+                self._prefixes[name] = self._read_prefix(checkpoints[name])
+            return self._prefixes[name]
+
+    @torch.inference_mode()
+    def _read_prefix(self, checkpoint):
+        settings = read_prefix_settings(checkpoint)
+        config = ChatGLMConfig(
+            **{
+                **self.model.config.to_dict(),
+                "pre_seq_len": settings["pre_seq_len"],
+                "prefix_projection": settings["prefix_projection"],
+            }
+        )
+        encoder = PrefixEncoder(config).eval()
+        fill_prefix_encoder(encoder, checkpoint)
+        pairs = encoder(1, self.model.transformer.dtype_of_blocks)
+        return [(key.to(self.model.device), value.to(self.model.device)) for key, value in pairs]
+
+    def prefix_length(self, name):
+        """Virtual tokens of a prefix that has been read, 0 for the base model."""
+        layers = self.prefix(name)
+        return layers[0][0].shape[2] if layers else 0
+
+    # ---- prompts
+
+    def encode(self, query, history=()):
+        """Token ids of the chat prompt; ValueError for text that no UTF-8 file could hold."""
+        prompt = self.tokenizer.build_prompt(query, list(history))
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The text holds half a surrogate pair ({ascii(prompt[error.start])}).") from error
+        return self.tokenizer.encode(prompt)
+
+    def fit(self, query, history, max_new_tokens):
+        """(token ids, number of oldest turns left out so that an answer fits); ValueError if the question is too long.
+
+        Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
+        """
+        seq_length = self.model.config.seq_length
+        limit = seq_length - min(max_new_tokens, seq_length // 4)
+        # A turn has more than ten tokens, so most of a very long history is left out without encoding it.
+        starts = range(max(0, len(history) - seq_length // 10), len(history))
+        dropped = len(history)
+        if starts:
+            dropped = starts[0] + bisect_left(
+                starts, True, key=lambda start: len(self.encode(query, history[start:])) <= limit
+            )
+        token_ids = self.encode(query, history[dropped:])
+        self.check_length(token_ids)
+        return token_ids, dropped
+
+    def check_length(self, token_ids):
+        """ValueError where a prompt leaves no room for an answer."""
+        seq_length = self.model.config.seq_length
+        if len(token_ids) >= seq_length:
+            raise ValueError(
+                f"The prompt has {len(token_ids)} tokens; this model takes {seq_length} for prompt and answer together "
+                "(seq_length of its config.json). Shorten the question or the history."
+            )
+
+    # ---- asking
+
+    def submit(self, token_ids, *, model=None, sampling=None, notify=None, session=None):
+        """Ask for the answer to a prompt and return it at once, as an `Answer` that fills up.
+
+        `notify(answer)` runs on the worker's thread and must not block. `session`: any key; answers with the
+        same one continue each other's cache. Raises Busy, and ValueError as `prefix` and `check_length` do.
+        """
+        self.check_length(token_ids)
+        model = model or self.default
+        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, self.prefix(model))
+        with self._changed:
+            if self._closed:
+                raise Busy("The server is shutting down.")
+            if self._unfinished >= self.max_batch + self.max_queue:
+                raise Busy(
+                    f"All {self.max_batch} places are taken and {self.max_queue} requests wait. Try again later."
+                )
+            self._waiting.append(answer)
+            self._unfinished += 1
+            self._changed.notify()
+        return answer
+
+    def stream(self, token_ids, **how):
+        """Yield the `Answer` whenever it changes, the last time with its finish_reason; closing it cancels."""
+        changes = queue.SimpleQueue()
+        answer = self.submit(token_ids, notify=changes.put, **how)
+        try:
+            while answer.finish_reason is None:
+                try:
+                    changes.get(timeout=1)
+                except queue.Empty:
+                    pass  # still waiting; give the caller a chance to close this generator
+                yield answer
+        finally:
+            answer.cancel()
+
+    def load(self):
+        """(answers being computed, answers waiting)."""
+        with self._changed:
+            return self._unfinished - len(self._waiting), len(self._waiting)
+
+    def facts(self, name):
+        """What there is to say about a model that can be asked for, loading its prefix if need be."""
+        bits = self.model.config.quantization_bit
+        return {
+            "base_model": self.name,
+            "model": name,
+            "pre_seq_len": self.prefix_length(name),
+            "weights": f"int{bits}" if bits else str(self.model.transformer.dtype_of_blocks).removeprefix("torch."),
+            "device": str(self.model.device),
+        }
+
+    def forget(self, session):
+        """Drop the cache of a conversation."""
+        with self._changed:
+            self._memories.pop(session, None)
+
+    def close(self):
+        """End the worker; what is running ends as cancelled."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._worker.join()
+
+    # ---- the worker's thread
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+                if self._closed:
+                    for answer in [row.answer for row in self._running] + self._waiting:
+                        self._end(answer, "cancelled")
+                    return
+                gone = [answer for answer in self._waiting if answer.cancelled]
+                waiting = [answer for answer in self._waiting if not answer.cancelled]
+                free = self.max_batch - len(self._running)
+                arrived, self._waiting = waiting[:free], waiting[free:]
+            for answer in gone:
+                self._end(answer, "cancelled")
+            try:
+                self._advance(arrived)
+            except RuntimeError as error:  # out of memory, most likely: give all of it back and go on
+                answers = [row.answer for row in self._running] + arrived
+                with self._changed:
+                    self._running, self._cache = [], None
+                for answer in answers:
+                    if answer.finish_reason is None:
+                        self._end(answer, "error", error)
+
+    @torch.inference_mode()
+    def _advance(self, arrived):
+        """Feed the prompts that arrived, hand out the token each answer has chosen, and compute the next ones."""
+        joining = []
+        for answer in arrived:
+            try:
+                joining.append(self._start(answer))
+            except RuntimeError as error:  # the others go on
+                self._end(answer, "error", error)
+        if joining:
+            self._rebatch(self._running + joining)
+        ended = [(row, reason) for row in self._running if (reason := self._accept(row))]
+        for row, reason in ended:
+            self._remember(row)
+            self._end(row.answer, reason)
+        if ended:
+            gone = [row for row, _ in ended]
+            self._rebatch([row for row in self._running if row not in gone])
+        if self._running:
+            self._step()
+
+    def _start(self, answer):
+        """Feed the part of the prompt that is not in the conversation's cache, and choose the first token."""
+        started = time.monotonic()
+        generator = torch.Generator(self.model.device)
+        if answer.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(answer.sampling.seed)
+        prefix_length = answer.prefix[0][0].shape[2] if answer.prefix else 0
+        layers = answer.prefix
+        with self._changed:
+            memory = self._memories.pop(answer.session, None)
+        if memory and memory.model == answer.model:
+            answer.reused_tokens = shared_length(memory.token_ids, answer.token_ids[:-1])
+            kept = prefix_length + answer.reused_tokens
+            layers = [(key[:, :, :kept], value[:, :, :kept]) for key, value in memory.layers]
+        cache = make_cache(layers)
+        position = answer.reused_tokens
+        for token_ids in torch.tensor([answer.token_ids[position:]]).split(PREFILL_TOKENS, dim=1):
+            position_ids = torch.arange(position, position + token_ids.shape[1])[None]
+            logits = self._feed(token_ids, position_ids, None, cache)
+            position += token_ids.shape[1]
+        row = Row(answer, prefix_length, prefix_length + position, layers_of(cache), generator, started)
+        row.next_id = choose(logits[0], answer.sampling, generator)
+        return row
+
+    def _feed(self, token_ids, position_ids, mask, cache):
+        """Logits (B, V) of the last position, -inf where the tokenizer has no token."""
+        device = self.model.device
+        logits = self.model(
+            token_ids.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            position_ids=position_ids.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if self._unknown_ids:
+            logits[:, self._unknown_ids] = -torch.inf
+        return logits
+
+    def _step(self):
+        """Feed the chosen token of every running answer, and choose the next."""
+        lengths = torch.tensor([[row.length] for row in self._running])  # (B, 1)
+        prefix_lengths = torch.tensor([[row.prefix_length] for row in self._running])
+        width = int(lengths.max())
+        mask = None
+        if width > int(lengths.min()):
+            mask = torch.arange(width + 1) >= width - lengths  # (B, width + 1)
+        token_ids = torch.tensor([[row.next_id] for row in self._running])
+        logits = self._feed(token_ids, lengths - prefix_lengths, mask, self._cache)
+        for row, scores in zip(self._running, logits, strict=True):
+            row.length += 1
+            row.next_id = choose(scores, row.answer.sampling, row.generator)
+
+    def _accept(self, row):
+        """Add the chosen token to the answer; the finish_reason if it is over, else None."""
+        answer, sampling = row.answer, row.answer.sampling
+        if answer.cancelled:
+            return "cancelled"
+        reason = None
+        if row.next_id == self.model.config.eos_token_id:
+            reason = "stop"
+        else:
+            answer.response_ids.append(row.next_id)
+            room = self.model.config.seq_length - len(answer.token_ids)
+            if len(answer.response_ids) >= min(room, sampling.max_new_tokens):
+                reason = "length"
+        text = self.model.process_response(self.tokenizer.decode(answer.response_ids)).rstrip("\ufffd")
+        ends = [text.find(stop) for stop in sampling.stop if stop in text]
+        if ends:
+            text, reason = text[: min(ends)], "stop"
+        answer.text = text if reason else hold_back(text, (*sampling.stop, PLACEHOLDER))
+        answer.seconds = time.monotonic() - row.started
+        if not reason and answer.notify:
+            answer.notify(answer)
+        return reason
+
+    def _end(self, answer, reason, error=None):
+        if error is not None:
+            answer.error = str(error).strip().splitlines()[0]
+        answer.finish_reason = reason
+        with self._changed:
+            self._unfinished -= 1
+        if answer.notify:
+            answer.notify(answer)
+
+    def _layers(self, row):
+        """The cache of one row, without its padding: views into the batch."""
+        if row.layers is not None:
+            return row.layers
+        index = self._running.index(row)
+        return [
+            (key[index : index + 1, :, -row.length :], value[index : index + 1, :, -row.length :])
+            for key, value in layers_of(self._cache)
+        ]
+
+    def _rebatch(self, rows):
+        """Make `rows` the running ones: their caches padded on the left to one length, in one batch."""
+        caches = [self._layers(row) for row in rows]
+        width = max((row.length for row in rows), default=0)
+        padding = [(0, 0, width - row.length, 0) for row in rows]
+        stacked = [
+            tuple(
+                torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
+                for parts in zip(*pairs, strict=True)
+            )
+            for pairs in zip(*caches, strict=True)
+        ]
+        for row in rows:
+            row.layers = None
+        with self._changed:
+            self._running, self._cache = rows, make_cache(stacked)
+
+    def _remember(self, row):
+        """Keep the cache of a conversation; the one that was idle longest makes room."""
+        answer = row.answer
+        if answer.session is None:
+            return
+        token_ids = (answer.token_ids + answer.response_ids)[: row.length - row.prefix_length]
+        layers = [(key.clone(), value.clone()) for key, value in self._layers(row)]
+        with self._changed:
+            self._memories[answer.session] = Memory(answer.model, token_ids, layers)
+            while len(self._memories) > self.max_sessions:
+                self._memories.popitem(last=False)
+
+
+def make_cache(layers):
+    """A cache that holds the key and value (B, G, T, D) of every layer."""
+    cache = DynamicCache()
+    for index, (key, value) in enumerate(layers):
+        cache.update(key, value, index)
+    return cache
+
+
+def layers_of(cache):
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def shared_length(left, right):
+    """How many tokens two sequences have in common at their start."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def choose(scores, sampling, generator):
+    """One token id from scores (V,): the likeliest at temperature 0, else by top-k 50 and top-p as stream_chat does."""
+    if sampling.temperature < 1e-4 or sampling.top_p == 0:
+        return int(scores.argmax())
+    scores, token_ids = scores.topk(min(TOP_K, scores.shape[0]))  # the likeliest first
+    probabilities = (scores / sampling.temperature).softmax(-1)
+    likelier = probabilities.cumsum(-1) - probabilities  # mass of the tokens before each
+    probabilities = probabilities.masked_fill(likelier >= sampling.top_p, 0)
+    return int(token_ids[probabilities.multinomial(1, generator=generator)])
+
+
+def hold_back(text, patterns):
+    """`text` without an end that may be the beginning of one of the patterns."""
+    longest = 0
+    for pattern in patterns:
+        for length in range(1, min(len(pattern), len(text) + 1)):
+            if text.endswith(pattern[:length]):
+                longest = max(longest, length)
+    return text[: len(text) - longest]
+
+
+# ---- what the page and the API share beside the model
+
+
+class BodyLimit:
+    """ASGI middleware: 413 for a request body over 1 MiB, which is read whole before anything looks at it."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        body, size, more = b"", 0, True
+        while more and size <= 16 * MAX_BODY_BYTES:  # clients listen when they have sent all, so let them
+            message = await receive()
+            if message["type"] != "http.request":  # the client has gone
+                return
+            part, more = message.get("body", b""), message.get("more_body", False)
+            size += len(part)
+            body += part if size <= MAX_BODY_BYTES else b""
+        if size > MAX_BODY_BYTES:
+            text = f"The request is longer than {MAX_BODY_BYTES:,} bytes.".encode()
+            headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": 413, "headers": headers})
+            return await send({"type": "http.response.body", "body": text})
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay():
+            return parts.pop() if parts else await receive()
+
+        await self.app(scope, replay, send)
+
+
+def check_port(name, port):
+    """ValueError where nothing can listen on an address, before minutes go into loading a model."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"Nothing can listen on {name}:{port} ({reason}). If another program has that port, choose another one, "
+            f"such as {port + 1}."
+        ) from error
+
+
+# ---- the loader
+
+
+def add_model_arguments(parser):
+    """The flags that all three programs share, with the official names."""
+    parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
+    parser.add_argument("--ptuning_checkpoint", help="Trained prefix: a checkpoint folder, or a run (its last one).")
+    parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
+    parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
+    parser.add_argument("--concurrency", type=int, default=8, help="Answers computed at once [8].")
+    parser.add_argument("--max_queue", type=int, default=64, help="Requests that may wait for a place [64].")
+    parser.add_argument("--max_sessions", type=int, default=32, help="Conversations that keep their cache [32].")
+
+
+def load_server(args, say=print):
+    """The ChatServer that parsed flags describe; `say` is called with lines for the user.
+
+    Raises ValueError and FileNotFoundError as the functions of checkpoint.py do.
+    """
+    for name in ("concurrency", "max_queue", "max_sessions"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1.")
+    checkpoint, saved = None, {}
+    if args.ptuning_checkpoint:
+        checkpoint = Path(args.ptuning_checkpoint)
+        in_folder = list_checkpoints(checkpoint)
+        if in_folder:  # a run: its last checkpoint
+            checkpoint = list(in_folder.values())[-1]
+        saved = read_prefix_settings(checkpoint)
+        if args.pre_seq_len not in (None, saved["pre_seq_len"]):
+            raise ValueError(
+                f"--pre_seq_len {args.pre_seq_len} contradicts {checkpoint}, which was trained with "
+                f"{saved['pre_seq_len']}. Leave the flag out: it is read from the checkpoint."
+            )
+    elif args.pre_seq_len:
+        raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
+    name = args.model_name_or_path or saved.get("base_model")
+    if not name:
+        raise ValueError("--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny.")
+    bits = saved.get("quantization_bit") or None if args.quantization_bit is None else args.quantization_bit
+
+    folder = resolve_folder(name)
+    config = read_config(folder, pre_seq_len=None)
+    tokenizer = load_tokenizer(folder, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, reason = choose_dtype(device)
+    say(
+        f"Loading {name} on {device}: {f'int{bits} and ' if bits else ''}{str(dtype).removeprefix('torch.')} ({reason})."
+    )
+    model = load_model(folder, config=config, dtype=dtype, device=device, quantization_bit=bits)
+    model.requires_grad_(False)
+    server = ChatServer(
+        model,
+        tokenizer,
+        {checkpoint.name: checkpoint} if checkpoint else {},
+        default=checkpoint.name if checkpoint else BASE,
+        max_batch=args.concurrency,
+        max_queue=args.max_queue,
+        max_sessions=args.max_sessions,
+    )
+    server.name = Path(name).name
+    if checkpoint and checkpoint.name in list_checkpoints(checkpoint.parent):
+        server.run_folder = checkpoint.parent
+    try:
+        length = server.prefix_length(server.default)
+    except ValueError:
+        server.close()
+        raise
+    if checkpoint:
+        say(f"Prefix of {length} tokens from {checkpoint}.")
+    else:
+        say("No --ptuning_checkpoint: the base model answers.")
+    return server

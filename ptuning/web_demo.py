@@ -1,0 +1,558 @@
+"""A page to talk to the tuned model, with the base model beside it.
+
+Answers to the official `web_demo.py` of the ptuning folder. It differs in that whatever a user or the model
+writes is shown as text (the official page passes HTML through), in running on gradio 6 without patching it, in
+asking many visitors' questions at once, and in switching prefixes while it runs.
+
+    bash web_demo.sh
+    python ptuning/web_demo.py --ptuning_checkpoint output/my-run --server_port 7861
+"""
+
+import argparse
+import html
+import os
+import queue
+import re
+import string
+import sys
+import time
+
+import gradio as gr
+import torch
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server
+
+EXAMPLES = (
+    "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",
+    "类型#裙*颜色#黑色*风格#性感*裙型#百褶*裙长#连衣裙",
+    "类型#锅*颜色#白色*风格#北欧*功能#聚热*锅款式#炒锅",
+)
+MODES = ("tuned", "base", "both")
+SIDES = ("left", "right")  # the two columns; the right one is there in mode both only
+LATEX_DELIMITERS = ({"left": "$$", "right": "$$"}, {"left": "\\[", "right": "\\]"}, {"left": "\\(", "right": "\\)"})
+YIELD_SECONDS = 0.05  # a page that is told of every token does little else
+TEXTS = {
+    "en": {
+        "title": "Talk to the tuned model",
+        "mode": "Who answers",
+        "tuned": "Tuned (with the prefix)",
+        "base": "Base (without it)",
+        "both": "Both, side by side",
+        "checkpoint": "Checkpoint of the run",
+        "left": "Conversation",
+        "right": "Base model",
+        "message": "Your message",
+        "placeholder": "Enter sends, Shift+Enter starts a new line",
+        "submit": "Submit",
+        "stop": "Stop",
+        "retry": "Retry",
+        "undo": "Undo",
+        "clear": "Clear",
+        "theme": "Light / dark",
+        "settings": "Settings",
+        "max_length": "Maximum length of an answer (new tokens)",
+        "top_p": "Top P",
+        "temperature": "Temperature (0: always the likeliest)",
+        "examples": "Examples",
+        "prefix": "{model} (prefix of {pre_seq_len})",
+        "no_prefix": "base model, no prefix",
+        "waiting": "waiting for a place …",
+        "speed": "{tokens} tokens, {speed:.1f} tokens/s",
+        "end_stop": "ended by itself",
+        "end_length": "ended at the maximum length",
+        "end_cancelled": "stopped",
+        "end_error": "failed: {error}",
+        "dropped": "the oldest {count} turns no longer fit and were left out",
+        "busy": "Too many requests at the moment. Try again in a while.",
+    },
+    "zh-CN": {
+        "title": "与微调后的模型对话",
+        "mode": "由谁回答",
+        "tuned": "微调模型（带前缀）",
+        "base": "原模型（不带前缀）",
+        "both": "两者并排",
+        "checkpoint": "本次训练的检查点",
+        "left": "对话",
+        "right": "原模型",
+        "message": "输入",
+        "placeholder": "回车发送，Shift+回车换行",
+        "submit": "发送",
+        "stop": "停止",
+        "retry": "重新回答",
+        "undo": "撤回",
+        "clear": "清空",
+        "theme": "浅色 / 深色",
+        "settings": "设置",
+        "max_length": "回答的最大长度（新生成的 token 数）",
+        "top_p": "Top P",
+        "temperature": "温度（0 表示总选最可能的词）",
+        "examples": "示例",
+        "prefix": "{model}（前缀长度 {pre_seq_len}）",
+        "no_prefix": "原模型，不带前缀",
+        "waiting": "正在排队 …",
+        "speed": "{tokens} 个 token，每秒 {speed:.1f} 个",
+        "end_stop": "自然结束",
+        "end_length": "达到最大长度",
+        "end_cancelled": "已停止",
+        "end_error": "出错：{error}",
+        "dropped": "历史过长，最早的 {count} 轮未送入模型",
+        "busy": "当前请求过多，请稍后再试。",
+    },
+}
+
+
+# ---- text that is shown, never run
+
+
+# A code block as the page's own Markdown parser (marked) finds it, but only in the first column: there it
+# cannot be a part of a list or a quotation, which would end it earlier.
+FENCE = re.compile(
+    r"^(?P<fence>`{3,}(?=[^`\n]*(?:\n|$))|~{3,})(?P<info>[^\n]*)(?:\n|$)"
+    r"(?:|(?P<code>[\s\S]*?)(?:\n|$))(?: {0,3}(?P=fence)[~`]* *(?=\n|$)|\Z)",
+    re.MULTILINE,
+)
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)([^\n]+?)(?<!`)\1(?!`)")
+MATH_MARK = "\ue000{}\ue001"  # private characters, taken out of the text first
+
+
+def as_markdown(text):
+    """Markdown that shows `text` with its Markdown, code and formulas, and every HTML tag and image as text.
+
+    Tags and entities are escaped outside code blocks; the page escapes those inside, and its sanitizer comes after
+    both.
+    """
+    text = re.sub("[\ue000\ue001]", "", text)
+    formulas = []
+
+    def keep(match):
+        formulas.append(match[0])
+        return MATH_MARK.format(len(formulas) - 1)
+
+    for delimiter in LATEX_DELIMITERS:  # in the page's order: a formula may hold what looks like a code block
+        text = re.sub(f"{re.escape(delimiter['left'])}[\\s\\S]+?{re.escape(delimiter['right'])}", keep, text)
+    parts, end = [], 0
+    for match in FENCE.finditer(text):
+        parts.append(escape_markdown(text[end : match.start()]))
+        parts.append(re.sub(r"^(\S*?)mermaid", r"\1text", match[0], flags=re.IGNORECASE))  # would be drawn
+        end = match.end()
+    text = "".join([*parts, escape_markdown(text[end:])])
+    return re.sub("\ue000(\\d+)\ue001", lambda match: escape_tags(formulas[int(match[1])]), text)
+
+
+def literally(text):
+    """Markdown that shows `text` as it is: a prompt of ADGEN is full of * and #."""
+    text = re.sub(r"^ +", lambda match: "\u00a0" * len(match[0]), text, flags=re.MULTILINE)
+    return "".join(f"&#{ord(char)};" if char in string.punctuation else char for char in text)
+
+
+def escape_markdown(text):
+    parts, end = [], 0
+    for match in CODE_SPAN.finditer(text):
+        parts += [escape_tags(text[end : match.start()]), f"<code>{literally(match[2].strip())}</code>"]
+        end = match.end()
+    return "".join([*parts, escape_tags(text[end:])])
+
+
+def escape_tags(text):
+    """Show what would be a tag, an entity, an image or a link definition as it is written."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    return text.replace("![", "!&#91;").replace("]:", "]&#58;")
+
+
+def bubbles(turns):
+    """The chat's messages from [(question, answer)]."""
+    messages = []
+    for question, answer in turns:
+        for role, text in (("user", literally(question)), ("assistant", as_markdown(answer))):
+            # As a dictionary the text keeps its indentation; without a character there would be no bubble.
+            messages.append({"role": role, "content": [{"type": "text", "text": text or "\u200b"}]})
+    return messages
+
+
+def language(request):
+    """The language of what is written on the server: the browser's first one."""
+    return "zh-CN" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+
+
+# ---- what the buttons do
+
+
+class Page:
+    """Handlers of the page's events. A conversation is {"left": turns, "right": turns}, one for each column."""
+
+    def __init__(self, server):
+        self.server = server
+        self.running = {}  # session of the page -> its answers that are being computed
+
+    def models(self, mode, checkpoint):
+        """Which model answers in which column."""
+        tuned = checkpoint or self.server.default
+        return {"tuned": {"left": tuned}, "base": {"left": BASE}, "both": {"left": tuned, "right": BASE}}[mode]
+
+    def respond(self, question, turns, mode, checkpoint, max_length, top_p, temperature, request: gr.Request):
+        """Answer in every column that is there; yields what `outputs` of `build` names, as the answers grow."""
+        session = request.session_hash
+        if not question.strip() or session in self.running:
+            yield self.update()
+            return
+        words = TEXTS[language(request)]
+        changes = queue.SimpleQueue()
+        answers, notes = {}, {}
+        self.running[session] = answers
+        try:
+            sampling = Sampling(max_new_tokens=int(max_length), top_p=top_p, temperature=temperature)
+            for side, model in self.models(mode, checkpoint).items():
+                token_ids, dropped = self.server.fit(question, turns[side], sampling.max_new_tokens)
+                notes[side] = [words["dropped"].format(count=dropped)] if dropped else []
+                answers[side] = self.server.submit(
+                    token_ids, model=model, sampling=sampling, notify=changes.put, session=(session, side)
+                )
+            yield from self.show(question, turns, answers, notes, words, changes)
+        except (ValueError, OSError, Busy) as error:
+            message = words["busy"] if isinstance(error, Busy) else str(error)
+            yield self.update(box=question, status=as_status([message]), busy=False)
+        finally:  # also where the page was closed
+            self.cancel(answers)
+            self.running.pop(session, None)
+
+    def show(self, question, turns, answers, notes, words, changes):
+        """Yield the growing answers until all of them have ended."""
+        box, busy = "", True
+        while True:
+            finished = all(answer.finish_reason for answer in answers.values())
+            new = {**turns, **{side: [*turns[side], (question, answer.text)] for side, answer in answers.items()}}
+            lines = [self.status(answer, notes[side], words) for side, answer in answers.items()]
+            yield self.update(
+                box=box,
+                columns=[bubbles(new[side]) if side in answers else gr.skip() for side in SIDES],
+                status=as_status(lines),
+                turns=new,
+                busy=False if finished else busy,
+            )
+            if finished:
+                return
+            box, busy = gr.skip(), None
+            time.sleep(YIELD_SECONDS)
+            try:
+                changes.get(timeout=1)
+                while not changes.empty():
+                    changes.get()
+            except queue.Empty:  # still waiting; a yield lets the page close this generator
+                pass
+
+    @staticmethod
+    def update(box=None, columns=None, status=None, turns=None, busy=None):
+        """Values for `outputs` of `build`; None leaves one as it is."""
+        values = [box, *(columns or [None, None]), status, turns]
+        values = [gr.skip() if value is None else value for value in values]
+        if busy is None:
+            return [*values, *[gr.skip()] * 6]
+        return [*values, gr.update(interactive=busy), *[gr.update(interactive=not busy)] * 5]
+
+    def status(self, answer, notes, words):
+        """One line: model, checkpoint, prefix, bits, device, speed, why the answer ended."""
+        parts = [self.describe(answer.model, words)]
+        if answer.response_ids:
+            parts.append(words["speed"].format(tokens=len(answer.response_ids), speed=answer.tokens_per_second))
+        elif not answer.finish_reason:
+            parts.append(words["waiting"])
+        if answer.finish_reason:
+            parts.append(words[f"end_{answer.finish_reason}"].format(error=answer.error))
+        return " · ".join([*parts, *notes])
+
+    def retry(self, turns, mode, checkpoint, max_length, top_p, temperature, request: gr.Request):
+        """Ask the last question again."""
+        if not turns["left"]:
+            yield self.update()
+            return
+        question = turns["left"][-1][0]
+        turns = {side: turns[side][:-1] for side in SIDES}
+        yield from self.respond(question, turns, mode, checkpoint, max_length, top_p, temperature, request)
+
+    def undo(self, turns, request: gr.Request):
+        """Take back the last turn; its question returns to the box."""
+        if not turns["left"] or request.session_hash in self.running:
+            return self.update()
+        question = turns["left"][-1][0]
+        turns = {side: turns[side][:-1] for side in SIDES}
+        return self.update(question, [bubbles(turns[side]) for side in SIDES], "", turns)
+
+    def clear(self, request: gr.Request):
+        if request.session_hash in self.running:
+            return self.update()
+        self.close(request)
+        return self.update("", [[], []], "", {side: [] for side in SIDES})
+
+    def switch(self, turns, mode, request: gr.Request):
+        """Show the second column or hide it; it starts as a copy of the first, so both know the same history."""
+        words = TEXTS[language(request)]
+        if mode != "both":
+            return gr.update(label=words["left"]), gr.update(visible=False), turns
+        turns = {**turns, "right": list(turns["left"])}
+        right = gr.update(visible=True, value=bubbles(turns["right"]))
+        return gr.update(label=words["tuned"]), right, turns
+
+    def describe(self, model, words):
+        facts = self.server.facts(model)
+        prefix = words["prefix"].format(**facts) if facts["pre_seq_len"] else words["no_prefix"]
+        return f"{facts['base_model']} · {prefix} · {facts['weights']} · {facts['device']}"
+
+    def choose(self, checkpoint, request: gr.Request):
+        """Read the prefix of a checkpoint, so that the first question need not wait for it."""
+        try:
+            return as_status([self.describe(checkpoint, TEXTS[language(request)])])
+        except (ValueError, OSError) as error:
+            return as_status([str(error)])
+
+    def opened(self, request: gr.Request):
+        """What changes between two visits: the checkpoints of a run that is still training."""
+        names = self.server.models()[:-1]
+        return gr.update(choices=names), as_status([self.describe(self.server.default, TEXTS[language(request)])])
+
+    @staticmethod
+    def cancel(answers):
+        for answer in list(answers.values()):
+            answer.cancel()
+
+    def stop(self, request: gr.Request):
+        self.cancel(self.running.get(request.session_hash, {}))
+
+    def close(self, request: gr.Request):
+        """The page was closed: nothing of it stays."""
+        self.stop(request)
+        for side in SIDES:
+            self.server.forget((request.session_hash, side))
+
+
+def as_status(lines):
+    return "<br>".join(html.escape(line) for line in lines)
+
+
+# ---- the page
+
+
+def build(server):
+    """The page of a ChatServer as gr.Blocks, and its translations."""
+    chinese = {code: TEXTS["zh-CN"] for code in ("zh", "zh-CN", "zh-TW", "zh-HK")}
+    i18n = gr.I18n(en=TEXTS["en"], **chinese)
+    page = Page(server)
+    has_prefix = server.default != BASE
+    longest = min(32768, server.model.config.seq_length)
+    with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True) as blocks:
+        turns = gr.State({side: [] for side in SIDES})
+        with gr.Row(elem_id="head"):
+            gr.Markdown(i18n("title"), elem_id="title")
+            theme = gr.Button(i18n("theme"), size="sm", scale=0, min_width=140, elem_id="theme")
+        with gr.Row():
+            mode = gr.Radio(
+                [(i18n(name), name) for name in MODES],
+                value="tuned" if has_prefix else "base",
+                label=i18n("mode"),
+                visible=has_prefix,
+                elem_id="mode",
+                min_width=320,
+                scale=3,
+            )
+            checkpoint = gr.Dropdown(
+                server.models()[:-1],
+                value=server.default if has_prefix else None,
+                label=i18n("checkpoint"),
+                visible=has_prefix,
+                elem_id="checkpoint",
+                min_width=220,
+                scale=2,
+            )
+        with gr.Row():
+            chats = [
+                gr.Chatbot(
+                    label=i18n(side),
+                    elem_id=side,
+                    visible=side == "left",
+                    height=460,
+                    buttons=[],
+                    feedback_options=None,
+                    sanitize_html=True,
+                    allow_tags=False,
+                    allow_file_downloads=False,
+                    latex_delimiters=[
+                        {**delimiter, "display": index < 2} for index, delimiter in enumerate(LATEX_DELIMITERS)
+                    ],
+                )
+                for side in SIDES
+            ]
+        status = gr.HTML(elem_id="status")
+        with gr.Row():
+            box = gr.Textbox(
+                label=i18n("message"), placeholder=i18n("placeholder"), lines=2, max_lines=8, scale=8, elem_id="message"
+            )
+            with gr.Column(scale=1, min_width=120):
+                submit = gr.Button(i18n("submit"), variant="primary", elem_id="submit")
+                stop = gr.Button(i18n("stop"), variant="stop", interactive=False, elem_id="stop")
+        with gr.Row():
+            retry = gr.Button(i18n("retry"), size="sm", elem_id="retry")
+            undo = gr.Button(i18n("undo"), size="sm", elem_id="undo")
+            clear = gr.Button(i18n("clear"), size="sm", elem_id="clear")
+        gr.Examples([[prompt] for prompt in EXAMPLES], inputs=[box], label=i18n("examples"), elem_id="examples")
+        with gr.Accordion(i18n("settings"), open=False, elem_id="settings"):
+            max_length = gr.Slider(1, longest, value=min(8192, longest), step=1, label=i18n("max_length"))
+            top_p = gr.Slider(0.01, 1, value=0.8, step=0.01, label=i18n("top_p"))
+            temperature = gr.Slider(0, 2, value=0.95, step=0.01, label=i18n("temperature"))
+
+        settings = [mode, checkpoint, max_length, top_p, temperature]
+        outputs = [box, *chats, status, turns, stop, submit, retry, undo, clear, mode]
+        # The server has a queue of its own, so every question may come through at once.
+        answering = {
+            "outputs": outputs,
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+            "trigger_mode": "once",
+            "api_visibility": "private",
+        }
+        quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+        gr.on([submit.click, box.submit], page.respond, [box, turns, *settings], **answering)
+        retry.click(page.retry, [turns, *settings], **answering)
+        stop.click(page.stop, **quick)
+        undo.click(page.undo, [turns], outputs, **quick)
+        gr.on([clear.click, *[chat.clear for chat in chats]], page.clear, None, outputs, **quick)
+        mode.input(page.switch, [turns, mode], [*chats, turns], **quick)
+        checkpoint.input(page.choose, [checkpoint], [status], **quick)
+        theme.click(None, js="() => { document.body.classList.toggle('dark') }", api_visibility="private")
+        blocks.load(page.opened, None, [checkpoint, status], **quick)
+        blocks.unload(page.close)
+    return blocks, i18n
+
+
+CSS = """
+#title { font-size: 1.25rem; }
+#status { min-height: 1.5em; font-size: .85rem; color: var(--body-text-color); overflow-wrap: anywhere; }
+.message { overflow-wrap: anywhere; }
+"""
+# All that the page itself asks of gradio; the rest, files, uploads and calls by name among it, is not there.
+ALLOWED = {
+    "queue/join",
+    "queue/data",
+    "run/predict",
+    "heartbeat",
+    "startup-events",
+    "theme.css",
+    "user",
+    "login_check",
+    "token",
+}
+
+
+class OwnPartsOnly:
+    """ASGI middleware: 404 for every part of gradio that the page does not use."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        app = self.app
+        if scope["type"] == "http":
+            path = scope["path"].strip("/")
+            name = path.removeprefix("gradio_api/")
+            known = name in ALLOWED or name.startswith("heartbeat/")
+            if path.startswith("monitoring") or path != name and not known:
+                app = PlainTextResponse("This page has no such part.", 404)
+        await app(scope, receive, send)
+
+
+def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, auth=None, block=True):
+    """Open the page; returns the gr.Blocks, to close() where `block` is false."""
+    blocks, i18n = build(server)
+    at_once = server.max_batch + server.max_queue
+    blocks.queue(api_open=False, max_size=4 * at_once, default_concurrency_limit=at_once)
+    font = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
+    blocks.launch(
+        server_name=server_name,
+        server_port=server_port,
+        share=share,
+        auth=auth,
+        prevent_thread_lock=not block,
+        quiet=True,
+        max_threads=at_once + 16,
+        max_file_size=1,
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        footer_links=[],
+        i18n=i18n,
+        theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
+        css=CSS,
+        app_kwargs={
+            "middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly)],
+            "docs_url": None,
+            "redoc_url": None,
+            "openapi_url": None,
+        },
+    )
+    return blocks
+
+
+# ---- the program
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="web_demo.py", description="A page to talk to the tuned model.")
+    add_model_arguments(parser)
+    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+    parser.add_argument("--server_port", type=int, default=7860, help="Port to listen on [7860].")
+    parser.add_argument("--share", action="store_true", help="A public link through gradio's servers.")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask visitors for this user and password.")
+    args = parser.parse_args(argv)
+    if args.auth is not None:
+        user, colon, password = args.auth.partition(":")
+        if not (user and colon and password):
+            raise ValueError("--auth: expected user:password, such as --auth admin:secret.")
+        args.auth = (user, password)
+    return args
+
+
+def keep_proxy_from_localhost():
+    """gradio asks its own page once; a proxy set in the environment would catch that."""
+    names = [
+        name
+        for name in ("http_proxy", "https_proxy", "all_proxy")
+        if os.environ.get(name) or os.environ.get(name.upper())
+    ]
+    if names:
+        for name in ("no_proxy", "NO_PROXY"):
+            hosts = os.environ.get(name, "")
+            os.environ[name] = ",".join(filter(None, (hosts, "localhost,127.0.0.1")))
+        print(f"{', '.join(names)} is set; connections to this machine itself go around it.")
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    if not gr.__version__.startswith("6."):
+        raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
+    check_port(args.server_name, args.server_port)
+    keep_proxy_from_localhost()
+    if not torch.cuda.is_available():
+        print(
+            "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
+        )
+    server = load_server(args)
+    everyone = args.server_name in ("0.0.0.0", "::")
+    print(f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True)
+    if (everyone or args.share) and not args.auth:
+        print(
+            "Everyone who can reach this machine can use the page. To restrict it: --auth user:password, or HOST=127.0.0.1",
+            flush=True,
+        )
+    try:
+        launch(server, server_name=args.server_name, server_port=args.server_port, share=args.share, auth=args.auth)
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,541 @@
+"""The page in a real browser: streaming, stopping, switching prefixes, hostile text, several visitors; its limits."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from test_serving import QUERIES, SlowServer, finish, make_run, open_server
+
+import web_demo
+from serving import BASE
+
+ARTIFACTS = Path(__file__).parent / "artifacts"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+HOSTILE = (
+    "<img src=x onerror=\"document.title='pwned'\"> <script>document.title='pwned'</script> <b>bold</b>\n\n"
+    "[link](javascript:document.title='pwned') ![image](http://192.0.2.1/x.png) <iframe src=http://192.0.2.1></iframe>\n"
+    "$$\\href{javascript:document.title='pwned'}{x}$$ &lt;i&gt; <custom>x</custom>\n\n"
+    '- item\n```\n<u>in code</u>\n```\n[a]: x "\n```\n"\n<s>after</s>'
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert value, f"not within {seconds} s"
+    return value
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("run"))
+    server = open_server("--ptuning_checkpoint", run, "--concurrency", 8, server_class=SlowServer)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    port = free_port()
+    blocks = web_demo.launch(server, server_port=port, block=False)
+    yield f"http://127.0.0.1:{port}"
+    blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium fonts-noto-cjk")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r tests/requirements.txt")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser, url, server):
+    """Opens the page as a new visitor; afterwards the server is as it was."""
+    contexts = []
+
+    def open_page(locale="en-US", color_scheme="light"):
+        context = browser.new_context(
+            locale=locale, color_scheme=color_scheme, viewport={"width": 1200, "height": 1000}
+        )
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(url)
+        page.wait_for_selector("#message textarea")
+        page.wait_for_function("document.querySelector('#status').innerText.includes('tiny')")
+        return page
+
+    yield open_page
+    server.delay, server.endless, server.script = 0.0, False, None
+    for context in contexts:
+        context.close()
+    wait_for(lambda: server.load() == (0, 0))
+
+
+def send(page, text):
+    page.fill("#message textarea", text)
+    page.click("#submit")
+
+
+def ask(page, text):
+    """Send a message and return the finished answer."""
+    before = page.locator("#left .bot.message").count()
+    send(page, text)
+    page.wait_for_function(f"document.querySelectorAll('#left .bot.message').length > {before}")
+    page.wait_for_function("/ended|自然结束|达到最大/.test(document.querySelector('#status').innerText)")
+    page.wait_for_function("!document.querySelector('#submit').disabled")
+    # Markdown is rendered a moment later.
+    page.wait_for_function(r"/[^\s\u200b]/.test([...document.querySelectorAll('#left .bot.message')].pop().innerText)")
+    return last_answer(page)
+
+
+def last_answer(page, side="left"):
+    return page.locator(f"#{side} .bot.message").last.inner_text().strip("\u200b\n ")
+
+
+def make_greedy(page):
+    page.click("#settings button")
+    numbers = page.locator("#settings input[type=number]")
+    for index, value in ((0, "24"), (2, "0")):
+        numbers.nth(index).fill(value)
+        numbers.nth(index).press("Tab")
+
+
+def choose_mode(page, mode):
+    page.check(f"#mode input[value={mode}]")
+
+
+def screenshot(page, name):
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{name}.png")
+
+
+@pytest.mark.slow
+def test_tokens_arrive_before_the_answer_ends_and_stop_ends_it(visit, server):
+    server.endless, server.delay = True, 0.05
+    page = visit()
+    send(page, QUERIES[0])
+    page.wait_for_function("document.querySelector('#left .bot.message')?.innerText.length > 3")
+    first = last_answer(page)
+    page.wait_for_function(f"document.querySelector('#left .bot.message').innerText.length > {len(first) + 3}")
+    assert page.is_enabled("#stop") and page.is_disabled("#submit") and page.is_disabled("#mode input[value=base]")
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#stop').disabled")
+    stopped = last_answer(page)
+    assert len(stopped) > len(first)
+    assert re.search(
+        r"tiny · checkpoint-30 \(prefix of 6\) · float32 · cpu · \d+ tokens, [\d.]+ tokens/s · stopped",
+        page.inner_text("#status"),
+    )
+    assert server.load() == (0, 0)
+    time.sleep(0.3)
+    assert last_answer(page) == stopped
+    page.click("#clear")
+    page.wait_for_function("document.querySelectorAll('#left .message').length == 0")
+
+
+@pytest.mark.slow
+def test_the_prefix_can_be_switched_off_and_on_and_another_checkpoint_chosen(visit, server):
+    page = visit()
+    make_greedy(page)
+    answers = {}
+    for mode in ("tuned", "base", "tuned"):
+        page.click("#clear")
+        page.wait_for_function("document.querySelectorAll('#left .message').length == 0")
+        choose_mode(page, mode)
+        answers.setdefault(mode, []).append(ask(page, QUERIES[0]))
+    assert answers["tuned"][0] == answers["tuned"][1] != answers["base"][0]
+    assert answers["tuned"][0] == finish(server, QUERIES[0]).text
+    assert answers["base"][0] == finish(server, QUERIES[0], model=BASE).text
+    page.click("#clear")
+    page.click("#checkpoint input")
+    page.get_by_role("option", name="checkpoint-10").click()
+    page.wait_for_function("document.querySelector('#status').innerText.includes('checkpoint-10')")
+    assert ask(page, QUERIES[0]) == finish(server, QUERIES[0], model="checkpoint-10").text != answers["tuned"][0]
+
+
+@pytest.mark.slow
+def test_tuned_and_base_answer_side_by_side_from_the_same_history(visit, server):
+    page = visit()
+    make_greedy(page)
+    first = ask(page, QUERIES[2])
+    choose_mode(page, "both")
+    page.wait_for_selector("#right .bot.message")
+    assert last_answer(page, "right") == first
+    tuned = ask(page, QUERIES[0])
+    history = [(QUERIES[2], first)]
+    assert tuned == finish(server, QUERIES[0], history).text
+    assert last_answer(page, "right") == finish(server, QUERIES[0], history, model=BASE).text != tuned
+    assert "checkpoint-30" in page.inner_text("#status") and "no prefix" in page.inner_text("#status")
+    screenshot(page, "side-by-side")
+    choose_mode(page, "tuned")
+    page.wait_for_selector("#right", state="hidden")
+
+
+@pytest.mark.slow
+def test_retry_asks_again_and_undo_returns_the_question(visit):
+    page = visit()
+    make_greedy(page)
+    first = ask(page, QUERIES[0])
+    ask(page, QUERIES[1])
+    page.click("#undo")
+    page.wait_for_function("document.querySelectorAll('#left .bot.message').length == 1")
+    assert page.input_value("#message textarea") == QUERIES[1]
+    page.click("#retry")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('tokens/s')")
+    page.wait_for_function("document.querySelector('#stop').disabled")
+    assert page.locator("#left .bot.message").count() == 1 and last_answer(page) == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", ["user", "model"])
+def test_hostile_text_is_shown_and_never_run(visit, server, writer):
+    server.script = HOSTILE if writer == "model" else "好"
+    page = visit()
+    requested = []
+    page.on("request", lambda request: requested.append(request.url))
+    ask(page, HOSTILE if writer == "user" else "你好")
+    bubble = page.locator("#left .message.bot" if writer == "model" else "#left .message.user").last
+    shown = bubble.inner_text()
+    for piece in ("<img src=x onerror=", "<script>document.title='pwned'</script>", "<b>bold</b>", "![image](http"):
+        assert piece in shown
+    for piece in ("<iframe src", "&lt;i&gt;", "<custom>x</custom>", "<u>in code</u>", "<s>after</s>"):
+        assert piece in shown
+    for tag in ("img", "script", "iframe", "b", "i", "u", "s", "custom", "[href^=javascript]", "[onerror]"):
+        assert bubble.locator(tag).count() == 0, tag
+    for link in bubble.locator("a").all():
+        link.click()
+    assert page.title() == "ChatGLM2 P-Tuning"
+    assert not [address for address in requested if "127.0.0.1" not in address]
+    screenshot(page, f"hostile-{writer}")
+
+
+@pytest.mark.slow
+def test_markdown_code_and_formulas_of_an_answer_are_rendered(visit, server):
+    server.script = "**粗体** 和 `vector<int>`\n\n$$a<b$$\n\n```html\n<b>代码</b>\n```\n\n- 一\n- 二\n\n\\(x^2\\)"
+    page = visit()
+    ask(page, "你好")
+    bubble = page.locator("#left .message.bot")
+    assert bubble.locator("strong").inner_text() == "粗体"
+    assert bubble.locator("p code").inner_text() == "vector<int>"
+    assert bubble.locator("pre code").inner_text().strip() == "<b>代码</b>"
+    assert bubble.locator(".katex").count() == 2 and bubble.locator("li").count() == 2
+    screenshot(page, "markdown")
+
+
+@pytest.mark.slow
+def test_a_reload_or_a_closed_page_frees_its_place(visit, server):
+    server.endless, server.delay = True, 0.05
+    page = visit()
+    send(page, QUERIES[0])
+    page.wait_for_function("document.querySelector('#left .bot.message')?.innerText.length > 3")
+    page.reload()
+    page.wait_for_selector("#message textarea")
+    wait_for(lambda: server.load() == (0, 0))
+    assert page.locator("#left .bot.message").count() == 0
+    send(page, QUERIES[0])
+    page.wait_for_function("document.querySelector('#left .bot.message')?.innerText.length > 3")
+    page.close()
+    wait_for(lambda: server.load() == (0, 0))
+
+
+@pytest.mark.slow
+def test_two_visitors_at_once_see_their_own_conversation_only(visit, server):
+    server.delay = 0.02
+    pages = [visit(), visit()]
+    for number, page in enumerate(pages):
+        make_greedy(page)
+        send(page, f"编号{number}号*{QUERIES[number]}")
+    for number, page in enumerate(pages):
+        page.wait_for_function("document.querySelector('#status').innerText.includes('ended')")
+        text = page.inner_text("#left")
+        assert f"编号{number}号" in text and f"编号{1 - number}号" not in text
+        assert last_answer(page) == finish(server, f"编号{number}号*{QUERIES[number]}").text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "locale, scheme", [("zh-CN", "light"), ("zh-TW", "dark"), ("en-US", "light"), ("en-US", "dark")]
+)
+def test_the_page_speaks_the_browsers_language_and_is_readable_in_both_themes(visit, locale, scheme):
+    page = visit(locale, scheme)
+    ask(page, web_demo.EXAMPLES[1])
+    screenshot(page, f"page-{locale}-{scheme}")
+    words = web_demo.TEXTS["zh-CN" if locale.startswith("zh") else "en"]
+    text = page.inner_text("body")
+    for key in ("title", "mode", "tuned", "checkpoint", "message", "submit", "stop", "retry", "clear", "settings"):
+        assert words[key] in text
+    assert re.search("自然结束|达到最大长度" if locale.startswith("zh") else "ended", page.inner_text("#status"))
+    for element in ("#left .bot.message p", "#left .user.message p", "#status", "#message textarea"):
+        assert contrast(page, element) >= 4.5, element
+
+
+def contrast(page, selector):
+    """Contrast ratio of an element's text with what lies behind it (WCAG 2: 4.5 is readable)."""
+    colors = page.locator(selector).first.evaluate(
+        """element => {
+            const numbers = color => color.match(/[\\d.]+/g).map(Number);
+            let behind = element, background = [0, 0, 0, 0];
+            while (behind && (background[3] ?? 1) < 0.9) {
+                background = numbers(getComputedStyle(behind).backgroundColor);
+                behind = behind.parentElement;
+            }
+            return [numbers(getComputedStyle(element).color), background];
+        }"""
+    )
+
+    def luminance(rgb):
+        parts = [value / 255 / 12.92 if value <= 10.3 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in rgb[:3]]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    light, dark = sorted(map(luminance, colors), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+# ---- without a browser
+
+
+def ask_over_http(url, session, prompt, mode="tuned", checkpoint="checkpoint-30"):
+    """Send a message as the page does; the messages that the page is sent back."""
+    handlers = json.loads(request(url, "GET", "/config")[1])["dependencies"]
+    respond = next(handler["id"] for handler in handlers if handler["api_name"] == "respond")
+    data = [prompt, None, mode, checkpoint, 24, 0.8, 0]
+    body = json.dumps({"data": data, "fn_index": respond, "session_hash": session}).encode()
+    headers = {"content-type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{url}/gradio_api/queue/join", body, headers), timeout=60).read()
+    messages = []
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        for line in stream:
+            if line.startswith(b"data:"):
+                messages.append(json.loads(line.removeprefix(b"data:")))
+                if messages[-1]["msg"] in ("process_completed", "unexpected_error"):
+                    return messages
+    raise AssertionError("the stream ended without an answer")
+
+
+@pytest.mark.slow
+def test_sixteen_sessions_at_once_get_their_own_answers(url, server):
+    prompts = [f"编号{number}*{QUERIES[number % 4]}" for number in range(16)]
+    alone = [finish(server, prompt).text for prompt in prompts]
+    with ThreadPoolExecutor(16) as visitors:
+        told = list(visitors.map(ask_over_http, [url] * 16, [f"visitor{number}" for number in range(16)], prompts))
+    for number, messages in enumerate(told):
+        assert messages[-1]["success"]
+        question, answer = messages[-1]["output"]["data"][1]
+        assert f"编号{number}&#42;" in question["content"][0]["text"]
+        assert answer["content"][0]["text"] == web_demo.as_markdown(alone[number])
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_the_page_is_one_of_the_base_model():
+    server = open_server("--model_name_or_path", TINY)
+    blocks = web_demo.launch(server, server_port=free_port(), block=False)
+    try:
+        url = blocks.local_url.rstrip("/")
+        config = json.loads(request(url, "GET", "/config")[1])
+        visible = {part["props"].get("elem_id"): part["props"].get("visible") for part in config["components"]}
+        assert visible["mode"] is visible["checkpoint"] is False
+        told = ask_over_http(url, "visitor", QUERIES[0], "base", None)
+        shown = told[-1]["output"]["data"][1][-1]["content"][0]["text"]
+        assert shown == web_demo.as_markdown(finish(server, QUERIES[0]).text)
+    finally:
+        blocks.close(verbose=False)
+        server.close()
+
+
+def request(url, method, path, body=None, headers=None):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("POST", "/gradio_api/upload"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", f"/gradio_api/file={ROOT}/requirements.txt"),
+        ("GET", "/gradio_api/proxy=http://192.0.2.1/"),
+        ("POST", "/gradio_api/call/respond"),
+        ("POST", "/gradio_api/run/respond"),
+        ("GET", "/gradio_api/info"),
+        ("GET", "/monitoring"),
+    ],
+)
+def test_files_uploads_and_calls_by_name_are_not_there(url, method, path):
+    assert request(url, method, path)[0] == 404
+
+
+def test_a_body_over_one_mebibyte_is_refused_and_the_page_lives_on(url):
+    status, _ = request(url, "POST", "/gradio_api/queue/join", b"x" * (2**20 + 1))
+    assert status == 413
+    assert request(url, "GET", "/")[0] == 200
+
+
+def test_the_page_asks_nothing_of_other_hosts(url):
+    page = request(url, "GET", "/")[1].decode()
+    loaded = re.findall(r"<(?:script|link|iframe|img)[^>]*?(?:src|href)=\"(https?://[^\"]+)", page)
+    assert [address for address in loaded if "127.0.0.1" not in address] == []
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a < b & c", "a < b & c"),
+        ("<b>", "&lt;b>"),
+        ("</b><!--", "&lt;/b>&lt;!--"),
+        ("&lt;", "&amp;lt;"),
+        ("![x](y)", "!&#91;x](y)"),
+        ("`<b>`", "<code>&#60;b&#62;</code>"),
+        ("```html\n<b>\n```\n<b>", "```html\n<b>\n```\n&lt;b>"),
+        ("- x\n  ```\n  <b>\n  ```", "- x\n  ```\n  &lt;b>\n  ```"),
+        ("```mermaid\ngraph\n```", "```text\ngraph\n```"),
+        ("$$a<b$$", "$$a&lt;b$$"),
+        ("$$\n```\n$$\n<b>\n```", "$$\n```\n$$\n&lt;b>\n```"),
+    ],
+)
+def test_markup_is_escaped_outside_code_blocks(text, shown):
+    assert web_demo.as_markdown(text) == shown
+
+
+def test_a_question_is_shown_to_the_letter():
+    assert web_demo.literally("a*b\n  <c>") == "a&#42;b\n\u00a0\u00a0&#60;c&#62;"
+
+
+def test_both_languages_have_the_same_texts():
+    english, chinese = web_demo.TEXTS["en"], web_demo.TEXTS["zh-CN"]
+    assert english.keys() == chinese.keys()
+    for key in english:
+        assert re.findall(r"{\w+", english[key]) == re.findall(r"{\w+", chinese[key])
+
+
+# ---- the program
+
+
+def web_demo_sh(*words, **environment):
+    clean = {name: value for name, value in os.environ.items() if name not in ("MODEL", "CHECKPOINT", "STEP", "PORT")}
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    return subprocess.Popen(
+        ["bash", "web_demo.sh", *map(str, words)],
+        cwd=ROOT,
+        env={**clean, **{name: str(value) for name, value in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_the_script_opens_the_page_and_says_how_to_restrict_it(server):
+    port = free_port()
+    process = web_demo_sh("--ptuning_checkpoint", server.run_folder, MODEL="tiny", PORT=port)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: answers(url), seconds=60)
+        assert request(url, "GET", "/")[0] == 200
+    finally:
+        process.terminate()
+    output = process.communicate(timeout=20)[0]
+    assert f"Open http://127.0.0.1:{port}" in output
+    assert output.count("--auth user:password") == 1
+
+
+def answers(url):
+    try:
+        return request(url, "GET", "/")[0]
+    except OSError:
+        return None
+
+
+@pytest.mark.slow
+def test_a_password_is_asked_for(server):
+    port = free_port()
+    blocks = web_demo.launch(server, server_port=port, auth=("admin", "secret"), block=False)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        assert request(url, "GET", "/config")[0] == 401
+        assert request(url, "POST", "/gradio_api/queue/join", "{}")[0] == 401
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        assert request(url, "POST", "/login", "username=admin&password=secret", form)[0] == 200
+        assert request(url, "POST", "/login", "username=admin&password=guess", form)[0] == 400
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_a_taken_port_and_a_missing_checkpoint_are_said_in_one_line(server):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ["--model_name_or_path", str(TINY), "--server_port", str(port)]
+        with pytest.raises(ValueError, match=f"listen on 127.0.0.1:{port} .* such as {port + 1}"):
+            web_demo.main(words)
+    words = ["--ptuning_checkpoint", str(server.run_folder / "checkpoint-7"), "--server_port", str(free_port())]
+    with pytest.raises(FileNotFoundError, match="has checkpoint-10, checkpoint-20, checkpoint-30"):
+        web_demo.main(words)
+
+
+@pytest.mark.slow
+def test_without_a_model_or_a_run_the_script_ends_with_one_message(tmp_path):
+    output = web_demo_sh(HOST="127.0.0.1", PORT=free_port()).communicate(timeout=60)[0]
+    assert "error: MODEL is not set" in output
+    process = web_demo_sh(MODEL="tiny", CHECKPOINT="no-such-run", HOST="127.0.0.1", PORT=free_port())
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert "error: --ptuning_checkpoint output/no-such-run/checkpoint-" in output and "Traceback" not in output
+
+
+def test_the_script_looks_where_train_sh_wrote():
+    rule = r"CHECKPOINT:-(.+)}"
+    names = [re.search(rule, (ROOT / script).read_text())[1] for script in ("train.sh", "web_demo.sh")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("auth", ["admin", "admin:", ":secret"])
+def test_a_password_without_a_user_or_the_reverse_is_refused(auth):
+    with pytest.raises(ValueError, match="user:password"):
+        web_demo.parse_arguments(["--auth", auth])
+
+
+def test_the_words_of_2023_are_accepted():
+    words = f"--model_name_or_path {TINY} --ptuning_checkpoint output/x/checkpoint-3000 --pre_seq_len 128".split()
+    assert web_demo.parse_arguments(words).pre_seq_len == 128
+
+
+def test_the_sliders_start_at_the_official_values_within_what_the_model_takes(url, server):
+    config = json.loads(request(url, "GET", "/config")[1])
+    sliders = [part["props"] for part in config["components"] if part["type"] == "slider"]
+    longest = server.model.config.seq_length
+    assert [(slider["minimum"], slider["value"], slider["maximum"]) for slider in sliders] == [
+        (1, min(8192, longest), longest),
+        (0.01, 0.8, 1),
+        (0, 0.95, 2),
+    ]

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# A page to talk to the tuned model. Change a variable here, or in front of the command:
+#   MODEL=THUDM/chatglm2-6b STEP=2000 bash web_demo.sh --auth user:password
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ptuning/common.sh
+
+MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
+if [ "$MODEL" = tiny ]; then
+  source ptuning/tiny/settings.sh # smaller defaults for the variables below
+fi
+PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} # as in train.sh: part of the run's default name
+LR=${LR:-2e-2}                  # likewise
+STEP=${STEP:-3000}              # which checkpoint of the run: output/$CHECKPOINT/checkpoint-$STEP
+HOST=${HOST:-0.0.0.0}           # address to listen on: 0.0.0.0 for everyone, 127.0.0.1 for this machine only
+PORT=${PORT:-7860}              # port to listen on
+QUANTIZATION_BIT=${QUANTIZATION_BIT-4} # 4 or 8: integer weights; empty: as in training
+CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
+
+check_model_and_data
+exec python ptuning/web_demo.py \
+  --model_name_or_path "$MODEL" \
+  --ptuning_checkpoint "output/$CHECKPOINT/checkpoint-$STEP" \
+  --server_name "$HOST" \
+  --server_port "$PORT" \
+  ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+  "$@"
