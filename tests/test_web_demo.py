@@ -322,11 +322,11 @@ def contrast(page, selector):
 # ---- without a browser
 
 
-def ask_over_http(url, session, prompt, mode="tuned", checkpoint="checkpoint-30"):
+def ask_over_http(url, session, prompt, mode="tuned", checkpoint="checkpoint-30", max_length=24):
     """Send a message as the page does; the messages that the page is sent back."""
     handlers = json.loads(request(url, "GET", "/config")[1])["dependencies"]
     respond = next(handler["id"] for handler in handlers if handler["api_name"] == "respond")
-    data = [prompt, None, mode, checkpoint, 24, 0.8, 0]
+    data = [prompt, None, mode, checkpoint, max_length, 0.8, 0]
     body = json.dumps({"data": data, "fn_index": respond, "session_hash": session}).encode()
     headers = {"content-type": "application/json"}
     urllib.request.urlopen(urllib.request.Request(f"{url}/gradio_api/queue/join", body, headers), timeout=60).read()
