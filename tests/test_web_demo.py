@@ -1,5 +1,6 @@
 """The page in a real browser: streaming, stopping, switching prefixes, hostile text, several visitors; its limits."""
 
+import gc
 import http.client
 import json
 import os
@@ -351,6 +352,23 @@ def test_sixteen_sessions_at_once_get_their_own_answers(url, server):
         question, answer = messages[-1]["output"]["data"][1]
         assert f"编号{number}&#42;" in question["content"][0]["text"]
         assert answer["content"][0]["text"] == web_demo.as_markdown(alone[number])
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_visitors(url):
+    def resident_megabytes():
+        gc.collect()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000
+
+    def visit_all(name, count):
+        with ThreadPoolExecutor(8) as visitors:
+            sessions = [f"{name}{number}" for number in range(count)]
+            list(visitors.map(ask_over_http, [url] * count, sessions, [QUERIES[0]] * count))
+
+    visit_all("first", 60)
+    before = resident_megabytes()
+    visit_all("later", 240)
+    assert resident_megabytes() - before < 50
 
 
 @pytest.mark.slow
