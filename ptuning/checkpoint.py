@@ -6,8 +6,10 @@ is run, pickles are read with `weights_only`, nothing is half loaded, and the we
 converted tensor by tensor, so there is never a second copy of them in memory.
 """
 
+import hashlib
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -34,6 +36,8 @@ PREFIX_KEY = "transformer.prefix_encoder."
 SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+# Differs between any two base models, and is the same in their float, int8 and int4 folders.
+FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
 # Stored by the official checkpoints, computed here.
 NOT_NEEDED = "transformer.rotary_pos_emb.inv_freq"
 
@@ -223,7 +227,8 @@ def load_model(
     `dtype` and `device`, quantized on the way with `quantization_bit` 4 or 8 (or already so in the folder). What
     computes with integer weights is one of quantization.BACKENDS, tried before any weight is read.
     `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
-    prefix. The prefix encoder is float32 and is the only part with gradients.
+    prefix. The prefix encoder is float32 and is the only part with gradients. `model.fingerprint` tells base
+    models apart.
 
     Raises FileNotFoundError and ValueError: missing or unreadable files, and missing, unexpected or
     wrongly shaped tensors, by name.
@@ -245,6 +250,8 @@ def load_model(
             if stored_name not in expected:
                 unexpected.append(stored_name)
                 continue
+            if stored_name == FINGERPRINT_TENSOR:
+                model.fingerprint = hashlib.sha256(stored.float().numpy().tobytes()).hexdigest()[:16]
             tensors = {stored_name: stored.to(device)}
             if bits and is_quantized_weight(stored_name) and stored.is_floating_point():
                 weight, scale = quantize_weight(tensors[stored_name], bits)  # in the file's dtype, as official
@@ -289,6 +296,11 @@ def load_tokenizer(folder, config):
         raise ValueError(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} tokens, but config.json says padded_vocab_size "
             f"{config.padded_vocab_size}. The two files come from different models."
+        )
+    if tokenizer.eos_token_id != config.eos_token_id:
+        raise ValueError(
+            f"{folder}: answers end with id {tokenizer.eos_token_id} in tokenizer.model, but with eos_token_id "
+            f"{config.eos_token_id} in config.json. The two files come from different models."
         )
     return tokenizer
 
@@ -382,8 +394,19 @@ def read_prefix_settings(checkpoint):
 
 
 def load_prefix(model, checkpoint):
-    """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError."""
+    """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError.
+
+    Warns where the checkpoint remembers another base model of the same shape.
+    """
     fill_prefix_encoder(model.transformer.prefix_encoder, checkpoint)
+    sidecar = Path(checkpoint) / SIDECAR_FILE
+    trained_on = read_json(sidecar).get("base_fingerprint") if sidecar.is_file() else None
+    if trained_on not in (None, getattr(model, "fingerprint", trained_on)):
+        warnings.warn(
+            f"{checkpoint} was trained on another base model than the one loaded now (fingerprint {trained_on}, "
+            f"here {model.fingerprint}). Its answers will be poor; give the model it was trained on.",
+            stacklevel=2,
+        )
 
 
 def fill_prefix_encoder(prefix_encoder, checkpoint):

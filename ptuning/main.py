@@ -145,6 +145,7 @@ def main():
         ),
         sidecar={
             "base_model": model_args.model_name_or_path,
+            "base_fingerprint": model.fingerprint,
             **{name: getattr(data_args, name) for name in SIDECAR_FIELDS},
         },
     )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -423,7 +424,30 @@ def test_a_full_model_is_not_taken_for_a_prefix(base, tmp_path):
         read_prefix_settings(tmp_path / "base")
 
 
+def test_a_prefix_of_another_base_model_of_the_same_shape_is_warned_of(base, tmp_path):
+    folder = write_folder(tmp_path / "base", base.state_dict())
+    other = {name: tensor + 1 for name, tensor in base.state_dict().items()}
+    other_folder = write_folder(tmp_path / "other", other)
+    config = {"pre_seq_len": 6, "prefix_dropout": 0.0}
+    model = load_model(folder, config=read_config(folder, **config))
+    save_prefix(model, tmp_path / "checkpoint", {"base_fingerprint": model.fingerprint})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_prefix(
+            load_model(folder, config=read_config(folder, **config), quantization_bit=8), tmp_path / "checkpoint"
+        )
+    with pytest.warns(UserWarning, match="trained on another base model"):
+        load_prefix(load_model(other_folder, config=read_config(other_folder, **config)), tmp_path / "checkpoint")
+
+
 # ---- the real tokenizer and the official checkpoint
+
+
+def test_a_tokenizer_that_ends_answers_with_another_id_is_refused(folder):
+    shutil.copy(TINY / "tokenizer.model", folder)
+    config = read_config(folder, padded_vocab_size=2048, eos_token_id=5)
+    with pytest.raises(ValueError, match="end with id 2 in tokenizer.model, but with eos_token_id 5"):
+        load_tokenizer(folder, config)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder, shared):
