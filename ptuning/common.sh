@@ -39,9 +39,9 @@ TEXT
   done
 }
 
-# torchrun's command with its own options; the program and its flags follow.
-# Should the program refuse its input, it leaves exit status 2 in a file: torchrun would bury its message
-# under a traceback of its own.
+# Before torchrun: is it there, where does the program leave its exit status, how many threads has a process.
+# A program that refuses its input leaves status 2 in a file: torchrun would bury its message under a traceback
+# of its own.
 prepare_launch() {
   if ! command -v torchrun >/dev/null; then
     echo "error: torchrun is not installed here. Run: pip install -r requirements.txt" >&2
@@ -56,6 +56,7 @@ prepare_launch() {
   fi
 }
 
+# After torchrun: end with the status that the program left.
 finish_launch() {
   local status
   status=$(cat "$PTUNING_STATUS_FILE")

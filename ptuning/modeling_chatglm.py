@@ -36,6 +36,7 @@ from prefix_encoder import PrefixEncoder
 from tokenization_chatglm import ChatGLMTokenizer
 
 ROPE_BASE = 10000
+TRAINING_DATE = "[[训练时间]]"  # written by the official model where its training date belongs
 TOP_K = 50  # the official code samples through generate(), whose default this was in transformers 4
 
 
@@ -409,7 +410,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     # Chat: the official signatures, defaults and returns.
 
     def process_response(self, response):
-        return response.strip().replace("[[训练时间]]", "2023年")
+        return response.strip().replace(TRAINING_DATE, "2023年")
 
     def limit_length(self, max_length):
         """`max_length` (prompt and answer), cut to what the model was made for."""

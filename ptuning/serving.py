@@ -40,13 +40,12 @@ from checkpoint import (
     resolve_folder,
 )
 from configuration_chatglm import ChatGLMConfig
-from modeling_chatglm import TOP_K, unknown_token_ids
+from modeling_chatglm import TOP_K, TRAINING_DATE, unknown_token_ids
 from prefix_encoder import PrefixEncoder
 
 BASE = "base"  # name of the model without a prefix
 PREFILL_TOKENS = 1024  # of a prompt fed at once: bounds the memory of its attention mask
 MAX_BODY_BYTES = 2**20  # of a request to the page or the API
-PLACEHOLDER = "[[训练时间]]"  # process_response() replaces it, so half of it is never shown
 
 
 class Busy(RuntimeError):
@@ -76,7 +75,8 @@ class Sampling:
 class Answer:
     """An answer on its way. The worker writes it, whoever asked reads it; `notify` is called on every change.
 
-    `text` only grows: half a character and the possible beginning of a stop string are held back.
+    `text` only grows: half a character and the possible beginning of a stop string, or of what process_response()
+    replaces, are held back.
     `finish_reason` is None until the end, then stop, length, cancelled or error (with `error` saying which).
     """
 
@@ -416,7 +416,7 @@ class ChatServer:
         ends = [text.find(stop) for stop in sampling.stop if stop in text]
         if ends:
             text, reason = text[: min(ends)], "stop"
-        answer.text = text if reason else hold_back(text, (*sampling.stop, PLACEHOLDER))
+        answer.text = text if reason else hold_back(text, (*sampling.stop, TRAINING_DATE))
         answer.seconds = time.monotonic() - row.started
         if not reason and answer.notify:
             answer.notify(answer)
