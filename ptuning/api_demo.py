@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from checkpoint import PREFIX_FILE
-from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server
+from failure import run
+from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server, parse_words
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
@@ -389,7 +390,7 @@ def parse_arguments(argv):
     parser.add_argument("--server_port", type=int, default=8000, help="Port to listen on [8000].")
     parser.add_argument("--api_key", help="Ask clients for this key (Authorization: Bearer …).")
     parser.add_argument("--cors_origin", action="append", default=[], help="Let pages of this origin ask; repeatable.")
-    return parser.parse_args(argv)
+    return parse_words(parser, argv)
 
 
 def main(argv):
@@ -407,8 +408,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, sys.argv[1:])

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from failure import refuse
 from quantization import check_quantization_bit
 
 
@@ -110,6 +111,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into an output_dir that already has checkpoints."}
     )
+    debug: str = field(
+        default="",
+        metadata={
+            "help": "Without a value: show the traceback of an error. transformers' own: underflow_overflow looks "
+            "for overflow in every layer."
+        },
+    )
     # Off, or one NaN would be logged as a loss of 0.0.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN losses out of the log (hides a failed run)."}
@@ -169,6 +177,11 @@ def is_true(values):
     return not values or values[0].lower() in ("true", "1", "yes", "t", "y")
 
 
+def is_switch(values):
+    """Whether a flag stands without a value, or with one that says on or off."""
+    return is_true(values) or values[0].lower() in ("false", "0", "no", "f", "n")
+
+
 def translate_flags(argv, known):
     """Flags as this version knows them, and a line of text for each that changed its meaning.
 
@@ -190,6 +203,8 @@ def translate_flags(argv, known):
         elif name == "logging_dir" and name not in known:
             os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(values)
             notes.append(f"--logging_dir: TensorBoard writes to {' '.join(values)}.")
+        elif name == "debug" and is_switch(values):  # transformers has a --debug of its own, with a value
+            os.environ["PTUNING_TRACEBACK"] = "1" if is_true(values) else ""
         elif name in RENAMED and name not in known:
             translated += [f"--{RENAMED[name]}", *values]
         elif name in RETIRED and name not in known:
@@ -270,10 +285,6 @@ def use_one_device(training_args):
         return []
     training_args._n_gpu = 1
     return [f"Using 1 of {num_gpus} GPUs. To use all: torchrun --nproc-per-node={num_gpus} ptuning/main.py …"]
-
-
-def refuse(message):
-    raise ValueError(f"{message[0].upper()}{message[1:]}. See python ptuning/main.py --help.")
 
 
 def check(model_args, data_args, training_args):

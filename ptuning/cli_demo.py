@@ -13,7 +13,8 @@ import os
 import sys
 import unicodedata
 
-from serving import BASE, Sampling, add_model_arguments, load_server
+from failure import run
+from serving import BASE, Sampling, add_model_arguments, load_server, parse_words
 
 try:
     import readline  # noqa: F401 - gives input() its history and line editing
@@ -137,7 +138,7 @@ def parse_arguments(argv):
     parser.add_argument("--top_p", type=float, default=0.8, help="Probability mass to choose from [0.8].")
     parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token [0.95].")
     parser.add_argument("--seed", type=int, help="Makes sampled answers repeatable.")
-    return parser.parse_args(argv)
+    return parse_words(parser, argv)
 
 
 def main(argv):
@@ -149,17 +150,11 @@ def main(argv):
             talk(server, sampling)
         else:
             answer_lines(server, sampling, sys.stdin)
+    except BrokenPipeError:  # whoever reads the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         server.close()
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # whoever reads the answers has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, sys.argv[1:])

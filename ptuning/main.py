@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from data import (
     encode_training,
     load_examples,
 )
+from failure import run
 from memory import count_weights, memory_table
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
@@ -400,28 +400,8 @@ def close_reports(trainer):
         wandb.finish()
 
 
-def exit_with(error):
-    """Print one message and exit with status 2, also where every rank has met the same error."""
-    if os.environ.get("PTUNING_TRACEBACK"):
-        traceback.print_exc()
-    rank = int(os.environ.get("RANK", 0))
-    status_file = os.environ.get("PTUNING_STATUS_FILE")  # set by train.sh and evaluate.sh, see common.sh
-    if rank:
-        time.sleep(3)  # rank 0 goes first; by then torchrun has ended this process, or the status is known
-        if status_file and read_text(Path(status_file)):
-            os._exit(0)
-    sys.stdout.flush()
-    print(f"error: {f'[rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
-    if status_file:
-        Path(status_file).write_text("2")
-    os._exit(0 if status_file else 2)  # without waiting for other ranks
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        exit_with(error)
+    run(main)
     if torch.distributed.is_initialized():
         # Leave without tearing the process group down: the destructor of gloo's (torch 2.13) waits, holding the
         # interpreter, for a thread that may be waiting for the interpreter. All files are written by now.

@@ -22,7 +22,8 @@ import torch
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server
+from failure import run
+from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server, parse_words
 
 EXAMPLES = (
     "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",
@@ -503,7 +504,7 @@ def parse_arguments(argv):
     parser.add_argument("--server_port", type=int, default=7860, help="Port to listen on [7860].")
     parser.add_argument("--share", action="store_true", help="A public link through gradio's servers.")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask visitors for this user and password.")
-    args = parser.parse_args(argv)
+    args = parse_words(parser, argv)
     if args.auth is not None:
         user, colon, password = args.auth.partition(":")
         if not (user and colon and password):
@@ -551,8 +552,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main, sys.argv[1:])

@@ -1,6 +1,7 @@
 """The command line: the flags of 2023, the scripts' command lines, mistakes."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -89,6 +90,25 @@ def test_a_flag_without_effect_is_accepted_and_said(old):
     notes = parse(f"{MINIMAL} {old}")[3]
     assert len(notes) == 1
     assert notes[0].startswith(old.split()[0]) and "no effect" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "traceback", "options"),
+    [
+        ("--debug", "1", []),
+        ("--debug true", "1", []),
+        ("--debug false", "", []),
+        ("--debug underflow_overflow", None, ["underflow_overflow"]),
+    ],
+)
+def test_debug_without_a_value_shows_tracebacks_and_with_one_is_that_of_transformers(
+    words, traceback, options, monkeypatch
+):
+    monkeypatch.setenv("PTUNING_TRACEBACK", "")  # so that what parse() sets is taken back
+    monkeypatch.delenv("PTUNING_TRACEBACK")
+    training_args = parse(f"{MINIMAL} {words} --seed 3")[2]
+    assert [option.value for option in training_args.debug] == options
+    assert os.environ.get("PTUNING_TRACEBACK") == traceback
 
 
 def test_of_a_flag_given_twice_the_last_counts_and_it_is_said():
