@@ -18,6 +18,23 @@ import uuid
 from datetime import datetime
 from typing import Annotated, Literal
 
+from arguments import add_model_arguments, parse_words
+from failure import run
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="api_demo.py", description="The tuned model as an HTTP API.")
+    add_model_arguments(parser)
+    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+    parser.add_argument("--server_port", type=int, default=8000, help="Port to listen on [8000].")
+    parser.add_argument("--api_key", help="Ask clients for this key (Authorization: Bearer …).")
+    parser.add_argument("--cors_origin", action="append", default=[], help="Let pages of this origin ask; repeatable.")
+    return parse_words(parser, argv)
+
+
+if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
+    run(parse_arguments, sys.argv[1:])
+
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -29,8 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from checkpoint import PREFIX_FILE
-from failure import run
-from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server, parse_words
+from serving import BASE, BodyLimit, Busy, Sampling, check_port, load_server
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
@@ -381,16 +397,6 @@ def create_app(server, api_key=None, cors_origins=()):
 
 
 # ---- the program
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="api_demo.py", description="The tuned model as an HTTP API.")
-    add_model_arguments(parser)
-    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
-    parser.add_argument("--server_port", type=int, default=8000, help="Port to listen on [8000].")
-    parser.add_argument("--api_key", help="Ask clients for this key (Authorization: Bearer …).")
-    parser.add_argument("--cors_origin", action="append", default=[], help="Let pages of this origin ask; repeatable.")
-    return parse_words(parser, argv)
 
 
 def main(argv):

@@ -3,20 +3,28 @@
 Answers to the official `arguments.py` and to transformers 4.30's `Seq2SeqTrainingArguments`. Every flag of
 those is accepted: renamed ones are mapped, and the ones that have no effect (most never had any) are said
 in one line.
+
+Importing transformers' own arguments loads torch, which takes seconds. So `parse_flags` learns their names, types
+and defaults from transformers' source text: --help and mistakes are answered at once. `parse_arguments` then makes
+the objects that a run needs.
 """
 
+from __future__ import annotations  # types stay text, as they are read from transformers' source
+
+import argparse
+import ast
 import difflib
+import importlib.util
 import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-import torch
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-
 from failure import refuse
-from quantization import check_quantization_bit
+
+SUPPORTED_BITS = (4, 8)
 
 
 @dataclass
@@ -107,7 +115,9 @@ class DataTrainingArguments:
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
+class TrainingArguments:
+    """The flags of training that are not transformers' own, or have another default; see PrefixTrainingArguments."""
+
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into an output_dir that already has checkpoints."}
     )
@@ -211,8 +221,10 @@ def translate_flags(argv, known):
             notes.append(f"--{name} is accepted and has no effect: {RETIRED[name]}.")
         elif name == "prefix_projection" and not values:  # a switch in 2023; here it may also be left to the checkpoint
             translated += [f"--{name}", "true"]
-        elif name in known or name == "help" or name.startswith("no_") and name[3:] in known:
+        elif name in known or name == "help":
             translated += [f"--{name}", *values]
+        elif name.startswith("no_") and name[3:] in known:
+            translated += [f"--{name[3:]}", "false"]
         else:
             nearest = difflib.get_close_matches(name, [*known, *RENAMED, *RETIRED], n=1)
             hint = f"Did you mean --{nearest[0]}?" if nearest else "python ptuning/main.py --help lists the flags."
@@ -239,40 +251,140 @@ def flags_of_file(file):
     return argv
 
 
-def parse_arguments(argv):
-    """(ModelArguments, DataTrainingArguments, TrainingArguments, notes) from the words after `main.py`.
+# ---- the parser
+
+
+@dataclass
+class Flag:
+    """A flag as its source text declares it: `type` is text such as "int | None", `default` None if it is no literal."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+    choices: list | None = None
+
+
+def literal(node):
+    """The value that an expression of the source spells out, None where it is none."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
+def library_flags():
+    """{name: Flag} of transformers' Seq2SeqTrainingArguments, read from its source. FileNotFoundError without it."""
+    package = importlib.util.find_spec("transformers")
+    if package is None:
+        raise FileNotFoundError("transformers is not installed here. Run: pip install -r requirements.txt")
+    classes = {}
+    for name in ("trainer_utils.py", "training_args.py", "training_args_seq2seq.py"):
+        source = Path(package.origin).with_name(name).read_text(encoding="utf-8")
+        classes.update((node.name, node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    flags = {}
+    for owner in ("TrainingArguments", "Seq2SeqTrainingArguments"):
+        for node in classes[owner].body:
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            field_of = {keyword.arg: keyword.value for keyword in getattr(node.value, "keywords", [])}
+            metadata = field_of.get("metadata", ast.Dict([], []))
+            metadata = {literal(key): literal(value) for key, value in zip(metadata.keys, metadata.values, strict=True)}
+            kind = ast.unparse(node.annotation)
+            choices = metadata.get("choices")
+            if kind.split()[0] in classes:  # an enumeration, such as IntervalStrategy | str
+                choices = [literal(entry.value) for entry in classes[kind.split()[0]].body if hasattr(entry, "targets")]
+            flags[node.target.id] = Flag(
+                node.target.id, kind, literal(field_of.get("default")), metadata.get("help") or "", choices
+            )
+    return flags
+
+
+def own_flags(owner):
+    """{name: Flag} of a dataclass of this file."""
+    return {
+        entry.name: Flag(
+            entry.name,
+            entry.type,
+            entry.default,
+            entry.metadata["help"],
+            list(ast.literal_eval(entry.type.removeprefix("Literal"))) if entry.type.startswith("Literal") else None,
+        )
+        for entry in fields(owner)
+    }
+
+
+def true_or_false(word):
+    if word.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise argparse.ArgumentTypeError(f"expected true or false, not {word!r}")
+    return is_true([word])
+
+
+def add_flag(group, flag):
+    """One flag of argparse; without a default, so that what was given can be told from what was not."""
+    names = set(flag.type.replace("[", " ").replace("]", " ").split())
+    settings = {"type": next((kind for kind in (int, float) if kind.__name__ in names), str), "choices": flag.choices}
+    if "bool" in names and "str" not in names:
+        settings = {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+    elif "list" in names:
+        settings["nargs"] = "+"
+    if not flag.choices and "metavar" not in settings:
+        settings["metavar"] = {int: "N", float: "X", str: "TEXT"}[settings["type"]]
+    default = "" if flag.default in (None, "") else f" [{flag.default}]".replace("%", "%%")
+    group.add_argument(f"--{flag.name}", default=argparse.SUPPRESS, help=flag.help + default, **settings)
+
+
+def parse_flags(argv):
+    """(ModelArguments, DataTrainingArguments, {name: value} of the given flags of training, notes), without torch.
 
     One word that ends in .json is read as a file of flags. Raises ValueError or FileNotFoundError for what
     cannot be meant; notes are lines to show the user.
     """
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = flags_of_file(argv[0])
-    classes = (ModelArguments, DataTrainingArguments, TrainingArguments)
-    known = {name.name for cls in classes for name in fields(cls) if name.init}
-    argv, notes = translate_flags(argv, known)
-    given = {name for name, _ in split_flags(argv)}
-    if "report_to" not in given:
-        argv += ["--report_to", "all"]
-    if "output_dir" not in given and "help" not in given:
-        raise ValueError("--output_dir is missing: the folder for checkpoints and results, such as output/my-run.")
-    if not torch.cuda.is_available():
-        if "use_cpu" not in given:
-            argv += ["--use_cpu", "true"]  # without it several processes on a CPU would each train alone
-    elif not given & {"gradient_checkpointing", "activation_checkpointing"}:
-        argv += ["--gradient_checkpointing", "true"]  # as the official scripts; memory is scarce on GPUs
-    if "ddp_find_unused_parameters" not in given:
-        argv += ["--ddp_find_unused_parameters", "false"]  # every parameter of the prefix is always used
-    parser = HfArgumentParser(classes, prog="main.py", allow_abbrev=False)
+    flags = {
+        "model": own_flags(ModelArguments),
+        "data": own_flags(DataTrainingArguments),
+        "training": {**library_flags(), **own_flags(TrainingArguments)},
+    }
+    argv, notes = translate_flags(argv, {name for group in flags.values() for name in group})
+    parser = argparse.ArgumentParser(
+        prog="main.py", usage="python ptuning/main.py --flag value … (or settings.json)", allow_abbrev=False
+    )
     parser.error = refuse  # instead of a page of usage
+    for title, group in flags.items():
+        arguments = parser.add_argument_group(title)
+        for flag in group.values():
+            add_flag(arguments, flag)
+    given = vars(parser.parse_args(argv))
+    chosen = {title: {name: given[name] for name in group if name in given} for title, group in flags.items()}
+    model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
+    defaults = {flag.name: flag.default for flag in flags["training"].values()}
+    check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
+    return model_args, data_args, chosen["training"], notes
+
+
+def parse_arguments(argv):
+    """(ModelArguments, DataTrainingArguments, PrefixTrainingArguments, notes): as `parse_flags`, and ready to run."""
+    model_args, data_args, given, notes = parse_flags(argv)
+
+    import torch
+
+    from trainer import PrefixTrainingArguments
+
+    settings = {"report_to": "all", "ddp_find_unused_parameters": False}  # every parameter of the prefix is always used
+    if not torch.cuda.is_available():
+        settings["use_cpu"] = True  # without it several processes on a CPU would each train alone
+    elif not given.keys() & {"gradient_checkpointing", "activation_checkpointing"}:
+        settings["gradient_checkpointing"] = True  # as the official scripts; memory is scarce on GPUs
     try:
-        model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
+        training_args = PrefixTrainingArguments(**{**settings, **given})
     except ImportError as error:  # --deepspeed, an --optim of another package, …
         raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error
     if training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     if "do_eval" not in given:
         training_args.do_eval = False  # transformers turns it on for any eval_strategy; here it means --do_eval
-    check(model_args, data_args, training_args)
     notes += use_one_device(training_args)
     training_args.remove_unused_columns = False  # the collators pick what they need
     return model_args, data_args, training_args, notes
@@ -287,15 +399,53 @@ def use_one_device(training_args):
     return [f"Using 1 of {num_gpus} GPUs. To use all: torchrun --nproc-per-node={num_gpus} ptuning/main.py …"]
 
 
+# ---- values that contradict each other
+
+
+def check_quantization_bit(bits: int | None, already: int | None = None) -> int:
+    """Bits of the linear weights once the model is loaded: 4, 8, or 0 for float weights.
+
+    `bits` is what the user asks for (None: nothing), `already` is `quantization_bit` of the base model's config.json
+    (None and 0: float weights). Raises ValueError for an unsupported value and for a folder that is quantized to
+    another width; the same width is accepted and means that the folder is loaded as it is.
+    """
+    already = already or 0
+    if already not in (0, *SUPPORTED_BITS):
+        raise ValueError(
+            f"config.json of the base model has quantization_bit {already}; int4 and int8 weights can be loaded. "
+            "Use a ChatGLM2-6B, ChatGLM2-6B-int4 or ChatGLM2-6B-int8 folder."
+        )
+    if bits is None:
+        return already
+    if bits in (16, 32):
+        raise ValueError(
+            f"--quantization_bit {bits} makes no sense: 16 and 32 bits are the float weights themselves. "
+            "Leave the flag out for a model that is not quantized, or give 4 or 8."
+        )
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(
+            f"--quantization_bit {bits} is not supported. Give 4 or 8, or leave the flag out for float weights."
+        )
+    if already and bits != already:
+        raise ValueError(
+            f"--quantization_bit {bits} was given, but the base model's weights are int{already} already "
+            f"(quantization_bit {already} in its config.json) and are not quantized twice. Leave the flag out to use "
+            f"them as they are, or give the folder of the float model."
+        )
+    return bits
+
+
 def check(model_args, data_args, training_args):
     """Raise ValueError for values that contradict each other, before anything is read."""
+    if not training_args.output_dir:
+        raise ValueError("--output_dir is missing: the folder for checkpoints and results, such as output/my-run.")
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     for action, file in (("train", "train"), ("eval", "validation"), ("predict", "test")):
         if getattr(training_args, f"do_{action}") and not getattr(data_args, f"{file}_file"):
             raise ValueError(f"--do_{action} needs --{file}_file.")
     if training_args.eval_strategy != "no" and not data_args.validation_file:
-        raise ValueError(f"--eval_strategy {training_args.eval_strategy.value} needs --validation_file.")
+        raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file.")
     if model_args.pre_seq_len is not None and model_args.pre_seq_len < 1:
         raise ValueError(
             f"--pre_seq_len {model_args.pre_seq_len}: expected at least 1 virtual token (leave it out for no prefix)."
@@ -315,3 +465,48 @@ def check(model_args, data_args, training_args):
         raise ValueError(f"--top_p {data_args.top_p}: expected more than 0 and at most 1.")
     if data_args.do_sample and data_args.temperature <= 0:
         raise ValueError(f"--temperature {data_args.temperature}: expected more than 0 (--do_sample false is greedy).")
+    if not model_args.ptuning_checkpoint:  # else its own settings may complete these
+        check_complete(model_args, data_args, training_args)
+
+
+EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
+
+
+def check_complete(model_args, data_args, training_args):
+    """Raise ValueError where flags and checkpoint together leave out what a run needs."""
+    if training_args.do_train and not model_args.pre_seq_len:
+        raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
+    if model_args.pre_seq_len and not (training_args.do_train or model_args.ptuning_checkpoint):
+        raise ValueError(
+            f"--pre_seq_len {model_args.pre_seq_len} without --ptuning_checkpoint would answer with a random prefix. "
+            "Give the checkpoint to evaluate, or leave the flag out to evaluate the base model."
+        )
+    for name, example in EXAMPLES.items():
+        if not getattr(model_args if name == "model_name_or_path" else data_args, name):
+            raise ValueError(f"--{name} is missing (for ADGEN: {example}).")
+
+
+# ---- the demos
+
+
+def add_model_arguments(parser):
+    """The flags that all three programs share, with the official names."""
+    parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
+    parser.add_argument("--ptuning_checkpoint", help="Trained prefix: a checkpoint folder, or a run (its last one).")
+    parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
+    parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
+    parser.add_argument("--concurrency", type=int, default=8, help="Answers computed at once [8].")
+    parser.add_argument("--max_queue", type=int, default=64, help="Requests that may wait for a place [64].")
+    parser.add_argument("--max_sessions", type=int, default=32, help="Conversations that keep their cache [32].")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+
+
+def parse_words(parser, argv):
+    """What `parser` makes of the words; ValueError for what it cannot take, with the nearest flag it knows."""
+    parser.error = refuse
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"python ptuning/{parser.prog} --help lists the flags."
+        raise ValueError(f"Unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}. {hint}")
+    return args

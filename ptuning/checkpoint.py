@@ -19,10 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import GenerationConfig
 
+from arguments import check_quantization_bit
 from configuration_chatglm import ChatGLMConfig
 from modeling_chatglm import ChatGLMForConditionalGeneration, unknown_token_ids
 from quantization import (
-    check_quantization_bit,
     choose_backend,
     is_quantized_weight,
     prepare_quantized_,

@@ -13,8 +13,24 @@ import os
 import sys
 import unicodedata
 
+from arguments import add_model_arguments, parse_words
 from failure import run
-from serving import BASE, Sampling, add_model_arguments, load_server, parse_words
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="cli_demo.py", description="Talk to the tuned model in a terminal.")
+    add_model_arguments(parser)
+    parser.add_argument("--max_length", type=int, default=8192, help="Longest answer, in new tokens [8192].")
+    parser.add_argument("--top_p", type=float, default=0.8, help="Probability mass to choose from [0.8].")
+    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token [0.95].")
+    parser.add_argument("--seed", type=int, help="Makes sampled answers repeatable.")
+    return parse_words(parser, argv)
+
+
+if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
+    run(parse_arguments, sys.argv[1:])
+
+from serving import BASE, Sampling, load_server
 
 try:
     import readline  # noqa: F401 - gives input() its history and line editing
@@ -129,16 +145,6 @@ def answer_lines(server, sampling, lines):
                 raise ValueError(f"Line {number}: {answer.error}")
             text = plain(answer.text).replace("\n", "\\n")
         print(text, flush=True)
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="cli_demo.py", description="Talk to the tuned model in a terminal.")
-    add_model_arguments(parser)
-    parser.add_argument("--max_length", type=int, default=8192, help="Longest answer, in new tokens [8192].")
-    parser.add_argument("--top_p", type=float, default=0.8, help="Probability mass to choose from [0.8].")
-    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token [0.95].")
-    parser.add_argument("--seed", type=int, help="Makes sampled answers repeatable.")
-    return parse_words(parser, argv)
 
 
 def main(argv):

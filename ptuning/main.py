@@ -14,12 +14,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+from arguments import check_complete, check_quantization_bit, parse_arguments, parse_flags
+from failure import run
+
+if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
+    run(parse_flags, sys.argv[1:])
+
 import torch
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from arguments import parse_arguments
 from checkpoint import (
     choose_dtype,
     generation_config,
@@ -39,11 +44,9 @@ from data import (
     encode_training,
     load_examples,
 )
-from failure import run
 from memory import count_weights, memory_table
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
-from quantization import check_quantization_bit
 from trainer import PrefixTrainer, plot_loss
 
 # What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
@@ -71,13 +74,7 @@ def main():
     # ------------------------------------------------------------------ 2. What the checkpoint says
     saved = read_prefix_settings(model_args.ptuning_checkpoint) if model_args.ptuning_checkpoint else {}
     apply_saved_settings(model_args, data_args, saved)
-    if training_args.do_train and not model_args.pre_seq_len:
-        raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
-    if model_args.pre_seq_len and not (training_args.do_train or saved):
-        raise ValueError(
-            f"--pre_seq_len {model_args.pre_seq_len} without --ptuning_checkpoint would answer with a random prefix. "
-            "Give the checkpoint to evaluate, or leave the flag out to evaluate the base model."
-        )
+    check_complete(model_args, data_args, training_args)
 
     # ------------------------------------------------------------------ 3. Configuration and tokenizer
     folder = resolve_folder(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
@@ -255,13 +252,8 @@ def apply_saved_settings(model_args, data_args, saved):
             setattr(data_args, name, default if value is None else value)
     if data_args.val_max_target_length is None:
         data_args.val_max_target_length = data_args.max_target_length
-    owners = {"model_name_or_path": model_args, "prompt_column": data_args, "response_column": data_args}
-    for name, owner in owners.items():
-        if not getattr(owner, name):
-            raise ValueError(f"--{name} is missing (for ADGEN: {EXAMPLES[name]}).")
 
 
-EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
 FILES = {"train": "train_file", "eval": "validation_file", "predict": "test_file"}
 
 

@@ -16,7 +16,6 @@ A conversation's cache is kept after its answer. The next prompt is compared wit
 what follows the part they share is computed: an edited history simply shares less.
 """
 
-import difflib
 import queue
 import socket
 import threading
@@ -41,7 +40,6 @@ from checkpoint import (
     resolve_folder,
 )
 from configuration_chatglm import ChatGLMConfig
-from failure import refuse
 from modeling_chatglm import TOP_K, TRAINING_DATE, unknown_token_ids
 from prefix_encoder import PrefixEncoder
 
@@ -563,29 +561,6 @@ def check_port(name, port):
 
 
 # ---- the loader
-
-
-def add_model_arguments(parser):
-    """The flags that all three programs share, with the official names."""
-    parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
-    parser.add_argument("--ptuning_checkpoint", help="Trained prefix: a checkpoint folder, or a run (its last one).")
-    parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
-    parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
-    parser.add_argument("--concurrency", type=int, default=8, help="Answers computed at once [8].")
-    parser.add_argument("--max_queue", type=int, default=64, help="Requests that may wait for a place [64].")
-    parser.add_argument("--max_sessions", type=int, default=32, help="Conversations that keep their cache [32].")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-
-
-def parse_words(parser, argv):
-    """What `parser` makes of the words; ValueError for what it cannot take, with the nearest flag it knows."""
-    parser.error = refuse
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"python ptuning/{parser.prog} --help lists the flags."
-        raise ValueError(f"Unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}. {hint}")
-    return args
 
 
 def load_server(args, say=print):

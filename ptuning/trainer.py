@@ -4,13 +4,20 @@ Answers to the official `trainer.py` and `trainer_seq2seq.py`, and to the librar
 differs in that a row's prediction does not depend on the rows that share its batch.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
+from arguments import TrainingArguments
 from checkpoint import load_prefix, save_prefix
+
+
+@dataclass
+class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
+    """Every flag of training: those of arguments.py count where transformers has one of the same name."""
 
 
 class PrefixTrainer(Seq2SeqTrainer):

@@ -17,13 +17,35 @@ import string
 import sys
 import time
 
+from arguments import add_model_arguments, parse_words
+from failure import run
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="web_demo.py", description="A page to talk to the tuned model.")
+    add_model_arguments(parser)
+    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
+    parser.add_argument("--server_port", type=int, default=7860, help="Port to listen on [7860].")
+    parser.add_argument("--share", action="store_true", help="A public link through gradio's servers.")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask visitors for this user and password.")
+    args = parse_words(parser, argv)
+    if args.auth is not None:
+        user, colon, password = args.auth.partition(":")
+        if not (user and colon and password):
+            raise ValueError("--auth: expected user:password, such as --auth admin:secret.")
+        args.auth = (user, password)
+    return args
+
+
+if __name__ == "__main__":  # --help and mistakes are answered now: torch and gradio take seconds to load
+    run(parse_arguments, sys.argv[1:])
+
 import gradio as gr
 import torch
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from failure import run
-from serving import BASE, BodyLimit, Busy, Sampling, add_model_arguments, check_port, load_server, parse_words
+from serving import BASE, BodyLimit, Busy, Sampling, check_port, load_server
 
 EXAMPLES = (
     "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",
@@ -495,22 +517,6 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
 
 
 # ---- the program
-
-
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="web_demo.py", description="A page to talk to the tuned model.")
-    add_model_arguments(parser)
-    parser.add_argument("--server_name", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all.")
-    parser.add_argument("--server_port", type=int, default=7860, help="Port to listen on [7860].")
-    parser.add_argument("--share", action="store_true", help="A public link through gradio's servers.")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask visitors for this user and password.")
-    args = parse_words(parser, argv)
-    if args.auth is not None:
-        user, colon, password = args.auth.partition(":")
-        if not (user and colon and password):
-            raise ValueError("--auth: expected user:password, such as --auth admin:secret.")
-        args.auth = (user, password)
-    return args
 
 
 def keep_proxy_from_localhost():

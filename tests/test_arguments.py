@@ -1,12 +1,17 @@
 """The command line: the flags of 2023, the scripts' command lines, mistakes."""
 
+import dataclasses
 import json
 import os
 import shlex
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
-from arguments import parse_arguments, translate_flags, use_one_device
+from arguments import library_flags, parse_arguments, parse_flags, translate_flags, use_one_device
+from trainer import PrefixTrainingArguments
 
 TRAIN = """--do_train --train_file AdvertiseGen/train.json --validation_file AdvertiseGen/dev.json
 --preprocessing_num_workers 10 --prompt_column content --response_column summary --overwrite_cache
@@ -19,7 +24,8 @@ EVALUATE = """--do_predict --validation_file AdvertiseGen/dev.json --test_file A
 --ptuning_checkpoint ./output/adgen-chatglm2-6b-pt-128-2e-2/checkpoint-3000
 --output_dir ./output/adgen-chatglm2-6b-pt-128-2e-2 --overwrite_output_dir --max_source_length 64
 --max_target_length 64 --per_device_eval_batch_size 1 --predict_with_generate --pre_seq_len 128 --quantization_bit 4"""
-MINIMAL = "--do_train --train_file t.json --output_dir output/run"
+NAMED = "--model_name_or_path THUDM/chatglm2-6b --prompt_column content --response_column summary"
+MINIMAL = f"--do_train --train_file t.json --output_dir output/run --pre_seq_len 128 {NAMED}"
 
 
 def parse(line):
@@ -128,6 +134,9 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
         "do_train": True,
         "train_file": "t.json",
         "output_dir": "output/run",
+        "model_name_or_path": "THUDM/chatglm2-6b",
+        "prompt_column": "content",
+        "response_column": "summary",
         "learning_rate": 0.02,
         "pre_seq_len": 16,
         "overwrite_output_dir": False,
@@ -162,6 +171,12 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
         (f"{MINIMAL} --max_train_samples 0", "--max_train_samples 0"),
         (f"{MINIMAL} --top_p 0", "--top_p 0"),
         (f"{MINIMAL} --temperature 0", "--do_sample false is greedy"),
+        (f"{MINIMAL} --fp16 maybe", "--fp16: expected true or false, not 'maybe'"),
+        (f"{MINIMAL} --lr_scheduler_type linaer", "--lr_scheduler_type: invalid choice: 'linaer'.*linear"),
+        (f"{MINIMAL} --quantization_backend cuda", "--quantization_backend: invalid choice: 'cuda'.*triton"),
+        (f"--do_train --train_file t.json --output_dir o {NAMED}", "--do_train needs --pre_seq_len"),
+        (f"--do_predict --test_file t.json --output_dir o --pre_seq_len 8 {NAMED}", "with a random prefix"),
+        ("--do_predict --test_file t.json --output_dir o", "--model_name_or_path is missing"),
     ],
 )
 def test_a_mistake_is_named_with_what_to_do(line, message):
@@ -196,3 +211,52 @@ def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all():
 
 def test_a_flag_that_transformers_still_has_is_left_alone():
     assert translate_flags(["--adafactor", "true"], {"adafactor"}) == (["--adafactor", "true"], [])
+
+
+def test_the_flags_read_from_the_source_of_transformers_are_its_own():
+    flags = library_flags()
+    declared = {entry.name: entry for entry in dataclasses.fields(PrefixTrainingArguments) if entry.init}
+    assert declared.keys() - flags.keys() == {"overwrite_output_dir"}
+    assert flags.keys() <= declared.keys()
+    for name in flags.keys() - {"logging_nan_inf_filter", "optim"}:  # ours has another default; its default is computed
+        if declared[name].default is not dataclasses.MISSING:
+            assert flags[name].default == declared[name].default, name
+    assert {"steps", "epoch", "no"} == set(flags["eval_strategy"].choices)
+
+
+def test_only_the_flags_that_were_given_are_passed_to_transformers():
+    given = parse_flags(shlex.split(f"{MINIMAL} --fp16 --no_dataloader_pin_memory --report_to wandb tensorboard"))[2]
+    assert given == {
+        "do_train": True,
+        "output_dir": "output/run",
+        "fp16": True,
+        "dataloader_pin_memory": False,
+        "report_to": ["wandb", "tensorboard"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        ("main.py --help", 0, "--pre_seq_len"),
+        ("main.py --do_train --output_dir o", 2, "--do_train needs --train_file"),
+        (f"main.py {MINIMAL} --max_steps many", 2, "invalid int value"),
+        ("cli_demo.py --help", 0, "--temperature"),
+        ("api_demo.py --help", 0, "--api_key"),
+        ("web_demo.py --help", 0, "--server_port"),
+        ("web_demo.py --auth nobody", 2, "user:password"),
+    ],
+)
+def test_help_and_mistakes_do_not_wait_for_the_libraries(words, status, text):
+    program, *flags = shlex.split(words)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "ptuning" / program), *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == status
+    assert text in done.stdout + done.stderr
+    assert "arguments" in imported
+    assert not imported & {"torch", "transformers", "gradio", "fastapi", "numpy"}

@@ -22,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 import quantization
 import quantization_cpm
+from arguments import check_quantization_bit
 from quantization import (
     BACKENDS,
     QUANTIZED_MODULES,
     TORCH,
     Backend,
     QuantizedLinear,
-    check_quantization_bit,
     choose_backend,
     dequantize_weight,
     is_quantized_weight,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from arguments import add_model_arguments
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_prefix
 from modeling_chatglm import TRAINING_DATE
 from serving import (
@@ -16,7 +17,6 @@ from serving import (
     Busy,
     ChatServer,
     Sampling,
-    add_model_arguments,
     choose,
     hold_back,
     load_server,
