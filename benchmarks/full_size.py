@@ -170,6 +170,7 @@ def measure(folder, data_file, bits, num_rows, new_tokens):
     result.update(step_seconds=[], losses=[])
     for step in range(TRAINING_STEPS):
         batch = collate([train[step * num_rows + row] for row in range(num_rows)])
+        batch.pop("row")
         result["batch_shape"] = list(batch["input_ids"].shape)
         started = time.monotonic()
         loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss

@@ -417,10 +417,10 @@ def _encode_training_batch(
 ):
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
-    features = {"input_ids": [], "labels": [], "source_length": [], "target_length": []}
+    features = {"input_ids": [], "labels": [], "source_length": [], "target_length": [], "row": examples["row"]}
     sources = _source_ids(examples, tokenizer, source_prefix)
     targets = tokenizer.encode_batch(examples["response"])
-    for source, target in zip(sources, targets, strict=True):
+    for source, target, row in zip(sources, targets, examples["row"], strict=True):
         features["source_length"].append(len(source))
         features["target_length"].append(len(target))
         source = source[:max_source_length]
@@ -428,8 +428,19 @@ def _encode_training_batch(
         features["input_ids"].append(source + answer)
         # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
         learned = [ignored if index == pad else index for index in answer]
-        features["labels"].append([ignored] * len(source) + learned)
+        labels = [ignored] * len(source) + learned
+        if not any_supervised(labels):
+            raise ValueError(
+                f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
+                f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
+            )
+        features["labels"].append(labels)
     return features
+
+
+def any_supervised(labels: list[int]) -> bool:
+    """Whether a row teaches something; its first token is predicted from nothing and never counts."""
+    return any(label != IGNORED_LABEL for label in labels[1:])
 
 
 def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
@@ -474,7 +485,8 @@ def encode_training(
 
     The prompt is cut on the right to `max_source_length` tokens, `[gMASK] sop` included, the response to
     `max_target_length` before its end token. No padding. `source_length` and `target_length` are the token counts
-    before cutting. Ignored labels are -100, or the pad token without `ignore_pad_token_for_loss`.
+    before cutting, `row` the number in the file. Ignored labels are -100, or the pad token without
+    `ignore_pad_token_for_loss`. Raises ValueError for a row without a single supervised token.
     """
     check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
     settings = {
@@ -522,16 +534,29 @@ def _pad(sequences: list[list[int]], value: int, length: int, left: bool = False
 
 
 def collate_training(features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8):
-    """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up.
+    """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up. `row` (B,).
 
     There is no attention mask: under causal attention no token sees the padding to its right.
+    Raises ValueError naming the rows where none has a supervised token: their mean loss would be 0 / 0.
     """
+    import torch
+
+    rows = [feature["row"] for feature in features]
+    if not any(any_supervised(feature["labels"]) for feature in features):
+        raise ValueError(f"row {shown_rows(rows)}: a batch without a single supervised token, nothing to learn from")
     longest = max(len(feature["input_ids"]) for feature in features)
     length = -(-longest // multiple_of) * multiple_of
     return {
         "input_ids": _pad([feature["input_ids"] for feature in features], pad_token_id, length),
         "labels": _pad([feature["labels"] for feature in features], label_pad_id, length),
+        "row": torch.tensor(rows, dtype=torch.int64),  # for messages; the trainer takes it out
     }
+
+
+def shown_rows(rows: list[int], limit: int = 32) -> str:
+    """Row numbers for a message: "3, 17, 40", cut after `limit`."""
+    numbers = sorted(rows)
+    return ", ".join(map(str, numbers[:limit])) + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
 
 
 def collate_prediction(features, *, pad_token_id: int):

@@ -145,6 +145,7 @@ def main():
             "base_fingerprint": model.fingerprint,
             **{name: getattr(data_args, name) for name in SIDECAR_FIELDS},
         },
+        say=say,
     )
 
     # ------------------------------------------------------------------ 7. Train

@@ -1,7 +1,8 @@
 """Seq2SeqTrainer that saves and loads only what it trains, and generates batch-independent predictions.
 
 Answers to the official `trainer.py` and `trainer_seq2seq.py`, and to the library's for everything else. It
-differs in that a row's prediction does not depend on the rows that share its batch.
+differs in that a row's prediction does not depend on the rows that share its batch, and that a step whose loss or
+gradient is no finite number ends the run.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from arguments import TrainingArguments
 from checkpoint import load_prefix, save_prefix
+from watch import StepWatch
 
 
 @dataclass
@@ -25,10 +27,10 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     `collate_prediction` makes batches of left-padded prompts for predict(), `data_collator` those of training
     and of the dev loss. `generation_config` holds `max_length`, the tokens of prompt and answer together.
-    `sidecar` is written into every checkpoint.
+    `sidecar` is written into every checkpoint; `say` prints a line, on the first process only.
     """
 
-    def __init__(self, *args, collate_prediction=None, generation_config=None, sidecar=None, **kwargs):
+    def __init__(self, *args, collate_prediction=None, generation_config=None, sidecar=None, say=print, **kwargs):
         super().__init__(*args, **kwargs)
         self.collate_prediction = collate_prediction
         self.generation_config = generation_config
@@ -37,6 +39,31 @@ class PrefixTrainer(Seq2SeqTrainer):
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
+        self.watch = StepWatch(
+            dtype=self.model.transformer.dtype_of_blocks,
+            output_dir=self.args.output_dir,
+            loss_scaling=self.args.fp16,
+            say=say,
+        )
+
+    # ---- a step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        rows = inputs.pop("row")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.saw_batch(loss, rows)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)  # after the last batch of a step, before the optimizer
+        self.watch.saw_gradient(self.state.global_step + 1, self._get_learning_rate(), grad_norm)
+        return grad_norm
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.watch.read()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- checkpoints
 
@@ -85,6 +112,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         if not self.generating:
+            inputs.pop("row")
             with torch.no_grad():
                 loss = self.accelerator.unwrap_model(model)(**inputs, logits_to_keep=1, use_cache=False).loss
             return loss, None, None

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -502,12 +503,36 @@ def test_training_batch_is_padded_on_the_right_to_a_multiple_of_8():
     import torch
 
     batch = collate_training([feature(3), feature(9)], pad_token_id=0)
-    assert list(batch) == ["input_ids", "labels"]
+    assert list(batch) == ["input_ids", "labels", "row"]
+    assert batch["row"].tolist() == [7, 7]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 16)
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + [0] * 13
     assert batch["labels"][0].tolist() == [-100, 2, 3] + [-100] * 13
     assert collate_training([feature(8)], pad_token_id=0)["input_ids"].shape == (1, 8)
+
+
+def test_a_batch_without_a_supervised_token_is_refused_by_row_number():
+    empty = {**feature(3), "labels": [5, -100, -100], "row": 12}  # the first label is predicted from nothing
+    assert collate_training([empty, feature(3)], pad_token_id=0)["row"].tolist() == [12, 7]
+    with pytest.raises(ValueError, match="row 12, 40: a batch without a single supervised token"):
+        collate_training([{**empty, "row": 40}, empty], pad_token_id=0)
+
+
+def test_a_row_whose_every_token_is_ignored_is_refused_before_training(write):
+    # The pad token is the unknown token, never learned; in a model whose end is that token too a row may have no other.
+    tokenizer = SimpleNamespace(
+        pad_token_id=0,
+        eos_token_id=0,
+        prefix_tokens=[1, 2],
+        model_sha256="none",
+        build_prompt=lambda prompt, history=None: prompt,
+        encode_batch=lambda texts: [[0] if text == "?" else [5] for text in texts],
+    )
+    rows = [{"content": "a", "summary": "b"}, {"content": "a", "summary": "?"}]
+    examples, _ = load_examples(write(rows), "content", "summary")
+    with pytest.raises(ValueError, match="row 2 has nothing to learn"):
+        encode_training(examples, tokenizer, max_source_length=64, max_target_length=64)
 
 
 def test_padding_labels_can_be_other_than_ignored():
