@@ -46,6 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from checkpoint import PREFIX_FILE
+from data import conversation
 from serving import BASE, BodyLimit, Busy, Sampling, check_port, load_server
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
@@ -129,27 +130,6 @@ def error_response(status, message, headers=None):
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": CODES.get(status)}}
     return JSONResponse(body, status, headers=headers)
-
-
-def conversation(messages):
-    """(question, history) of a list of messages.
-
-    ChatGLM2 knows questions and answers only: system messages stand before the question they precede, and
-    messages of one side in a row become one. Raises ValueError unless a user has the last word.
-    """
-    history, pending = [], []
-    for message in messages:
-        if message.role != "assistant":
-            pending.append(message.text())
-        elif pending or not history:
-            history.append(("\n".join(pending), message.text()))
-            pending = []
-        else:
-            question, answer = history[-1]
-            history[-1] = (question, f"{answer}\n{message.text()}")
-    if messages[-1].role != "user":
-        raise ValueError(f"The last message is of role {messages[-1].role!r}; expected 'user', whom the model answers.")
-    return "\n".join(pending), history
 
 
 # ---- waiting for answers without blocking
@@ -308,7 +288,7 @@ def create_app(server, api_key=None, cors_origins=()):
         model = model_name(body.model)
         pending = Pending(server, request)
         try:
-            question, history = conversation(body.messages)
+            question, history = conversation([(message.role, message.text()) for message in body.messages])
             token_ids = await run_in_threadpool(server.encode, question, history)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error

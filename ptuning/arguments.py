@@ -80,11 +80,19 @@ class DataTrainingArguments:
     history_column: str | None = field(
         default=None, metadata={"help": "Column of earlier turns: a list of [query, response] pairs."}
     )
+    messages_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of whole dialogues, lists of role (system, user, assistant) and content; used in place "
+            "of the other three columns. The last answer is the response."
+        },
+    )
     source_prefix: str | None = field(default=None, metadata={"help": "Text put before every prompt."})
     max_source_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest prompt, in tokens; longer ones are cut at the end. Read from a given checkpoint [1024]."
+            "help": "Longest prompt, in tokens; longer ones are cut at the end, those with earlier turns at their "
+            "start. Read from a given checkpoint [1024]."
         },
     )
     max_target_length: int | None = field(
@@ -359,6 +367,8 @@ def parse_flags(argv):
     given = vars(parser.parse_args(argv))
     chosen = {title: {name: given[name] for name in group if name in given} for title, group in flags.items()}
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
+    if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
+        notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
     defaults = {flag.name: flag.default for flag in flags["training"].values()}
     check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
     return model_args, data_args, chosen["training"], notes
@@ -482,6 +492,8 @@ def check_complete(model_args, data_args, training_args):
             "Give the checkpoint to evaluate, or leave the flag out to evaluate the base model."
         )
     for name, example in EXAMPLES.items():
+        if name != "model_name_or_path" and data_args.messages_column:
+            continue
         if not getattr(model_args if name == "model_name_or_path" else data_args, name):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")
 

@@ -3,7 +3,8 @@
 Answers to the data half of the official `main.py`: load_dataset, preprocess_function_train / _eval, the data
 collators. Same ids and labels. What differs: files may be JSON lines, a JSON array or CSV in UTF-8, UTF-16 or
 GB18030; every defect is one error that names file and row; rows without a prompt or response are skipped and
-counted; features are padded to the longest of their batch instead of to max_source + max_target + 1.
+counted; a dialogue that is too long loses its oldest turns instead of its question; features are padded to the
+longest of their batch instead of to max_source + max_target + 1.
 
 Reading path: read_rows (bytes -> rows), load_examples (rows -> checked columns), encode_training and
 encode_prediction (columns -> ids and labels), collate_training and collate_prediction (features -> tensors).
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
@@ -249,15 +251,15 @@ def _text(name: str, number: int, column: str | None, row: dict, flag: str) -> s
             f"{name} row {number}: column {column!r} ({flag}) holds {_kind(value)}, expected text; "
             "put the value in double quotes or name another column"
         )
-    return _checked(value, name, number, column)
+    return _checked(value, f"{name} row {number}", column)
 
 
-def _checked(text: str, name: str, number: int, column: str) -> str:
+def _checked(text: str, where: str, column: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} row {number}: column {column!r} holds half a character (\\u{ord(text[error.start]):04x}) "
+            f"{where}: column {column!r} holds half a character (\\u{ord(text[error.start]):04x}) "
             f"at position {error.start}, such as a cut emoji leaves; write the whole character or remove it"
         ) from None
     return text
@@ -278,36 +280,108 @@ def _history(name: str, number: int, column: str | None, row: dict) -> list[list
         for text in turn:
             if not isinstance(text, str):
                 raise ValueError(f"{expected} of text, but its item {position} contains {_kind(text)}")
-            _checked(text, name, number, column)
+            _checked(text, f"{name} row {number}", column)
     return history
 
 
-def _generate_examples(path, prompt_column, response_column, history_column, max_samples, keep_unlabelled, key):
+def conversation(messages: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
+    """(question, history) of (role, text) messages, for build_prompt.
+
+    ChatGLM2 knows questions and answers only: system messages stand before the question they precede, and
+    messages of one side in a row become one. ValueError unless a user has the last word.
+    """
+    history, pending = [], []
+    for role, text in messages:
+        if role != "assistant":
+            pending.append(text)
+        elif pending or not history:
+            history.append(("\n".join(pending), text))
+            pending = []
+        else:
+            question, answer = history[-1]
+            history[-1] = (question, f"{answer}\n{text}")
+    if messages[-1][0] != "user":
+        raise ValueError(f"The last message is of role {messages[-1][0]!r}; expected 'user', whom the model answers.")
+    return "\n".join(pending), history
+
+
+def _dialogue(name: str, number: int, column: str, row: dict, keep_unlabelled: bool) -> tuple[str, str, list]:
+    """(prompt, response, history) of a list of {"role": …, "content": …}; all empty where it is null or [].
+
+    The last answer is the response; with `keep_unlabelled` a dialogue may also end with the question.
+    """
+    if column not in row:
+        raise _missing_column(name, number, column, row, "--messages_column")
+    messages = row[column] or []
+    where = f"{name} row {number}: column {column!r} (--messages_column)"
+    if not isinstance(messages, list):
+        raise ValueError(
+            f"{where} must be a list of messages, such as "
+            '[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}], '
+            f"but is {_kind(messages)}"
+        )
+    turns, expected = [], ("system", "user")
+    for position, message in enumerate(messages, start=1):
+        place = f"{where}, turn {position}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            found = f"an object of {', '.join(message) or 'nothing'}" if isinstance(message, dict) else _kind(message)
+            raise ValueError(f"{place}: expected an object of role and content, found {found}")
+        role, content = message["role"], message["content"]
+        if role not in expected:
+            raise ValueError(
+                f"{place}: the role is {_shown(str(role))!r}, expected {' or '.join(map(repr, expected))} here; after "
+                "an optional system message, user and assistant take turns"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"{place}: the content is {_kind(content)}, expected text")
+        turns.append((role, _checked(content, f"{name} row {number}, turn {position}", column)))
+        expected = ("assistant",) if role == "user" else ("user",)
+    if not turns:
+        return "", "", []
+    if turns[-1][0] == "assistant":
+        question, history = conversation(turns[:-1])
+        return question, turns[-1][1], [list(turn) for turn in history]
+    if not keep_unlabelled or turns[-1][0] != "user":
+        raise ValueError(
+            f"{where}, turn {len(turns)}: a dialogue ends with the answer to learn, of role 'assistant', but this one "
+            f"ends with {turns[-1][0]!r}; add the answer or remove that turn"
+        )
+    question, history = conversation(turns)
+    return question, "", [list(turn) for turn in history]
+
+
+def _generate_examples(path, columns, max_samples, keep_unlabelled, key):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
-    if history_column and not any(history_column in row for row in rows):
+    history_column, messages_column = columns["history"], columns["messages"]
+    if history_column and not messages_column and not any(history_column in row for row in rows):
         raise _missing_column(path, 1, history_column, rows[0], "--history_column")
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
-        prompt = _text(path, number, prompt_column, row, "--prompt_column")
-        if response_column is None and keep_unlabelled:
-            response = ""
+        if messages_column:
+            prompt, response, history = _dialogue(path, number, messages_column, row, keep_unlabelled)
         else:
-            response = _text(path, number, response_column, row, "--response_column")
+            prompt = _text(path, number, columns["prompt"], row, "--prompt_column")
+            if columns["response"] is None and keep_unlabelled:
+                response = ""
+            else:
+                response = _text(path, number, columns["response"], row, "--response_column")
+            history = _history(path, number, history_column, row)
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
-        yield {
-            "prompt": prompt,
-            "response": response,
-            "history": _history(path, number, history_column, row),
-            "row": number,
-            "skipped": skipped,
-        }
+        yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
     if not kept:
-        columns = repr(prompt_column) if keep_unlabelled else f"{prompt_column!r} or {response_column!r}"
+        if messages_column:
+            found, flags = f"empty {messages_column!r}", "--messages_column"
+        elif keep_unlabelled:
+            found, flags = f"empty {columns['prompt']!r}", "--prompt_column and --response_column"
+        else:
+            found, flags = (
+                f"empty {columns['prompt']!r} or {columns['response']!r}",
+                "--prompt_column and --response_column",
+            )
         raise ValueError(
-            f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an empty {columns}; "
-            "check --prompt_column and --response_column"
+            f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an {found}; check {flags}"
         )
 
 
@@ -339,10 +413,12 @@ def load_examples(
     history_column: str | None = None,
     max_samples: int | None = None,
     keep_unlabelled: bool = False,
+    messages_column: str | None = None,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
 
     Columns: `prompt` and `response` (text), `history` (list of [question, answer]), `row` (1-based, in the file).
+    `messages_column` holds whole dialogues in place of the other three columns.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
     (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
@@ -370,9 +446,12 @@ def load_examples(
                 features=features,
                 gen_kwargs={
                     "path": str(path),
-                    "prompt_column": prompt_column,
-                    "response_column": response_column,
-                    "history_column": history_column,
+                    "columns": {
+                        "prompt": prompt_column,
+                        "response": response_column,
+                        "history": history_column,
+                        "messages": messages_column,
+                    },
                     "max_samples": max_samples,
                     "keep_unlabelled": keep_unlabelled,
                     "key": f"{content} {_code_sha256()}",
@@ -403,13 +482,38 @@ def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_tar
         raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")
 
 
-def _source_ids(examples, tokenizer, source_prefix):
-    """Untruncated ids of each whole prompt, special tokens included."""
+def _cut_question(tokenizer, question: str, limit: int, source_prefix: str) -> list[int]:
+    """Ids of the prompt of a question alone, which loses its end and keeps the answer marker behind it."""
+
+    def encode(length):
+        return tokenizer.fit_prompt(question[:length], [], limit, source_prefix)[0]
+
+    # check_lengths has made sure that the empty question fits.
+    return encode(bisect_left(range(1, len(question) + 1), True, key=lambda length: len(encode(length)) > limit))
+
+
+def _encode_sources(examples, tokenizer, source_prefix, max_source_length):
+    """Ids of each prompt within `max_source_length`, special tokens included, its length before cutting, and the
+    number of turns it lost.
+
+    A prompt without a history loses its end, the answer marker included, as in the official script.
+    """
     prompts = [
         source_prefix + tokenizer.build_prompt(prompt, history)
         for prompt, history in zip(examples["prompt"], examples["history"], strict=True)
     ]
-    return [tokenizer.prefix_tokens + ids for ids in tokenizer.encode_batch(prompts)]
+    sources, lengths, dropped_turns = [], [], []
+    for index, ids in enumerate(tokenizer.encode_batch(prompts)):
+        source, dropped = tokenizer.prefix_tokens + ids, 0
+        lengths.append(len(source))
+        if len(source) > max_source_length and (history := examples["history"][index]):
+            question = examples["prompt"][index]
+            source, dropped = tokenizer.fit_prompt(question, history, max_source_length, source_prefix)
+            if len(source) > max_source_length:
+                source = _cut_question(tokenizer, question, max_source_length, source_prefix)
+        sources.append(source[:max_source_length])
+        dropped_turns.append(dropped)
+    return sources, lengths, dropped_turns
 
 
 def _encode_training_batch(
@@ -417,13 +521,17 @@ def _encode_training_batch(
 ):
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
-    features = {"input_ids": [], "labels": [], "source_length": [], "target_length": [], "row": examples["row"]}
-    sources = _source_ids(examples, tokenizer, source_prefix)
+    sources, source_lengths, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
     targets = tokenizer.encode_batch(examples["response"])
+    features = {
+        "input_ids": [],
+        "labels": [],
+        "source_length": source_lengths,
+        "target_length": [len(target) for target in targets],
+        "dropped_turns": dropped_turns,
+        "row": examples["row"],
+    }
     for source, target, row in zip(sources, targets, examples["row"], strict=True):
-        features["source_length"].append(len(source))
-        features["target_length"].append(len(target))
-        source = source[:max_source_length]
         answer = target[:max_target_length] + [end]
         features["input_ids"].append(source + answer)
         # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
@@ -444,12 +552,14 @@ def any_supervised(labels: list[int]) -> bool:
 
 
 def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
+    sources, _, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
     labels = tokenizer.encode_batch(examples["response"])
     room = max(0, max_target_length - len(tokenizer.prefix_tokens))
     return {
-        "input_ids": [ids[:max_source_length] for ids in _source_ids(examples, tokenizer, source_prefix)],
+        "input_ids": sources,
         "labels": [tokenizer.prefix_tokens + ids[:room] for ids in labels],
         "row": examples["row"],
+        "dropped_turns": dropped_turns,
     }
 
 
@@ -484,8 +594,9 @@ def encode_training(
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
 
     The prompt is cut on the right to `max_source_length` tokens, `[gMASK] sop` included, the response to
-    `max_target_length` before its end token. No padding. `source_length` and `target_length` are the token counts
-    before cutting, `row` the number in the file. Ignored labels are -100, or the pad token without
+    `max_target_length` before its end token. A prompt with a history loses its oldest turns instead (their number
+    is `dropped_turns`), then the end of its question. No padding. `source_length` and `target_length` are the token
+    counts before cutting, `row` the number in the file. Ignored labels are -100, or the pad token without
     `ignore_pad_token_for_loss`. Raises ValueError for a row without a single supervised token.
     """
     check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
@@ -508,7 +619,7 @@ def encode_prediction(
     num_workers: int | None = None,
     overwrite_cache: bool = False,
 ):
-    """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, and `row`.
+    """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
 
     As in the official script the labels start with `[gMASK] sop`, which count among `max_target_length`.
     """
@@ -599,15 +710,23 @@ def describe_training(dataset, tokenizer, *, skipped: int, max_source_length: in
         _length_line("prompt", source_lengths, max_source_length),
         _length_line("response", target_lengths, max_target_length),
     ]
-    for name, lengths, flag, limit in (
-        ("prompts", source_lengths, "--max_source_length", max_source_length),
-        ("responses", target_lengths, "--max_target_length", max_target_length),
+    shortened = [turns > 0 for turns in dataset["dropped_turns"][:]]
+    cut = [length > max_source_length and not fits for length, fits in zip(source_lengths, shortened, strict=True)]
+    for what, rows, flag, limit in (
+        ("prompts lose their end", cut, "--max_source_length", max_source_length),
+        ("prompts lose their oldest turns", shortened, "--max_source_length", max_source_length),
+        (
+            "responses lose their end",
+            [length > max_target_length for length in target_lengths],
+            "--max_target_length",
+            max_target_length,
+        ),
     ):
-        cut = sum(length > limit for length in lengths) / len(lengths)
-        if cut > 0.01:
-            lines.append(f"{cut:.0%} of the {name} lose their end at {limit} tokens; raise {flag} to keep it.")
+        if (share := sum(rows) / len(rows)) > 0.01:
+            kept = "them" if what.endswith("turns") else "it"
+            lines.append(f"{share:.0%} of the {what} at {limit} tokens; raise {flag} to keep {kept}.")
     example = dataset[0]
-    start = min(example["source_length"], max_source_length)
+    start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
     prompt = tokenizer.decode(example["input_ids"][:start])
     answer = tokenizer.decode(example["input_ids"][start:])
     lines += [

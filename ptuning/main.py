@@ -54,6 +54,7 @@ SIDECAR_FIELDS = {
     "prompt_column": None,
     "response_column": None,
     "history_column": None,
+    "messages_column": None,
     "source_prefix": "",
     "max_source_length": 1024,
     "max_target_length": 128,
@@ -171,6 +172,8 @@ def main():
     # ------------------------------------------------------------------ 8. Evaluate and predict
     for split, (dataset, rows_skipped) in prompts.items():
         say(f"{split}: {len(dataset)} rows, {rows_skipped} skipped (empty prompt).")
+        if shortened := sum(turns > 0 for turns in dataset["dropped_turns"]):
+            say(f"{shortened} of them lose their oldest turns at --max_source_length {data_args.max_source_length}.")
         answers = trainer.predict(dataset, metric_key_prefix=split)
         if training_args.should_save:
             report_predictions(trainer, tokenizer, split, dataset, answers)
@@ -247,6 +250,8 @@ def apply_saved_settings(model_args, data_args, saved):
         model_args.quantization_bit = saved.get("quantization_bit") or None
     if model_args.model_name_or_path is None:
         model_args.model_name_or_path = saved.get("base_model")
+    if data_args.messages_column is None and (data_args.prompt_column or data_args.response_column):
+        saved = {**saved, "messages_column": None}  # other rows than those it was trained on
     for name, default in SIDECAR_FIELDS.items():
         if getattr(data_args, name) is None:
             value = saved.get(name)
@@ -271,6 +276,7 @@ def read_split(split, data_args, tokenizer, encode):
         data_args.history_column,
         max_samples=getattr(data_args, f"max_{split}_samples"),
         keep_unlabelled=for_prediction,
+        messages_column=data_args.messages_column,
     )
     lengths = {
         "max_source_length": data_args.max_source_length,

@@ -20,7 +20,6 @@ import queue
 import socket
 import threading
 import time
-from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,28 +197,19 @@ class ChatServer:
 
     def encode(self, query, history=()):
         """Token ids of the chat prompt; ValueError for text that no UTF-8 file could hold."""
-        prompt = self.tokenizer.build_prompt(query, list(history))
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"The text holds half a surrogate pair ({ascii(prompt[error.start])}).") from error
-        return self.tokenizer.encode(prompt)
+        history = list(history)
+        check_text(query, history)
+        return self.tokenizer.encode(self.tokenizer.build_prompt(query, history))
 
     def fit(self, query, history, max_new_tokens):
         """(token ids, number of oldest turns left out so that an answer fits); ValueError if the question is too long.
 
         Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
         """
+        check_text(query, history)
         seq_length = self.model.config.seq_length
         limit = seq_length - min(max_new_tokens, seq_length // 4)
-        # A turn has more than ten tokens, so most of a very long history is left out without encoding it.
-        starts = range(max(0, len(history) - seq_length // 10), len(history))
-        dropped = len(history)
-        if starts:
-            dropped = starts[0] + bisect_left(
-                starts, True, key=lambda start: len(self.encode(query, history[start:])) <= limit
-            )
-        token_ids = self.encode(query, history[dropped:])
+        token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit)
         self.check_length(token_ids)
         return token_ids, dropped
 
@@ -469,6 +459,15 @@ class ChatServer:
             self._memories[answer.session] = Memory(answer.model, token_ids, layers)
             while len(self._memories) > self.max_sessions:
                 self._memories.popitem(last=False)
+
+
+def check_text(query, history):
+    """ValueError for text that no UTF-8 file could hold."""
+    for text in (query, *(text for turn in history for text in turn)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The text holds half a surrogate pair ({ascii(text[error.start])}).") from error
 
 
 def make_cache(layers):

@@ -10,6 +10,7 @@ vocabulary works as well as the real one of 64,789 pieces.
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -174,6 +175,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_turn(self, query: str, number: int) -> str:
         """One open turn of the prompt, counted from 1."""
         return f"[Round {number}]\n\n问：{query}\n\n答："
+
+    def fit_prompt(
+        self, query: str, history: list[tuple[str, str]], limit: int, source_prefix: str = ""
+    ) -> tuple[list[int], int]:
+        """(ids of the chat prompt, `[gMASK] sop` included, number of oldest turns left out to fit into `limit`).
+
+        The turns that stay are counted from 1, as if the conversation began with them. The question is never
+        left out: a longer one comes back whole.
+        """
+
+        def encode(start):
+            prompt = source_prefix + self.build_prompt(query, history[start:])
+            return self.prefix_tokens + self.encode_batch([prompt])[0]
+
+        # A turn has more than ten tokens, so most of a very long history is left out without encoding it.
+        starts = range(max(0, len(history) - limit // 10), len(history))
+        dropped = starts.start + bisect_left(starts, True, key=lambda start: len(encode(start)) <= limit)
+        return encode(dropped), dropped
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         # By way of the ids: an unknown character must become <unk>, never the name of a special token.

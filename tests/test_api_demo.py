@@ -159,12 +159,6 @@ def test_messages_are_read_in_order(client, server):
     assert completion.usage.prompt_tokens == len(expected.token_ids)
 
 
-def test_consecutive_assistant_messages_become_one_and_an_opening_one_is_kept():
-    messages = [("assistant", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
-    parsed = [api_demo.Message(role=role, content=content) for role, content in messages]
-    assert api_demo.conversation(parsed) == ("e", [("", "a\nb"), ("c", "d")])
-
-
 def test_stop_seed_and_n_are_honoured(client, server):
     whole = finish(server, QUERIES[0]).text
     answer = client.chat.completions.create(model="checkpoint-30", messages=USER, stop=[whole[3:5]], **GREEDY_FIELDS)

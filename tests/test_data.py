@@ -272,6 +272,38 @@ def test_bad_row_is_refused_by_number_and_column(row, columns, message, write):
         load_examples(path, **{"prompt_column": "content", "response_column": "summary", **columns})
 
 
+USER, ASSISTANT, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("text", r"train.json row 2: column 'messages' \(--messages_column\) must be a list .* but is text"),
+        ([USER, "text"], r"row 2: .*, turn 2: expected an object of role and content, found text"),
+        ([{"from": "user"}], "turn 1: expected an object of role and content, found an object of from"),
+        ([{"role": "human", "content": "a"}], "turn 1: the role is 'human', expected 'system' or 'user' here"),
+        ([USER, USER, ASSISTANT], "turn 2: the role is 'user', expected 'assistant' here"),
+        ([SYSTEM, ASSISTANT], "turn 2: the role is 'assistant', expected 'user' here"),
+        ([USER, ASSISTANT, SYSTEM], "turn 3: the role is 'system', expected 'user' here"),
+        ([USER, {"role": "assistant", "content": None}], r"turn 2: the content is nothing \(null\), expected text"),
+        (
+            [USER, {"role": "assistant", "content": "\ud83d"}],
+            r"row 2, turn 2: column 'messages' holds half a character",
+        ),
+        ([USER, ASSISTANT, USER], "turn 3: a dialogue ends with the answer to learn, .* ends with 'user'"),
+    ],
+)
+def test_bad_dialogue_is_refused_by_row_and_turn(messages, message, write):
+    path = write("".join(json.dumps({"messages": each}) + "\n" for each in ([USER, ASSISTANT], messages)))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load_examples(path, None, None, messages_column="messages")
+
+
+def test_missing_messages_column_is_refused_with_the_nearest(write):
+    with pytest.raises(ValueError, match="row 1 has no column 'message'.*did you mean --messages_column messages"):
+        load_examples(write([{"messages": [USER, ASSISTANT]}]), None, None, messages_column="message")
+
+
 @pytest.mark.parametrize("keep_unlabelled", [False, True])
 def test_file_of_empty_rows_only_is_refused(keep_unlabelled, write):
     path = write([{"content": "", "summary": "b"}, {"content": None, "summary": "b"}])
@@ -331,6 +363,51 @@ def test_history_is_kept_and_may_be_absent_from_a_row(write):
     assert examples["history"][:] == [TURNS, [], [], []]
 
 
+def as_messages(*turns, system=None):
+    roles = ["user", "assistant"] * len(turns)
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+
+
+def test_messages_are_the_same_row_as_prompt_response_and_history(write):
+    examples, _ = load_examples(
+        write([{"messages": as_messages("你好", "你好！", "今天天气？", "很好", "那明天呢", "也好")}]),
+        None,
+        None,
+        messages_column="messages",
+    )
+    assert examples[0] == {"prompt": "那明天呢", "response": "也好", "history": TURNS, "row": 1}
+
+
+def test_system_message_stands_before_the_first_question(write):
+    rows = [
+        {"messages": as_messages("问", "答", "再问", "再答", system="简短")},
+        {"messages": as_messages("问", "答", system="简短")},
+    ]
+    examples, _ = load_examples(write(rows), None, None, messages_column="messages")
+    assert (examples["prompt"][:], examples["history"][:]) == (["再问", "简短\n问"], [[["简短\n问", "答"]], []])
+
+
+def test_dialogue_without_turns_or_with_an_empty_answer_is_skipped(write):
+    dialogues = [[], None, as_messages("问", " "), as_messages("问", "答")]
+    examples, skipped = load_examples(
+        write([{"messages": messages} for messages in dialogues]), None, None, messages_column="messages"
+    )
+    assert (examples["row"][:], skipped) == ([4], 3)
+
+
+def test_prediction_answers_a_dialogue_that_ends_with_the_question(write):
+    rows = [{"messages": as_messages("问", "答", "再问")}, {"messages": as_messages("问", "答")}]
+    examples, _ = load_examples(write(rows), None, None, messages_column="messages", keep_unlabelled=True)
+    assert (examples["prompt"][:], examples["response"][:]) == (["再问", "问"], ["", "答"])
+    assert examples["history"][:] == [[["问", "答"]], []]
+
+
+def test_opening_answers_and_messages_of_one_side_in_a_row_are_joined():
+    messages = [("assistant", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    assert data.conversation(messages) == ("e", [("", "a\nb"), ("c", "d")])
+
+
 def test_an_edited_file_is_read_again_even_with_the_same_time_and_size(write):
     path = write([{"content": "a", "summary": "b"}])
     stamp = path.stat().st_mtime_ns
@@ -368,6 +445,48 @@ def test_history_and_source_prefix_stand_in_the_prompt(tokenizer, write):
     prompt = "请答：" + tokenizer.build_prompt("然后呢", TURNS)
     assert "[Round 3]" in prompt
     assert feature["input_ids"][: feature["source_length"]] == tokenizer.encode(prompt)
+
+
+LONG_DIALOGUE = {"content": "那明天呢", "summary": "好", "history": [[f"第{i}天？", "很好" * 5] for i in range(8)]}
+
+
+@pytest.mark.parametrize("kept", [8, 7, 3, 0])
+def test_dialogue_that_is_too_long_loses_its_oldest_turns_only(kept, tokenizer, write):
+    history = LONG_DIALOGUE["history"][8 - kept :]
+    prompt = tokenizer.encode(tokenizer.build_prompt("那明天呢", history))
+    for limit in (len(prompt), len(prompt) + 5):  # a turn has more than 5 tokens
+        feature = encode_one(tokenizer, write, LONG_DIALOGUE, "history", max_source_length=limit)
+        assert feature["input_ids"][: len(prompt)] == prompt
+        assert feature["labels"].count(-100) == len(prompt)
+        assert feature["dropped_turns"] == 8 - kept
+        assert feature["source_length"] == len(
+            tokenizer.encode(tokenizer.build_prompt("那明天呢", LONG_DIALOGUE["history"]))
+        )
+
+
+def test_question_of_a_dialogue_that_is_too_long_alone_keeps_the_answer_marker(tokenizer, write):
+    row = {"content": "今天" * 40, "summary": "好", "history": TURNS}
+    feature = encode_one(tokenizer, write, row, "history", max_source_length=60, source_prefix="请答：")
+    length = feature["labels"].count(-100)
+    text = tokenizer.decode(feature["input_ids"][:length])
+    assert 60 - 3 <= length <= 60
+    assert text.startswith("请答：[Round 1]\n\n问：今天今天") and text.endswith("天\n\n答：")
+    assert feature["dropped_turns"] == 2
+
+
+def test_question_without_a_history_is_cut_at_its_end_as_in_the_official_script(tokenizer, write):
+    row = {"content": "今天" * 40, "summary": "好", "history": []}
+    feature = encode_one(tokenizer, write, row, "history", max_source_length=60)
+    assert feature["input_ids"][:60] == tokenizer.encode(tokenizer.build_prompt(row["content"]))[:60]
+    assert feature["dropped_turns"] == 0
+
+
+def test_prediction_cuts_a_dialogue_as_training_does(tokenizer, write):
+    examples, _ = load_examples(write([LONG_DIALOGUE]), "content", "summary", "history")
+    lengths = {"max_source_length": 80, "max_target_length": 8}
+    trained, predicted = (encode(examples, tokenizer, **lengths)[0] for encode in (encode_training, encode_prediction))
+    assert predicted["input_ids"] == trained["input_ids"][: trained["labels"].count(-100)]
+    assert predicted["dropped_turns"] == trained["dropped_turns"] > 0
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])
@@ -562,6 +681,15 @@ def test_description_counts_rows_and_cut_texts_and_marks_what_is_learned(tokeniz
     assert text.endswith("[gMASK] sop [Round 1]\n\n问：今天\n\n答：⟦答答答 </s>⟧")
     response = next(line for line in text.splitlines() if line.strip().startswith("response"))
     assert response.split()[-2:] == ["10", "25.0%"]
+
+
+def test_description_says_how_many_dialogues_lose_their_oldest_turns(tokenizer, write):
+    examples, skipped = load_examples(write([LONG_DIALOGUE, ROWS[0]]), "content", "summary", "history")
+    lengths = {"max_source_length": 80, "max_target_length": 64}
+    text = describe_training(encode_training(examples, tokenizer, **lengths), tokenizer, skipped=skipped, **lengths)
+    assert "50% of the prompts lose their oldest turns at 80 tokens; raise --max_source_length to keep them." in text
+    assert "lose their end" not in text
+    assert text.endswith("问：那明天呢\n\n答：⟦好 </s>⟧")
 
 
 def test_importing_the_module_leaves_the_slow_libraries_alone():

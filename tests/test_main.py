@@ -289,6 +289,25 @@ def test_the_untuned_model_can_be_evaluated_for_comparison(monkeypatch, tmp_path
     assert len(predictions(tmp_path)) == 10
 
 
+def test_dialogues_of_messages_train_and_are_predicted_with_the_columns_of_the_checkpoint(
+    monkeypatch, tmp_path, capsys
+):
+    turns = [{"role": role, "content": "你好"} for role in ("user", "assistant")]
+    rows = [{"messages": turns * number} for number in range(1, 9)]
+    file = tmp_path / "dialogues.json"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {**TRAIN_SETTINGS, "train_file": file, "max_steps": 1, "messages_column": "messages"}
+    run(monkeypatch, settings, output_dir=tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "--messages_column holds whole dialogues; the other column flags are not read." in output
+    assert "of the prompts lose their oldest turns at 64 tokens" in output
+    predict = {**PREDICT_SETTINGS, "test_file": file, "ptuning_checkpoint": tmp_path / "run" / "checkpoint-1"}
+    run(monkeypatch, predict, output_dir=tmp_path / "again")
+    lines = (tmp_path / "again" / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["labels"] for line in lines] == ["你好"] * 8
+    assert "of them lose their oldest turns at --max_source_length 64." in capsys.readouterr().out
+
+
 def test_rows_without_a_prompt_are_skipped_and_rows_without_a_response_not_scored(
     trained, monkeypatch, tmp_path, capsys
 ):

@@ -259,9 +259,11 @@ def test_the_oldest_turns_make_room_for_the_question(server):
 
 def test_a_history_of_ten_thousand_turns_is_cut_without_encoding_it_all(server, monkeypatch):
     encoded = []
-    encode = server.encode
+    build_prompt = server.tokenizer.build_prompt
     monkeypatch.setattr(
-        server, "encode", lambda query, history=(): encoded.append(len(history)) or encode(query, history)
+        server.tokenizer,
+        "build_prompt",
+        lambda query, history=(): encoded.append(len(history)) or build_prompt(query, history),
     )
     token_ids, dropped = server.fit("你好", [("你好", "你好")] * 10_000, 100)
     assert len(token_ids) < server.model.config.seq_length and dropped > 9_800
