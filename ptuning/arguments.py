@@ -136,6 +136,9 @@ class TrainingArguments:
             "for overflow in every layer."
         },
     )
+    early_stopping: bool = field(
+        default=False, metadata={"help": "End the run where the dev loss, or else the training loss, keeps rising."}
+    )
     # Off, or one NaN would be logged as a loss of 0.0.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN losses out of the log (hides a failed run)."}

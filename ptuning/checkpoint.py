@@ -34,6 +34,7 @@ from tokenization_chatglm import ChatGLMTokenizer
 PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
 PREFIX_KEY = "transformer.prefix_encoder."
 SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths
+BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
@@ -351,6 +352,22 @@ def list_checkpoints(run_folder):
         if step.isdecimal() and (path / PREFIX_FILE).is_file():
             found[path.name] = path
     return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("checkpoint-"))))
+
+
+def point_to_best(run_folder, step):
+    """Make `best` in a run's folder a relative link to the checkpoint of `step`; None, or a step without one: no link.
+
+    Replaced in one move: whoever reads it meets the old one or the new one.
+    """
+    link = Path(run_folder) / BEST_LINK
+    target = f"checkpoint-{step}"
+    if not (link.parent / target).is_dir():
+        link.unlink(missing_ok=True)
+        return
+    new = link.with_name(f".{BEST_LINK}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    new.replace(link)
 
 
 def read_prefix(checkpoint):

@@ -48,6 +48,7 @@ from memory import count_weights, memory_table
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
 from trainer import PrefixTrainer, plot_loss
+from watch import describe_checkpoints
 
 # What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
 SIDECAR_FIELDS = {
@@ -168,6 +169,7 @@ def main():
         trainer.save_state()
         if training_args.should_save:
             plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "training_loss.png")
+        say(describe_checkpoints(trainer.state, training_args.output_dir))
 
     # ------------------------------------------------------------------ 8. Evaluate and predict
     for split, (dataset, rows_skipped) in prompts.items():

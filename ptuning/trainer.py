@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from arguments import TrainingArguments
 from checkpoint import load_prefix, save_prefix
-from watch import StepWatch
+from watch import RunWatch, StepWatch
 
 
 @dataclass
@@ -39,12 +39,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
-        self.watch = StepWatch(
-            dtype=self.model.transformer.dtype_of_blocks,
-            output_dir=self.args.output_dir,
-            loss_scaling=self.args.fp16,
-            say=say,
-        )
+        dtype = self.model.transformer.dtype_of_blocks
+        self.watch = StepWatch(dtype=dtype, output_dir=self.args.output_dir, loss_scaling=self.args.fp16, say=say)
+        self.add_callback(RunWatch(dtype=dtype, early_stopping=self.args.early_stopping, say=say))
+        if self.args.metric_for_best_model is None and self.args.eval_strategy != "no":
+            self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
 
     # ---- a step
 
@@ -66,6 +65,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- checkpoints
+
+    def _determine_best_metric(self, metrics, trial):
+        # Only a step that is saved can be the best one: `best` has to point to a checkpoint.
+        saved = self.control.should_save or self.args.save_strategy == "best"
+        return saved and super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         """Write the official file set of a checkpoint; the Trainer adds optimizer, scheduler, RNG and state."""

@@ -1,19 +1,31 @@
-"""Watches a training run: loss and gradient that are no finite numbers, gradients that are exactly 0.
+"""Watches a training run: numbers that are not finite, gradients of exactly 0, a loss that rises, the best step.
 
 Answers to nothing in the official scripts: there a run goes on to its last step with a loss of NaN, which the log
-shows as 0.0. Functions here raise or speak; what they look at, trainer.py hands them.
+shows as 0.0, or with a loss that has been climbing since the first quarter. What is here raises or speaks; trainer.py
+and the library's callbacks hand it what it looks at.
 """
 
+import math
+import statistics
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
-from checkpoint import list_checkpoints
+from checkpoint import list_checkpoints, point_to_best
 from data import shown_rows
 
 ZERO_STEPS = 5  # steps in a row with a gradient of exactly 0 before it is said
 SKIPPED_STEPS = 20  # steps in a row that loss scaling may skip: it has then halved its factor a million times
+# A loss rises when it has stood above its lowest value by RISE for RISE_STEPS steps. The dev loss is taken as it is.
+# Of the training loss the mean of the last SMOOTH_STEPS counts, and it must also be above by so many of its own
+# standard errors that chance does not explain it.
+RISE = 0.02
+RISE_STEPS = 200
+SMOOTH_STEPS = 100
+STANDARD_ERRORS = 6
 
 
 @dataclass
@@ -94,24 +106,32 @@ class StepWatch:
     def describe_bad_step(self, step, bad_loss):
         """What is wrong with it, where, and what to do; the same text on every process."""
         losses, rows = gather_batches(step)
-        suspects = [numbers for loss, numbers in zip(losses, rows, strict=True) if not _finite(loss)] or rows
-        what = f"the loss is {next(loss for loss in losses if not _finite(loss))}" if bad_loss else "the loss is finite"
+        suspects = [numbers for loss, numbers in zip(losses, rows, strict=True) if not math.isfinite(loss)] or rows
+        what = (
+            f"the loss is {next(loss for loss in losses if not math.isfinite(loss))}"
+            if bad_loss
+            else "the loss is finite"
+        )
         if self.skipped_steps == SKIPPED_STEPS and not bad_loss:
             what += f", but the last {SKIPPED_STEPS} steps had to be skipped, whatever the loss scaling"
-        checkpoint = last_good_checkpoint(self.output_dir, step.number)
-        advice = "start again" if checkpoint is None else f"start from it (--ptuning_checkpoint {checkpoint})"
-        advice += " with a lower --learning_rate" + (", or --bf16" if self.dtype == "float16" else "")
         return (
             f"Training stopped at step {step.number}: {what}.\n"
             f"  gradient norm {step.gradient_norm.item()}, learning rate {step.learning_rate:g}, weights {self.dtype}\n"
             f"  rows {shown_rows(sum(suspects, []))} of the training file\n"
-            f"  last good checkpoint: {checkpoint or 'none was saved before this step'}\n"
-            f"  what to do: look at those rows; {advice}"
+            + way_out(self.output_dir, step.number, self.dtype)
         )
 
 
-def _finite(loss):
-    return float("-inf") < loss < float("inf")
+def way_out(output_dir, bad_step, dtype):
+    """The end of a message that stops training: the last good checkpoint and what to do, in two lines."""
+    steps = [int(name.removeprefix("checkpoint-")) for name in list_checkpoints(output_dir)]
+    good = [step for step in steps if step < bad_step]
+    checkpoint = Path(output_dir) / f"checkpoint-{max(good)}" if good else None
+    start = f"start from it (--ptuning_checkpoint {checkpoint})" if good else "start again"
+    return (
+        f"  last good checkpoint: {checkpoint or 'none was saved before this step'}\n"
+        f"  what to do: {start} with a lower --learning_rate{', or --bf16' if dtype == 'float16' else ''}"
+    )
 
 
 def step_flags(step):
@@ -131,8 +151,107 @@ def gather_batches(step):
     return tuple(zip(*sum(everyones, []), strict=True))
 
 
-def last_good_checkpoint(output_dir, before_step):
-    """The newest checkpoint of the run from before a step, or None."""
-    steps = [int(name.removeprefix("checkpoint-")) for name in list_checkpoints(output_dir)]
-    steps = [step for step in steps if step < before_step]
-    return Path(output_dir) / f"checkpoint-{max(steps)}" if steps else None
+# ---- the whole run
+
+
+class LossTrend:
+    """Tells from one loss after the other whether they have been rising for long, see RISE."""
+
+    def __init__(self, smooth):
+        self.smooth = smooth
+        self.recent = deque()  # (step, loss) of the last SMOOTH_STEPS
+        self.value = self.lowest = math.inf
+        self.lowest_step = self.near_step = 0  # near_step: the last one that was not above
+
+    def add(self, step, loss):
+        """Take the loss logged at `step`; True where it has been rising up to here."""
+        self.value, error = loss, 0.0
+        if self.smooth:
+            self.recent.append((step, loss))
+            while self.recent[0][0] <= step - SMOOTH_STEPS:
+                self.recent.popleft()
+            if step < SMOOTH_STEPS:
+                return False
+            losses = [loss for _, loss in self.recent]
+            self.value = statistics.fmean(losses)
+            if len(losses) > 1:
+                error = statistics.stdev(losses) / len(losses) ** 0.5
+        if self.value < self.lowest:
+            self.lowest, self.lowest_step = self.value, step
+        if self.value - self.lowest <= max(RISE * self.lowest, STANDARD_ERRORS * error):
+            self.near_step = step
+        return step - self.near_step >= RISE_STEPS
+
+
+class RunWatch(TrainerCallback):
+    """Measures a dev loss at every save, keeps `best` in the output folder, and notices a loss that rises.
+
+    With `early_stopping` the run ends there, with a checkpoint; otherwise it is said once.
+    """
+
+    def __init__(self, *, dtype, early_stopping, say):
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.early_stopping = early_stopping
+        self.say = say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.key = "loss" if args.eval_strategy == "no" else "eval_loss"
+        self.trend = LossTrend(smooth=args.eval_strategy == "no")
+        self.rise_said = any([self.trend.add(entry["step"], entry[self.key]) for entry in self.entries(state)])
+        if state.is_world_process_zero:  # of a run before this one in the same folder, or after where this one resumes
+            point_to_best(args.output_dir, state.best_global_step)
+
+    def entries(self, state):
+        return [entry for entry in state.log_history if self.key in entry]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+    on_epoch_end = on_step_end
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        loss = logs.get(self.key)
+        if loss is None:
+            return
+        if not math.isfinite(loss):  # of the dev rows; a bad training loss has not come so far
+            raise ValueError(
+                f"Training stopped at step {state.global_step}: the dev loss is {loss} ({self.dtype} weights).\n"
+                + way_out(args.output_dir, state.global_step, self.dtype)
+            )
+        if not self.trend.add(state.global_step, loss) or self.rise_said:
+            return
+        self.rise_said = True
+        kind = f"training loss (mean of {SMOOTH_STEPS} steps)" if self.trend.smooth else "dev loss"
+        best = f"checkpoint-{state.best_global_step}" if state.best_global_step else "none known"
+        self.say(
+            f"The {kind} has been rising: {self.trend.value:.4f} at step {state.global_step}, lowest "
+            f"{self.trend.lowest:.4f} at step {self.trend.lowest_step}; best checkpoint: {best}. "
+            + ("Stopping here." if self.early_stopping else "With --early_stopping the run would end here.")
+        )
+        if self.early_stopping:
+            control.should_training_stop = control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.best_global_step == state.global_step:
+            point_to_best(args.output_dir, state.global_step)
+
+
+def describe_checkpoints(state, output_dir):
+    """One line on where the run's best and last checkpoints are; empty without checkpoints."""
+    names = list(list_checkpoints(output_dir))
+    if not names:
+        return ""
+    dev_losses = {
+        f"checkpoint-{entry['step']}": entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
+    }
+
+    def shown(name):
+        return f"{Path(output_dir) / name}" + (f" (dev loss {dev_losses[name]:.4f})" if name in dev_losses else "")
+
+    last, best = names[-1], f"checkpoint-{state.best_global_step}"
+    if best not in names:
+        return f"Last checkpoint: {shown(last)}. Without a dev loss no best one is known."
+    if best == last:
+        return f"Best and last checkpoint: {shown(best)}, also called {Path(output_dir) / 'best'}."
+    return f"Best checkpoint: {shown(best)}, also called {Path(output_dir) / 'best'}. Last: {shown(last)}."

@@ -1,16 +1,20 @@
 """watch.py: runs that go wrong are stopped, or said to, with what a user needs to know."""
 
+import json
 import math
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SAMPLE
 from test_main import TRAIN_SETTINGS, flags, run
 
-from watch import SKIPPED_STEPS, ZERO_STEPS, StepWatch
+import watch
+from trainer import PrefixTrainer
+from watch import SKIPPED_STEPS, ZERO_STEPS, LossTrend, StepWatch
 
 
 def make_watch(folder, said=None, dtype=torch.float32, loss_scaling=False):
@@ -136,3 +140,141 @@ def test_a_gradient_of_exactly_0_over_several_steps_is_said_once(tmp_path):
     for number in range(20, 40):
         step(watch, number, 1.0, norm=0.0)
     assert len(said) == 1 and "exactly 0 for 5 steps, up to step 24" in said[0]
+
+
+# ---- a loss that rises
+
+# What a user of the official scripts reported of a run on 8 GPUs (step, training loss).
+CLIMBING = [(10, 4.58), (100, 3.58), (500, 3.37), (840, 3.30), (1000, 3.34), (2000, 3.48), (3000, 3.61)]
+
+
+def between(points, step):
+    """The loss at a step, on the straight lines between the reported points."""
+    for (start, first), (end, last) in zip(points, points[1:], strict=False):
+        if step <= end:
+            return first + (last - first) * max(0, step - start) / (end - start)
+
+
+def first_rise(curve, smooth=True):
+    """The step at which a curve of (step, loss) is said to rise, or None."""
+    trend = LossTrend(smooth)
+    return next((step for step, loss in curve if trend.add(step, loss)), None)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_the_reported_climb_is_noticed_long_before_its_end(noise):
+    normal = random.Random(0).gauss
+    curve = [(step, between(CLIMBING, step) + normal(0, noise)) for step in range(10, 3001, 10)]
+    assert 1000 < first_rise(curve) < 2000
+
+
+def test_the_reported_climb_is_noticed_at_the_second_dev_loss():
+    # train.sh measures one every 1,000 steps
+    assert first_rise([(0, 4.6), (1000, 3.34), (2000, 3.48), (3000, 3.61)], smooth=False) == 2000
+
+
+def test_a_healthy_noisy_run_is_not_said_to_rise(shared):
+    losses = json.loads((shared / "golden" / "mini-run.json").read_text())["loss"]
+    assert first_rise(losses) is None
+    # the same noise about the same course, ten times as long
+    residuals = [loss - sum(value for _, value in losses[i - 2 : i + 3]) / 5 for i, (_, loss) in enumerate(losses)][
+        2:-2
+    ]
+    for seed in range(50):
+        draw = random.Random(seed).choice
+        smooth_course = [(step, 5.7 + 1.1 * math.exp(-step / 90)) for step in range(10, 3001, 10)]
+        assert first_rise([(step, loss + draw(residuals)) for step, loss in smooth_course]) is None
+
+
+def test_a_flat_loss_of_single_rows_is_not_said_to_rise():
+    # one row a step: a mean of 10 steps scatters by 0.16, more than the 2% that count
+    for seed in range(50):
+        normal = random.Random(seed).gauss
+        assert first_rise([(step, 3.3 + normal(0, 0.16)) for step in range(10, 3001, 10)]) is None
+
+
+DEV = {
+    **TRAIN_SETTINGS,
+    "validation_file": SAMPLE / "dev.json",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_steps": 1,
+    "max_eval_samples": 2,
+    "max_train_samples": 8,
+}
+
+
+@pytest.fixture
+def dev_losses(monkeypatch):
+    """Makes the dev loss after step n the n-th number of the list that a test fills."""
+    scripted = []
+    honest = PrefixTrainer.prediction_step
+
+    def prediction_step(self, *args, **kwargs):
+        honest(self, *args, **kwargs)
+        return torch.tensor(float(scripted[self.state.global_step])), None, None
+
+    monkeypatch.setattr(PrefixTrainer, "prediction_step", prediction_step)
+    monkeypatch.setattr(watch, "RISE_STEPS", 2)
+    return scripted
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_early_stopping_ends_a_run_that_rises_and_the_best_checkpoint_is_named(
+    dev_losses, monkeypatch, tmp_path, capsys
+):
+    dev_losses += [3, 2, 1, 1.5, 1.6, 1.7]
+    run(monkeypatch, DEV, early_stopping=True, eval_on_start=True, output_dir=tmp_path)
+    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+    output = capsys.readouterr().out
+    assert (
+        "dev loss has been rising: 1.6000 at step 4, lowest 1.0000 at step 2; best checkpoint: checkpoint-2. Stop"
+        in output
+    )
+    assert f"Best checkpoint: {tmp_path}/checkpoint-2 (dev loss 1.0000), also called {tmp_path}/best. " in output
+    assert f"Last: {tmp_path}/checkpoint-4 (dev loss 1.6000)." in output
+
+
+def test_without_early_stopping_a_rise_is_said_once_and_the_run_goes_on(dev_losses, monkeypatch, tmp_path, capsys):
+    dev_losses += [3, 1, 2, 2, 2, 2]
+    run(monkeypatch, DEV, output_dir=tmp_path)
+    assert capsys.readouterr().out.count("loss has been rising") == 1
+    assert checkpoints(tmp_path)[-1] == "checkpoint-5"
+
+
+# ---- the best checkpoint
+
+
+def test_best_is_a_relative_link_to_the_saved_checkpoint_of_the_lowest_dev_loss(dev_losses, monkeypatch, tmp_path):
+    dev_losses += [0, 1, 3, 2, 4, 5]  # the lowest ones, of steps 0 and 1, are of no checkpoint
+    (tmp_path / "best").symlink_to("of-another-run")
+    run(monkeypatch, DEV, save_steps=2, eval_on_start=True, output_dir=tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert os.readlink(tmp_path / "best") == "checkpoint-2"
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert (state["best_metric"], state["best_global_step"]) == (3, 2)
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+
+
+def test_every_save_has_a_dev_loss_whatever_eval_steps_says(dev_losses, monkeypatch, tmp_path):
+    dev_losses += [1] * 6
+    run(monkeypatch, DEV, save_steps=2, eval_steps=3, output_dir=tmp_path)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 3, 4, 5]
+
+
+def test_a_run_without_dev_loss_removes_the_link_of_the_run_before(monkeypatch, tmp_path, capsys):
+    (tmp_path / "best").symlink_to("checkpoint-9")
+    run(monkeypatch, TRAIN_SETTINGS, max_steps=1, output_dir=tmp_path)
+    assert not (tmp_path / "best").is_symlink()
+    assert f"Last checkpoint: {tmp_path}/checkpoint-1. Without a dev loss no best" in capsys.readouterr().out
+
+
+def test_a_dev_loss_that_is_no_finite_number_stops_the_run_before_it_is_saved(dev_losses, monkeypatch, tmp_path):
+    dev_losses += [1, 1, math.nan]
+    with pytest.raises(ValueError, match="(?s)stopped at step 2: the dev loss is nan .*checkpoint: .*checkpoint-1\n"):
+        run(monkeypatch, DEV, output_dir=tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
