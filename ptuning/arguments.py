@@ -71,6 +71,23 @@ class DataTrainingArguments:
         default=None, metadata={"help": "Rows for --do_eval and for the dev loss during training."}
     )
     test_file: str | None = field(default=None, metadata={"help": "Rows for --do_predict."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data sets by name, a,b, in place of --train_file; without --do_train in place of the other two."
+        },
+    )
+    dataset_dir: str = field(
+        default="data", metadata={"help": "Folder of the data sets, with the dataset_info.json that describes them."}
+    )
+    split: str = field(default="train", metadata={"help": "Accepted; a data file has one split, train."})
+    mix_ratios: str | None = field(
+        default=None,
+        metadata={"help": "Share of each data set in the training rows, such as 0.7,0.3 [all rows of all data sets]."},
+    )
+    dev_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the training rows to hold out as dev rows; no --validation_file then."}
+    )
     prompt_column: str | None = field(
         default=None, metadata={"help": "Column of the prompts (ADGEN: content). Read from a given checkpoint."}
     )
@@ -103,6 +120,9 @@ class DataTrainingArguments:
     )
     val_max_target_length: int | None = field(
         default=None, metadata={"help": "The same for references in evaluation, in tokens [max_target_length]."}
+    )
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Use only the first n rows of every data file; the next three count before it."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first n training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first n validation rows."})
@@ -372,6 +392,9 @@ def parse_flags(argv):
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
+    if data_args.dataset:
+        replaced = ["train_file"] if given.get("do_train") else ["validation_file", "test_file"]
+        notes += [f"--{name} {given[name]} is not read: --dataset counts." for name in replaced if name in given]
     defaults = {flag.name: flag.default for flag in flags["training"].values()}
     check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
     return model_args, data_args, chosen["training"], notes
@@ -454,11 +477,12 @@ def check(model_args, data_args, training_args):
         raise ValueError("--output_dir is missing: the folder for checkpoints and results, such as output/my-run.")
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
-    for action, file in (("train", "train"), ("eval", "validation"), ("predict", "test")):
-        if getattr(training_args, f"do_{action}") and not getattr(data_args, f"{file}_file"):
-            raise ValueError(f"--do_{action} needs --{file}_file.")
-    if training_args.eval_strategy != "no" and not data_args.validation_file:
-        raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file.")
+    for split, file in FILES.items():
+        if getattr(training_args, f"do_{split}") and source_of(split, data_args, training_args) is None:
+            raise ValueError(f"--do_{split} needs --{file}.")
+    if training_args.eval_strategy != "no" and not (data_args.validation_file or data_args.dev_ratio):
+        raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file or --dev_ratio.")
+    check_mixture(data_args, training_args)
     if model_args.pre_seq_len is not None and model_args.pre_seq_len < 1:
         raise ValueError(
             f"--pre_seq_len {model_args.pre_seq_len}: expected at least 1 virtual token (leave it out for no prefix)."
@@ -470,7 +494,7 @@ def check(model_args, data_args, training_args):
         value = getattr(data_args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1 token.")
-    for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "num_beams"):
+    for name in ("max_samples", "max_train_samples", "max_eval_samples", "max_predict_samples", "num_beams"):
         value = getattr(data_args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1.")
@@ -480,6 +504,56 @@ def check(model_args, data_args, training_args):
         raise ValueError(f"--temperature {data_args.temperature}: expected more than 0 (--do_sample false is greedy).")
     if not model_args.ptuning_checkpoint:  # else its own settings may complete these
         check_complete(model_args, data_args, training_args)
+
+
+FILES = {"train": "train_file", "eval": "validation_file", "predict": "test_file"}
+
+
+def source_of(split, data_args, training_args):
+    """The flag that says where the rows of a split are: dev_ratio, dataset, or that of its file; None without one."""
+    if split == "eval" and data_args.dev_ratio:
+        return "dev_ratio"
+    if data_args.dataset and (split == "train" or not training_args.do_train):
+        return "dataset"
+    return FILES[split] if getattr(data_args, FILES[split]) else None
+
+
+def check_mixture(data_args, training_args):
+    """Raise ValueError where the flags of data sets contradict each other."""
+    ratios = split_ratios(data_args.mix_ratios)
+    names = [name for name in (data_args.dataset or "").split(",") if name.strip()]
+    if ratios and len(ratios) != len(names):
+        raise ValueError(
+            f"--mix_ratios {data_args.mix_ratios} has {len(ratios)} numbers for {len(names)} data sets "
+            f"(--dataset {data_args.dataset}); give one for each."
+        )
+    if not 0 <= data_args.dev_ratio < 1:
+        raise ValueError(f"--dev_ratio {data_args.dev_ratio}: expected a share from 0 up to 1, such as 0.05.")
+    if data_args.dev_ratio and data_args.validation_file:
+        raise ValueError(
+            f"--dev_ratio {data_args.dev_ratio} and --validation_file {data_args.validation_file} both name dev rows; "
+            "leave one of them out."
+        )
+    if data_args.dev_ratio and not (data_args.dataset or data_args.train_file):
+        raise ValueError("--dev_ratio needs --train_file or --dataset, whose rows it divides.")
+    if data_args.split != "train":
+        raise ValueError(
+            f"--split {data_args.split}: a data file has one split, train. Describe the other rows as a data set of "
+            "their own in dataset_info.json, and name it in --dataset."
+        )
+
+
+def split_ratios(text):
+    """[0.7, 0.3] of "0.7,0.3", None of None. ValueError for anything but positive numbers."""
+    if text is None:
+        return None
+    try:
+        ratios = [float(word) for word in text.split(",")]
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 < ratio < float("inf") for ratio in ratios):
+        raise ValueError(f"--mix_ratios {text}: expected a positive number for each data set, such as 0.7,0.3.")
+    return ratios
 
 
 EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
@@ -494,8 +568,12 @@ def check_complete(model_args, data_args, training_args):
             f"--pre_seq_len {model_args.pre_seq_len} without --ptuning_checkpoint would answer with a random prefix. "
             "Give the checkpoint to evaluate, or leave the flag out to evaluate the base model."
         )
+    sources = {source_of(split, data_args, training_args) for split in FILES if getattr(training_args, f"do_{split}")}
+    if training_args.eval_strategy != "no":
+        sources.add(source_of("eval", data_args, training_args))
+    needs_columns = not data_args.messages_column and not (data_args.dataset and sources <= {"dataset", "dev_ratio"})
     for name, example in EXAMPLES.items():
-        if name != "model_name_or_path" and data_args.messages_column:
+        if name != "model_name_or_path" and not needs_columns:
             continue
         if not getattr(model_args if name == "model_name_or_path" else data_args, name):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")

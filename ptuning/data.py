@@ -7,7 +7,8 @@ counted; a dialogue that is too long loses its oldest turns instead of its quest
 longest of their batch instead of to max_source + max_target + 1.
 
 Reading path: read_rows (bytes -> rows), load_examples (rows -> checked columns), encode_training and
-encode_prediction (columns -> ids and labels), collate_training and collate_prediction (features -> tensors).
+encode_prediction (columns -> ids and labels), draw_shares and hold_out (several data sets -> one, and dev rows),
+collate_training and collate_prediction (features -> tensors).
 """
 
 import contextlib
@@ -17,11 +18,15 @@ import hashlib
 import io
 import json
 import os
+import random
 from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
 IGNORED_LABEL = -100
+DATASET_INFO_FILE = "dataset_info.json"
+COLUMNS = ("prompt", "query", "response", "history", "messages")
+ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # of an entry that names none
 # Encodings in which a stray byte is noticed; what cchardet says of others counts only after GB18030 failed.
 EAST_ASIAN_ENCODINGS = {"BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "UHC", "EUC-TW"}
 BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
@@ -230,12 +235,20 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
 # ---- rows -> examples
 
 
+def _flag(place: str | None, column: str) -> str:
+    """How a user names a column: by a flag, or in `place`, an entry of a dataset_info.json."""
+    return f'"{column}" of {place}' if place else f"--{column}_column"
+
+
 def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str) -> ValueError:
     columns = ", ".join(row) or "none"
     if not column:
         return ValueError(f"{flag} is not set; the columns of {name} are: {columns}; name one of them")
     near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
-    remedy = f"did you mean {flag} {near[0]}?" if near else f"name one of them with {flag}"
+    if near:
+        remedy = f"did you mean {flag} {near[0]}?" if flag.startswith("--") else f"is {near[0]!r} meant by {flag}?"
+    else:
+        remedy = f"name one of them with {flag}"
     return ValueError(f"{name} row {number} has no column {column!r}; its columns are: {columns}; {remedy}")
 
 
@@ -265,12 +278,12 @@ def _checked(text: str, where: str, column: str) -> str:
     return text
 
 
-def _history(name: str, number: int, column: str | None, row: dict) -> list[list[str]]:
+def _history(name: str, number: int, column: str | None, row: dict, flag: str) -> list[list[str]]:
     """Past [question, answer] turns; none where the column is missing or null in this row."""
     history = row.get(column) if column else None
     if history is None:
         return []
-    expected = f"{name} row {number}: column {column!r} (--history_column) must be a list of [question, answer] pairs"
+    expected = f"{name} row {number}: column {column!r} ({flag}) must be a list of [question, answer] pairs"
     if not isinstance(history, list):
         raise ValueError(f'{expected} of text, such as [["你好", "你好！"]], but is {_kind(history)}')
     for position, turn in enumerate(history, start=1):
@@ -305,15 +318,17 @@ def conversation(messages: list[tuple[str, str]]) -> tuple[str, list[tuple[str, 
     return "\n".join(pending), history
 
 
-def _dialogue(name: str, number: int, column: str, row: dict, keep_unlabelled: bool) -> tuple[str, str, list]:
+def _dialogue(
+    name: str, number: int, column: str, row: dict, flag: str, keep_unlabelled: bool
+) -> tuple[str, str, list]:
     """(prompt, response, history) of a list of {"role": …, "content": …}; all empty where it is null or [].
 
     The last answer is the response; with `keep_unlabelled` a dialogue may also end with the question.
     """
     if column not in row:
-        raise _missing_column(name, number, column, row, "--messages_column")
+        raise _missing_column(name, number, column, row, flag)
     messages = row[column] or []
-    where = f"{name} row {number}: column {column!r} (--messages_column)"
+    where = f"{name} row {number}: column {column!r} ({flag})"
     if not isinstance(messages, list):
         raise ValueError(
             f"{where} must be a list of messages, such as "
@@ -350,38 +365,40 @@ def _dialogue(name: str, number: int, column: str, row: dict, keep_unlabelled: b
     return question, "", [list(turn) for turn in history]
 
 
-def _generate_examples(path, columns, max_samples, keep_unlabelled, key):
+def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
-    history_column, messages_column = columns["history"], columns["messages"]
-    if history_column and not messages_column and not any(history_column in row for row in rows):
-        raise _missing_column(path, 1, history_column, rows[0], "--history_column")
+    flags = {name: _flag(place, name) for name in COLUMNS}
+    for name in ("query", "history"):  # may be absent from a row, but not from all
+        column = columns[name]
+        if column and not columns["messages"] and not any(column in row for row in rows):
+            raise _missing_column(path, 1, column, rows[0], flags[name])
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
-        if messages_column:
-            prompt, response, history = _dialogue(path, number, messages_column, row, keep_unlabelled)
+        if columns["messages"]:
+            prompt, response, history = _dialogue(
+                path, number, columns["messages"], row, flags["messages"], keep_unlabelled
+            )
         else:
-            prompt = _text(path, number, columns["prompt"], row, "--prompt_column")
+            prompt = _text(path, number, columns["prompt"], row, flags["prompt"])
+            if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
+                prompt += "\n" + query
             if columns["response"] is None and keep_unlabelled:
                 response = ""
             else:
-                response = _text(path, number, columns["response"], row, "--response_column")
-            history = _history(path, number, history_column, row)
+                response = _text(path, number, columns["response"], row, flags["response"])
+            history = _history(path, number, columns["history"], row, flags["history"])
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
         yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
     if not kept:
-        if messages_column:
-            found, flags = f"empty {messages_column!r}", "--messages_column"
-        elif keep_unlabelled:
-            found, flags = f"empty {columns['prompt']!r}", "--prompt_column and --response_column"
+        if columns["messages"]:
+            names = ["messages"]
         else:
-            found, flags = (
-                f"empty {columns['prompt']!r} or {columns['response']!r}",
-                "--prompt_column and --response_column",
-            )
+            names = ["prompt"] if keep_unlabelled else ["prompt", "response"]
         raise ValueError(
-            f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an {found}; check {flags}"
+            f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an empty "
+            f"{' or '.join(repr(columns[name]) for name in names)}; check {' and '.join(flags[name] for name in names)}"
         )
 
 
@@ -414,11 +431,14 @@ def load_examples(
     max_samples: int | None = None,
     keep_unlabelled: bool = False,
     messages_column: str | None = None,
+    query_column: str | None = None,
+    place: str | None = None,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
 
     Columns: `prompt` and `response` (text), `history` (list of [question, answer]), `row` (1-based, in the file).
-    `messages_column` holds whole dialogues in place of the other three columns.
+    `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
+    prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
     (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
@@ -448,10 +468,12 @@ def load_examples(
                     "path": str(path),
                     "columns": {
                         "prompt": prompt_column,
+                        "query": query_column,
                         "response": response_column,
                         "history": history_column,
                         "messages": messages_column,
                     },
+                    "place": place,
                     "max_samples": max_samples,
                     "keep_unlabelled": keep_unlabelled,
                     "key": f"{content} {_code_sha256()}",
@@ -464,6 +486,108 @@ def load_examples(
     if skipped:
         dataset = dataset.select(kept)
     return dataset.remove_columns("skipped"), skipped
+
+
+# ---- several data sets
+
+
+def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, dict], list[str]]:
+    """({name: arguments of load_examples}, lines for the user) of data sets, `names` separated by commas.
+
+    They are described in `dataset_info.json` in the folder, as ChatGLM-Efficient-Tuning has it. ValueError or
+    FileNotFoundError for what that file lacks, or has wrong.
+    """
+    info_file = Path(folder) / DATASET_INFO_FILE
+    if not info_file.is_file():
+        raise FileNotFoundError(
+            f"{info_file} does not exist; it describes the data sets that --dataset may name, see README.md"
+        )
+    try:
+        info = json.loads(decode_text(_read_bytes(info_file), str(info_file)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{info_file} line {error.lineno} is not JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{info_file} is {_kind(info)}; expected an object that describes each data set by its name")
+    sources, notes = {}, []
+    for name in filter(None, (name.strip() for name in names.split(","))):
+        if name in sources:
+            raise ValueError(f"--dataset {names} names {name!r} twice")
+        if name not in info:
+            near = difflib.get_close_matches(name, list(info), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{info_file} does not describe {name!r}, only {', '.join(info) or 'nothing'}{hint}")
+        sources[name], note = _described_source(Path(folder), info[name], f"{name!r} in {info_file}")
+        notes += note
+    if not sources:
+        raise ValueError(f"--dataset {names!r} names no data set; {info_file} describes {', '.join(info) or 'none'}")
+    return sources, notes
+
+
+def _described_source(folder, entry, place):
+    """(arguments of load_examples, lines for the user) of one entry of a dataset_info.json."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is {_kind(entry)}; expected an object with file_name")
+    file_name, columns = entry.get("file_name"), entry.get("columns") or ALPACA_COLUMNS
+    if not isinstance(file_name, str):
+        online = next((key for key in ("hf_hub_url", "script_url") if key in entry), None)
+        reason = f"is fetched by {online}, which is not done here: download it and" if online else "has no file:"
+        raise ValueError(f"{place} {reason} give the file's name as file_name")
+    if not isinstance(columns, dict):
+        raise ValueError(f'"columns" of {place} is {_kind(columns)}; expected an object such as {ALPACA_COLUMNS}')
+    for key, column in columns.items():
+        if key not in COLUMNS or not isinstance(column, str | None):
+            found = f"{key!r}" if key not in COLUMNS else f"{_kind(column)} for {key!r}"
+            raise ValueError(f'"columns" of {place} has {found}; expected names of columns for {", ".join(COLUMNS)}')
+    path, notes = folder / file_name, []
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist, the file of {place}; correct file_name, or put the file there")
+    if wanted := entry.get("file_sha1"):
+        found = hashlib.sha1(_read_bytes(path)).hexdigest()
+        if found != str(wanted).lower():
+            notes.append(
+                f"{path} is not the file that {place} describes: its SHA-1 is {found}, expected {wanted}. "
+                "It is used as it is; correct file_sha1 if you changed the file."
+            )
+    source = {"path": path, "place": place}
+    source.update((f"{name}_column", columns.get(name) or None) for name in COLUMNS)
+    if not source["messages_column"] and columns is ALPACA_COLUMNS:
+        rows = read_rows(path)  # the second line of an instruction is left out by many files
+        if not any(ALPACA_COLUMNS["query"] in row for row in rows):
+            source["query_column"] = None
+    return source, notes
+
+
+def draw_shares(datasets: dict, ratios: list[float] | None, seed: int) -> dict:
+    """{name: dataset} with as many rows of each as its ratio allows.
+
+    A ratio is a share of the rows of all together. Rows are drawn without repetition, until the data set that runs
+    out first is used up; their order stays. Without ratios all rows of all data sets are used.
+    """
+    if not ratios:
+        return datasets
+    total = min(len(dataset) * sum(ratios) / ratio for dataset, ratio in zip(datasets.values(), ratios, strict=True))
+    drawn = {}
+    for (name, dataset), ratio in zip(datasets.items(), ratios, strict=True):
+        count = min(len(dataset), max(1, round(total * ratio / sum(ratios))))
+        # By name, so that another data set beside it changes nothing but the number of rows.
+        drawn[name] = dataset.select(sorted(random.Random(f"{seed} {name}").sample(range(len(dataset)), count)))
+    return drawn
+
+
+def hold_out(dataset, share: float, seed: int):
+    """(training rows, dev rows): the same share of every data set at random, at least one row and not all."""
+    count = min(len(dataset) - 1, max(1, round(share * len(dataset))))
+    chosen = set(random.Random(f"{seed} dev").sample(range(len(dataset)), count))
+    rest = [index for index in range(len(dataset)) if index not in chosen]
+    return dataset.select(rest), dataset.select(sorted(chosen))
+
+
+def join(datasets):
+    """One dataset of the rows of several, in order."""
+    from datasets import concatenate_datasets
+
+    datasets = list(datasets)
+    return datasets[0] if len(datasets) == 1 else concatenate_datasets(datasets)
 
 
 # ---- examples -> token ids and labels

@@ -14,7 +14,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-from arguments import check_complete, check_quantization_bit, parse_arguments, parse_flags
+from arguments import (
+    check_complete,
+    check_quantization_bit,
+    parse_arguments,
+    parse_flags,
+    source_of,
+    split_ratios,
+)
 from failure import run
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
@@ -37,12 +44,17 @@ from checkpoint import (
     resolve_folder,
 )
 from data import (
+    COLUMNS,
     collate_prediction,
     collate_training,
     describe_training,
+    draw_shares,
     encode_prediction,
     encode_training,
+    hold_out,
+    join,
     load_examples,
+    read_dataset_info,
 )
 from memory import count_weights, memory_table
 from metrics import metric_table, score_all
@@ -91,15 +103,17 @@ def main():
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
     train_data = eval_data = None
+    read_rows_of = partial(read_split, data_args=data_args, training_args=training_args, tokenizer=tokenizer, say=say)
     with training_args.main_process_first(desc="encoding"):
         if training_args.do_train:
-            train_data, rows_skipped = read_split("train", data_args, tokenizer, encode_training)
+            train_data, rows_skipped = read_rows_of("train", encode=encode_training)
             if training_args.eval_strategy != "no":
-                eval_data, _ = read_split("eval", data_args, tokenizer, encode_training)
-            elif data_args.validation_file and not training_args.do_eval:
-                say("--validation_file is not read: --eval_strategy steps gives a dev loss, --do_eval metrics.")
+                eval_data, _ = read_rows_of("eval", encode=encode_training)
+            elif (data_args.validation_file or data_args.dev_ratio) and not training_args.do_eval:
+                unread = "--validation_file is" if data_args.validation_file else "The rows of --dev_ratio are"
+                say(f"{unread} not read: --eval_strategy steps gives a dev loss, --do_eval metrics.")
         splits = [name for name in ("eval", "predict") if getattr(training_args, f"do_{name}")]
-        prompts = {name: read_split(name, data_args, tokenizer, encode_prediction) for name in splits}
+        prompts = {name: read_rows_of(name, encode=encode_prediction) for name in splits}
     for dataset in filter(None, (train_data, eval_data)):
         check_fits(dataset, config.seq_length, data_args)
 
@@ -262,31 +276,56 @@ def apply_saved_settings(model_args, data_args, saved):
         data_args.val_max_target_length = data_args.max_target_length
 
 
-FILES = {"train": "train_file", "eval": "validation_file", "predict": "test_file"}
+def read_split(split, data_args, training_args, tokenizer, encode, say):
+    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py.
+
+    With --dev_ratio the training rows are what the dev rows leave over.
+    """
+    source = source_of(split, data_args, training_args)
+    if source == "dev_ratio":
+        source = "dataset" if data_args.dataset else "train_file"
+    if source == "dataset":
+        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset)
+    else:
+        columns = {f"{name}_column": getattr(data_args, f"{name}_column", None) for name in COLUMNS}
+        files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
+    divided = data_args.dev_ratio and split in ("train", "eval")
+    limit = getattr(data_args, "max_train_samples" if divided else f"max_{split}_samples") or data_args.max_samples
+    parts, rows_skipped = {}, 0
+    for name, file in files.items():
+        examples, skipped = load_examples(
+            **file, max_samples=limit, keep_unlabelled=encode is encode_prediction and not divided
+        )
+        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
+        if encode is encode_prediction and source == "dataset":
+            parts[name] = parts[name].add_column("dataset", [name] * len(examples))
+        rows_skipped += skipped
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    sizes = {name: len(part) for name, part in parts.items()}
+    if split == "train" or divided:
+        parts = draw_shares(parts, split_ratios(data_args.mix_ratios), seed)
+    if source == "dataset" and not (divided and split == "eval"):  # said for the training rows already
+        for line in (*notes, describe_mixture(split, parts, sizes)):
+            say(line)
+    if divided:
+        halves = [hold_out(part, data_args.dev_ratio, seed) for part in parts.values()]
+        rows = join(dev if split == "eval" else rest for rest, dev in halves)
+        say(f"{split}: {len(rows)} rows, divided by --dev_ratio {data_args.dev_ratio}.")
+        if split == "eval" and data_args.max_eval_samples:
+            rows = rows.select(range(min(data_args.max_eval_samples, len(rows))))
+        return rows, rows_skipped
+    return join(parts.values()), rows_skipped
 
 
-def read_split(split, data_args, tokenizer, encode):
-    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py."""
-    file = getattr(data_args, FILES[split])
-    if not file:
-        raise ValueError(f"--{FILES[split]} is missing.")
-    for_prediction = encode is encode_prediction
-    examples, rows_skipped = load_examples(
-        file,
-        data_args.prompt_column,
-        data_args.response_column,
-        data_args.history_column,
-        max_samples=getattr(data_args, f"max_{split}_samples"),
-        keep_unlabelled=for_prediction,
-        messages_column=data_args.messages_column,
-    )
+def encode_rows(split, examples, data_args, tokenizer, encode):
+    """The rows of one data file as `encode` makes them of a split."""
     lengths = {
         "max_source_length": data_args.max_source_length,
         "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
     }
-    if not for_prediction:
+    if encode is not encode_prediction:
         lengths["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
-    encoded = encode(
+    return encode(
         examples,
         tokenizer,
         source_prefix=data_args.source_prefix,
@@ -294,7 +333,13 @@ def read_split(split, data_args, tokenizer, encode):
         overwrite_cache=data_args.overwrite_cache,
         **lengths,
     )
-    return encoded, rows_skipped
+
+
+def describe_mixture(split, parts, sizes):
+    """One line: the rows that each data set gives, of how many it has, and their share of all."""
+    total = sum(map(len, parts.values()))
+    shares = [f"{name} {len(part):,} of {sizes[name]:,} rows ({len(part) / total:.1%})" for name, part in parts.items()]
+    return f"{split}: {', '.join(shares)}."
 
 
 def set_precision(training_args):
@@ -374,8 +419,9 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
     output_dir.mkdir(parents=True, exist_ok=True)
     if split == "predict":  # on disk before anything can go wrong with the metrics
         with open(output_dir / "generated_predictions.txt", "w", encoding="utf-8") as file:
-            for label, prediction, row in zip(labels, predictions, dataset["row"], strict=True):
-                line = {"labels": label, "predict": prediction, "row": row}
+            places = dataset.select_columns([name for name in ("dataset", "row") if name in dataset.column_names])
+            for label, prediction, place in zip(labels, predictions, places, strict=True):
+                line = {"labels": label, "predict": prediction, **place}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     labelled = [(prediction, label) for prediction, label in zip(predictions, labels, strict=True) if label]
     if len(labelled) < len(labels):
