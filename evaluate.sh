@@ -18,11 +18,11 @@ MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # longest prompt, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # longest reference, tokens; prompt and answer get both together and 1
 QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: as in training
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes, one for each GPU
+NNODES=1                                   # one machine answers: that which has the checkpoint
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
 
 check_model_and_data "$DATA/dev.json"
-prepare_launch
-torchrun --standalone --nnodes=1 --nproc-per-node="$NUM_GPUS" ptuning/main.py \
+launch ptuning/main.py \
   --do_predict \
   --validation_file "$DATA/dev.json" \
   --test_file "$DATA/dev.json" \
@@ -38,4 +38,3 @@ torchrun --standalone --nnodes=1 --nproc-per-node="$NUM_GPUS" ptuning/main.py \
   --predict_with_generate \
   ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
   "$@"
-finish_launch

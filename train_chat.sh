@@ -21,12 +21,15 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256} # longest response, tokens
 DEV_ROWS=${DEV_ROWS:-200}                  # first rows of dev.json, for the dev loss at the start and every save
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}      # the same in one batch; changes nothing but speed and memory
 QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: bf16 or fp16
-NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes, one for each GPU
+NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes on this machine, one for each GPU
+NNODES=${NNODES:-1}                        # machines that train together; each runs this script
+NODE_RANK=${NODE_RANK:-}                   # which of them this is: 0, 1, …; 0 writes the run. Needed if NNODES > 1
+MASTER_ADDR=${MASTER_ADDR:-}               # address of machine 0, the same on all. Needed if NNODES > 1
+MASTER_PORT=${MASTER_PORT:-29500}          # a free port of machine 0, the same on all
 CHECKPOINT=${CHECKPOINT:-chat-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
 
 check_model_and_data "$DATA/train.json" "$DATA/dev.json"
-prepare_launch
-torchrun --standalone --nnodes=1 --nproc-per-node="$NUM_GPUS" ptuning/main.py \
+launch ptuning/main.py \
   --do_train \
   --train_file "$DATA/train.json" \
   --validation_file "$DATA/dev.json" \
@@ -54,4 +57,3 @@ torchrun --standalone --nnodes=1 --nproc-per-node="$NUM_GPUS" ptuning/main.py \
   --pre_seq_len "$PRE_SEQ_LEN" \
   ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
   "$@"
-finish_launch

@@ -3,8 +3,9 @@
 # GPUs to use: those that CUDA_VISIBLE_DEVICES names, else all there are; 1 process without a GPU.
 count_gpus() {
   local gpus
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '^[^-]') || gpus=1 # empty, or -1: none
+    echo "$gpus"
   elif gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'); then
     echo "$gpus"
   else
@@ -39,26 +40,51 @@ TEXT
   done
 }
 
-# Before torchrun: is it there, where does the program leave its exit status, how many threads has a process.
-# A program that refuses its input leaves status 2 in a file: torchrun would bury its message under a traceback
-# of its own.
-prepare_launch() {
+# Start a program on every GPU of this machine, and of NNODES machines: `launch program flags…`, the script's last
+# command. One machine keeps to its own addresses, whatever its name resolves to.
+launch() {
   if ! command -v torchrun >/dev/null; then
     echo "error: torchrun is not installed here. Run: pip install -r requirements.txt" >&2
     exit 2
   fi
-  PTUNING_STATUS_FILE=$(mktemp)
-  export PTUNING_STATUS_FILE
-  trap 'rm -f "$PTUNING_STATUS_FILE"' EXIT
+  check_number NUM_GPUS "$NUM_GPUS" 1
+  check_number NNODES "$NNODES" 1
+  local machines=(--standalone --nnodes=1 --local-addr=127.0.0.1)
+  if [ "$NNODES" -gt 1 ]; then
+    check_machines
+    machines=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+    echo "Machine $NODE_RANK of $NNODES: waiting up to 15 minutes for the others at $MASTER_ADDR:$MASTER_PORT."
+  fi
   if [ "$NUM_GPUS" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
     OMP_NUM_THREADS=$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS)) # processor threads of each process
     export OMP_NUM_THREADS
   fi
+  exec python ptuning/launch.py "${machines[@]}" --nproc-per-node="$NUM_GPUS" "$@"
 }
 
-# After torchrun: end with the status that the program left.
-finish_launch() {
-  local status
-  status=$(cat "$PTUNING_STATUS_FILE")
-  exit "${status:-0}"
+# check_number NAME value minimum: stop unless the value is a whole number, at least the minimum.
+check_number() {
+  if ! [[ $2 =~ ^[0-9]+$ ]] || [ "$2" -lt "$3" ]; then
+    echo "error: $1=$2: expected a whole number, at least $3." >&2
+    exit 2
+  fi
+}
+
+# Stop with what is missing when several machines shall train together.
+check_machines() {
+  local example="NNODES=$NNODES NODE_RANK=1 MASTER_ADDR=10.0.0.1 bash train.sh"
+  if [ -z "$NODE_RANK" ]; then
+    echo "error: NNODES=$NNODES needs NODE_RANK, 0 on the first machine, 1 on the second, …: $example" >&2
+    exit 2
+  fi
+  check_number NODE_RANK "$NODE_RANK" 0
+  check_number MASTER_PORT "$MASTER_PORT" 1
+  if [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "error: NODE_RANK=$NODE_RANK: with NNODES=$NNODES it counts from 0 to $((NNODES - 1))." >&2
+    exit 2
+  fi
+  if [ -z "$MASTER_ADDR" ]; then
+    echo "error: NNODES=$NNODES needs MASTER_ADDR, the address of machine 0, the same on every machine: $example" >&2
+    exit 2
+  fi
 }

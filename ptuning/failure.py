@@ -8,11 +8,11 @@ status 1, and the traceback in a file of its own. `--debug`, or PTUNING_TRACEBAC
 import contextlib
 import errno
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from pathlib import Path
 
 MAX_LINES = 8  # of a message; those of libraries can be very long
 MAX_COLUMNS = 500
@@ -36,6 +36,9 @@ def refuse(message):
 
 def describe(error):
     """(message, exit status) for an exception; no traceback in it."""
+    if is_lost_connection(error):  # none of the process at hand, so without its traceback
+        first_line = str(error).strip().splitlines()[0]
+        return f"Another process is gone; the messages of its machine tell why. Seen here: {first_line}", 1
     if isinstance(error, ImportError):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
@@ -72,22 +75,31 @@ def flush():
         sys.stdout.flush()
 
 
+def is_lost_connection(error):
+    """Whether this error is how a process learns that another one has died."""
+    distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)  # torch need not be loaded here
+    return distributed or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def wait_for_others(error):
+    """Let the process go first that has to say why; torchrun ends this one meanwhile."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if is_lost_connection(error):
+        time.sleep(5)
+    elif os.environ.get("RANK", "0") != "0":  # every process may have met the same error
+        time.sleep(3)
+
+
 def exit_with(error):
-    """Print one message and exit, also where every rank has met the same error. Called where `error` is handled."""
+    """Print one message and exit. Called where `error` is handled."""
+    wait_for_others(error)
     if os.environ.get("PTUNING_TRACEBACK") or "--debug" in sys.argv:
         traceback.print_exc()
     message, status = describe(error)
-    rank = int(os.environ.get("RANK", 0))
-    status_file = os.environ.get("PTUNING_STATUS_FILE")  # set by train.sh and evaluate.sh, see common.sh
-    if rank:
-        time.sleep(3)  # rank 0 goes first; by then torchrun has ended this process, or the status is known
-        if status_file and Path(status_file).read_text():
-            os._exit(0)
+    rank = os.environ.get("RANK", "0")
     flush()
-    print(f"error: {f'[rank {rank}] ' if rank else ''}{shorten(message)}", file=sys.stderr, flush=True)
-    if status_file:
-        Path(status_file).write_text(str(status))
-    os._exit(0 if status_file and status == 2 else status)  # without waiting for other ranks
+    print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{shorten(message)}", file=sys.stderr, flush=True)
+    os._exit(status)  # without waiting for other processes, and without tearing the process group down
 
 
 def run(main, *arguments):

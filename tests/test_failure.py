@@ -14,7 +14,6 @@ def end(body, *words, **environment):
     """The finished program whose main() is `body`."""
     code = f"from failure import run\ndef main():\n    {body}\nrun(main)\nprint('the end')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), **environment}
-    environment.pop("PTUNING_STATUS_FILE", None)
     encoding = environment.get("PYTHONIOENCODING", "utf-8").partition(":")[0]
     command = [sys.executable, "-c", code, *words]
     return subprocess.run(command, capture_output=True, timeout=60, env=environment, encoding=encoding)
@@ -23,6 +22,13 @@ def end(body, *words, **environment):
 def test_a_users_mistake_is_one_message_and_status_2():
     done = end("print('before'); raise ValueError('row 3 is broken')")
     assert (done.returncode, done.stdout, done.stderr) == (2, "before\n", "error: row 3 is broken\n")
+
+
+def test_the_loss_of_another_process_is_said_without_a_traceback():
+    done = end("raise RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer')")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: Another process is gone; the messages of its machine tell why.")
+    assert "Connection closed by peer" in done.stderr and "traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("words, environment", [(["--debug"], {}), ([], {"PTUNING_TRACEBACK": "1"})])

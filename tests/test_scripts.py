@@ -86,6 +86,32 @@ def test_a_mistake_under_torchrun_ends_in_one_message_and_status_2(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+BAD_MACHINES = {
+    "no rank": ({"NNODES": 2, "MASTER_ADDR": "10.0.0.1"}, "NNODES=2 needs NODE_RANK"),
+    "rank too high": ({"NNODES": 2, "NODE_RANK": 2, "MASTER_ADDR": "10.0.0.1"}, "it counts from 0 to 1"),
+    "no address": ({"NNODES": 2, "NODE_RANK": 0}, "NNODES=2 needs MASTER_ADDR"),
+    "no number of machines": ({"NNODES": "two"}, "NNODES=two: expected a whole number, at least 1"),
+    "no process": ({"NUM_GPUS": 0}, "NUM_GPUS=0: expected a whole number, at least 1"),
+}
+
+
+@pytest.mark.parametrize(("variables", "message"), BAD_MACHINES.values(), ids=BAD_MACHINES.keys())
+def test_variables_of_several_machines_that_make_no_sense_are_one_message(variables, message):
+    done = bash("bash train.sh", MODEL="tiny", **variables)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("0,1,2", 3), ("GPU-1a2b,GPU-3c4d", 2), ("", 1), ("-1", 1)],
+    ids=["0,1,2", "names", "none", "-1"],
+)
+def test_processes_are_as_many_as_the_visible_gpus(visible, count):
+    done = bash("source ptuning/common.sh && count_gpus", CUDA_VISIBLE_DEVICES=visible)
+    assert done.stdout == f"{count}\n"
+
+
 def test_train_chat_trains_on_histories(tmp_path):
     rows = [
         {"prompt": "再短一点", "response": "好的。", "history": [["写一句话", "白色的杯子很好看。"]]},
