@@ -121,6 +121,10 @@ class DataTrainingArguments:
     val_max_target_length: int | None = field(
         default=None, metadata={"help": "The same for references in evaluation, in tokens [max_target_length]."}
     )
+    check_data: bool = field(
+        default=False,
+        metadata={"help": "Read every data file that is named, print what is in it and one example, and stop there."},
+    )
     max_samples: int | None = field(
         default=None, metadata={"help": "Use only the first n rows of every data file; the next three count before it."}
     )
@@ -395,9 +399,26 @@ def parse_flags(argv):
     if data_args.dataset:
         replaced = ["train_file"] if given.get("do_train") else ["validation_file", "test_file"]
         notes += [f"--{name} {given[name]} is not read: --dataset counts." for name in replaced if name in given]
+    if data_args.check_data:
+        chosen["training"].update(what_to_check(data_args, given))
     defaults = {flag.name: flag.default for flag in flags["training"].values()}
     check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
     return model_args, data_args, chosen["training"], notes
+
+
+def what_to_check(data_args, given):
+    """The flags of training under --check_data: every split whose rows are named is read, and nothing is written."""
+    trains = given.get("do_train") or not (given.get("do_eval") or given.get("do_predict"))
+    flags = {
+        "do_train": bool(data_args.train_file or data_args.dataset) and trains,
+        "do_eval": bool(data_args.validation_file) or (bool(data_args.dataset) and given.get("do_eval", False)),
+        "do_predict": bool(data_args.test_file) or (bool(data_args.dataset) and given.get("do_predict", False)),
+    }
+    if not any(flags.values()):
+        raise ValueError(
+            "--check_data has nothing to read: give --train_file, --validation_file, --test_file or --dataset."
+        )
+    return {"output_dir": given.get("output_dir", "output"), **flags}
 
 
 def parse_arguments(argv):
@@ -561,7 +582,7 @@ EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content
 
 def check_complete(model_args, data_args, training_args):
     """Raise ValueError where flags and checkpoint together leave out what a run needs."""
-    if training_args.do_train and not model_args.pre_seq_len:
+    if training_args.do_train and not model_args.pre_seq_len and not data_args.check_data:
         raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
     if model_args.pre_seq_len and not (training_args.do_train or model_args.ptuning_checkpoint):
         raise ValueError(

@@ -46,8 +46,10 @@ NOT_NEEDED = "transformer.rotary_pos_emb.inv_freq"
 # ---- which folder
 
 
-def resolve_folder(name_or_path, revision=None, cache_dir=None):
+def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
     """The local folder of a model: `name_or_path` itself, or the hub's snapshot of it without code files.
+
+    Without `weights` the hub is asked for configuration and tokenizer only.
 
     Raises FileNotFoundError that says where it looked and how to get the model.
     """
@@ -61,7 +63,7 @@ def resolve_folder(name_or_path, revision=None, cache_dir=None):
             f"--model_name_or_path {name_or_path}: there is no such folder. Give a folder with config.json, "
             "tokenizer.model and the weights, or a hub id such as THUDM/chatglm2-6b."
         )
-    patterns = ["*.json", "*.bin", "*.safetensors", "tokenizer.model"]
+    patterns = ["*.json", "tokenizer.model", *(("*.bin", "*.safetensors") if weights else ())]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

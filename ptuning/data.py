@@ -822,10 +822,12 @@ def _length_line(name: str, lengths, limit: int) -> str:
     return f"  {name:<10}" + "".join(f"{figure:>8,}" for figure in columns) + f"{(lengths > limit).mean():>10.1%}"
 
 
-def describe_training(dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int) -> str:
+def describe_training(
+    dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int, marked="what the model learns"
+) -> str:
     """Text about an encode_training dataset: rows, token lengths, shares cut, and its first example decoded.
 
-    ⟦ and ⟧ enclose the part of the example that the model learns.
+    ⟦ and ⟧ enclose the part of the example that the model learns, called `marked`.
     """
     source_lengths, target_lengths = dataset["source_length"][:], dataset["target_length"][:]
     lines = [
@@ -854,7 +856,7 @@ def describe_training(dataset, tokenizer, *, skipped: int, max_source_length: in
     prompt = tokenizer.decode(example["input_ids"][:start])
     answer = tokenizer.decode(example["input_ids"][start:])
     lines += [
-        "The first example, with what the model learns between ⟦ and ⟧:",
+        f"The first example, with {marked} between ⟦ and ⟧:",
         f"[gMASK] sop {_shown(prompt, 400)}⟦{_shown(answer, 400)} {tokenizer.eos_token}⟧",
     ]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from arguments import (
+    FILES,
     check_complete,
     check_quantization_bit,
     parse_arguments,
@@ -82,7 +83,7 @@ def main():
     for note in notes:
         say(note)
     prepare_reports(training_args)
-    resume_from = find_resume_checkpoint(training_args, say)
+    resume_from = None if data_args.check_data else find_resume_checkpoint(training_args, say)
     set_seed(training_args.seed)
 
     # ------------------------------------------------------------------ 2. What the checkpoint says
@@ -91,7 +92,12 @@ def main():
     check_complete(model_args, data_args, training_args)
 
     # ------------------------------------------------------------------ 3. Configuration and tokenizer
-    folder = resolve_folder(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
+    folder = resolve_folder(
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        model_args.cache_dir,
+        weights=not data_args.check_data,
+    )
     config = read_config(
         folder,
         pre_seq_len=model_args.pre_seq_len,
@@ -102,6 +108,9 @@ def main():
     tokenizer = load_tokenizer(folder, config)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
+    if data_args.check_data:
+        with training_args.main_process_first(desc="encoding"):
+            return check_data(data_args, training_args, tokenizer, config.seq_length, say)
     train_data = eval_data = None
     read_rows_of = partial(read_split, data_args=data_args, training_args=training_args, tokenizer=tokenizer, say=say)
     with training_args.main_process_first(desc="encoding"):
@@ -281,30 +290,14 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
 
     With --dev_ratio the training rows are what the dev rows leave over.
     """
-    source = source_of(split, data_args, training_args)
-    if source == "dev_ratio":
-        source = "dataset" if data_args.dataset else "train_file"
-    if source == "dataset":
-        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset)
-    else:
-        columns = {f"{name}_column": getattr(data_args, f"{name}_column", None) for name in COLUMNS}
-        files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
     divided = data_args.dev_ratio and split in ("train", "eval")
-    limit = getattr(data_args, "max_train_samples" if divided else f"max_{split}_samples") or data_args.max_samples
-    parts, rows_skipped = {}, 0
-    for name, file in files.items():
-        examples, skipped = load_examples(
-            **file, max_samples=limit, keep_unlabelled=encode is encode_prediction and not divided
-        )
-        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
-        if encode is encode_prediction and source == "dataset":
-            parts[name] = parts[name].add_column("dataset", [name] * len(examples))
-        rows_skipped += skipped
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    keep_unlabelled = encode is encode_prediction and not divided
+    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled)
+    seed = seed_of_rows(training_args)
     sizes = {name: len(part) for name, part in parts.items()}
     if split == "train" or divided:
         parts = draw_shares(parts, split_ratios(data_args.mix_ratios), seed)
-    if source == "dataset" and not (divided and split == "eval"):  # said for the training rows already
+    if "" not in parts and not (divided and split == "eval"):  # said for the training rows already
         for line in (*notes, describe_mixture(split, parts, sizes)):
             say(line)
     if divided:
@@ -313,8 +306,33 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
         say(f"{split}: {len(rows)} rows, divided by --dev_ratio {data_args.dev_ratio}.")
         if split == "eval" and data_args.max_eval_samples:
             rows = rows.select(range(min(data_args.max_eval_samples, len(rows))))
-        return rows, rows_skipped
-    return join(parts.values()), rows_skipped
+    else:
+        rows = join(parts.values())
+    return rows, sum(rows_skipped.values())
+
+
+def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled):
+    """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
+
+    Data sets have their names; the one file of a flag has the name "".
+    """
+    source = source_of(split, data_args, training_args)
+    if source == "dev_ratio":
+        source = "dataset" if data_args.dataset else "train_file"
+    if source == "dataset":
+        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset)
+    else:
+        columns = {f"{name}_column": getattr(data_args, f"{name}_column", None) for name in COLUMNS}
+        files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
+    name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
+    limit = getattr(data_args, name_of_limit) or data_args.max_samples
+    parts, rows_skipped = {}, {}
+    for name, file in files.items():
+        examples, rows_skipped[name] = load_examples(**file, max_samples=limit, keep_unlabelled=keep_unlabelled)
+        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
+        if encode is encode_prediction and name:
+            parts[name] = parts[name].add_column("dataset", [name] * len(examples))
+    return parts, rows_skipped, notes
 
 
 def encode_rows(split, examples, data_args, tokenizer, encode):
@@ -335,11 +353,46 @@ def encode_rows(split, examples, data_args, tokenizer, encode):
     )
 
 
+def seed_of_rows(training_args):
+    """What --mix_ratios and --dev_ratio choose rows by."""
+    return training_args.seed if training_args.data_seed is None else training_args.data_seed
+
+
 def describe_mixture(split, parts, sizes):
     """One line: the rows that each data set gives, of how many it has, and their share of all."""
     total = sum(map(len, parts.values()))
     shares = [f"{name} {len(part):,} of {sizes[name]:,} rows ({len(part) / total:.1%})" for name, part in parts.items()]
     return f"{split}: {', '.join(shares)}."
+
+
+def check_data(data_args, training_args, tokenizer, seq_length, say):
+    """Read every file that the flags name as training would; print what is in each, and one example."""
+    for split, flag in FILES.items():
+        if not getattr(training_args, f"do_{split}"):
+            continue
+        parts, rows_skipped, notes = read_files(
+            split, data_args, training_args, tokenizer, encode_training, keep_unlabelled=split == "predict"
+        )
+        for note in notes:
+            say(note)
+        for name, rows in parts.items():
+            check_fits(rows, seq_length, data_args)
+            say(f"\n{split}: {f'data set {name}' if name else getattr(data_args, flag)}")
+            target_limit = data_args.max_target_length if split == "train" else data_args.val_max_target_length
+            say(
+                describe_training(
+                    rows,
+                    tokenizer,
+                    skipped=rows_skipped[name],
+                    max_source_length=data_args.max_source_length,
+                    max_target_length=target_limit,
+                    marked="what the model learns" if split == "train" else "its reference",
+                )
+            )
+        if split == "train" and data_args.dataset:
+            shares = draw_shares(parts, split_ratios(data_args.mix_ratios), seed_of_rows(training_args))
+            say("\n" + describe_mixture(split, shares, {name: len(rows) for name, rows in parts.items()}))
+    say("\nNothing is wrong with these files. Without --check_data the run begins.")
 
 
 def set_precision(training_args):

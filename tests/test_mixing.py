@@ -237,6 +237,53 @@ def test_files_that_a_data_set_replaces_are_named():
     assert parse_flags(shlex.split(line))[3] == ["--test_file t.json is not read: --dataset counts."]
 
 
+# ---- --check_data
+
+
+@pytest.fixture
+def weightless(tmp_path):
+    """A base model's folder without its weights."""
+    model = tmp_path / "weightless"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        (model / name).write_bytes((TINY / name).read_bytes())
+    return model
+
+
+CHECK = {"check_data": True, "max_source_length": 64, "max_target_length": 64}
+
+
+def test_checking_data_describes_every_file_and_reads_no_weights(folder, weightless, monkeypatch, capsys):
+    settings = {**CHECK, "dataset": "adverts,talk", "dataset_dir": folder, "mix_ratios": "0.7,0.3"}
+    settings.update(validation_file=SAMPLE / "dev.json", prompt_column="content", response_column="summary")
+    run(monkeypatch, settings, model_name_or_path=weightless, max_eval_samples=7)
+    output = capsys.readouterr().out
+    assert "train: data set adverts\n60 rows read" in output and "train: data set talk\n20 rows read" in output
+    assert "问：你好0\n\n答：⟦你好！ </s>⟧" in output
+    assert "train: adverts 47 of 60 rows (70.1%), talk 20 of 20 rows (29.9%)." in output
+    assert f"eval: {SAMPLE / 'dev.json'}\n7 rows read" in output
+    assert "Nothing is wrong with these files." in output
+
+
+def test_checking_the_data_of_a_whole_training_command_writes_nothing(weightless, monkeypatch, tmp_path, capsys):
+    settings = {**TRAIN_SETTINGS, **CHECK, "model_name_or_path": weightless}
+    run(monkeypatch, settings, output_dir=tmp_path / "run")
+    assert "60 rows read" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_checking_data_finds_what_training_would_refuse(folder, weightless, monkeypatch):
+    (folder / "talk.json").write_text(json.dumps([*TALK, {"instruction": 3, "output": "a"}]), encoding="utf-8")
+    settings = {**CHECK, "model_name_or_path": weightless, "dataset_dir": folder}
+    with pytest.raises(ValueError, match="talk.json row 21: column 'instruction'"):
+        run(monkeypatch, settings, dataset="adverts,talk")
+
+
+def test_checking_no_data_is_refused():
+    with pytest.raises(ValueError, match="--check_data has nothing to read: give --train_file"):
+        parse_flags(["--check_data", "--model_name_or_path", "m"])
+
+
 # ---- runs
 
 
