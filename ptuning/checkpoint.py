@@ -6,9 +6,13 @@ is run, pickles are read with `weights_only`, nothing is half loaded, and the we
 converted tensor by tensor, so there is never a second copy of them in memory.
 """
 
+import errno
 import hashlib
 import json
+import math
+import os
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -33,7 +37,9 @@ from tokenization_chatglm import ChatGLMTokenizer
 
 PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
 PREFIX_KEY = "transformer.prefix_encoder."
-SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths
+SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths, how it was trained
+STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
+CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
 BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -348,12 +354,8 @@ def write_json(file, value):
 
 def list_checkpoints(run_folder):
     """The checkpoints of a run that hold weights, by step: {"checkpoint-1000": path, …}."""
-    found = {}
-    for path in Path(run_folder).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal() and (path / PREFIX_FILE).is_file():
-            found[path.name] = path
-    return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("checkpoint-"))))
+    found = {path.name: path for path in checkpoint_folders(run_folder) if (path / PREFIX_FILE).is_file()}
+    return dict(sorted(found.items(), key=lambda item: step_of(item[1])))
 
 
 def point_to_best(run_folder, step):
@@ -376,15 +378,16 @@ def read_prefix(checkpoint):
     """The prefix encoder's tensors in a checkpoint folder, by name without `transformer.prefix_encoder.`.
 
     Raises FileNotFoundError without a folder or weights (naming the checkpoints beside it), ValueError for
-    a file that holds no prefix.
+    a file that holds no prefix or is not as it was written.
     """
     checkpoint = Path(checkpoint)
     file = checkpoint / PREFIX_FILE
     if not file.is_file():
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        beside = list_checkpoints(parent)
-        hint = f"{parent} has {', '.join(beside)}." if beside else "Give a folder that training wrote."
+        others = list_checkpoints(parent)
+        hint = f"{parent} has {', '.join(others)}." if others else "Give a folder that training wrote."
         raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it. {hint}")
+    verify_checkpoint(checkpoint, [PREFIX_FILE])
     tensors = {
         name.removeprefix(PREFIX_KEY): tensor for name, tensor in read_tensors(file) if name.startswith(PREFIX_KEY)
     }
@@ -440,3 +443,166 @@ def fill_prefix_encoder(prefix_encoder, checkpoint):
             f"expected {expected_shapes}. It was trained on a model of another size, or with other settings."
         )
     prefix_encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+# ---- checkpoints of a run: written completely or not at all, and told apart from damaged ones
+#
+# A checkpoint is written as .checkpoint-N.partial, gets checksums.json, goes to the disk, and is then renamed to
+# checkpoint-N. One of that name that is there already is .checkpoint-N.replaced for the moment between two renames;
+# one that is deleted becomes .checkpoint-N.deleted first. None of the three is ever taken for a checkpoint.
+
+
+def stage_checkpoint(folder):
+    """An empty folder to write a checkpoint into; publish_checkpoint makes it `folder`."""
+    staging = hidden(folder, "partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish_checkpoint(staging, folder):
+    """Make a staged checkpoint `folder`, once all of it is on the disk. One of that name stays until then."""
+    folder = Path(folder)
+    checksums = {}
+    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+        flush_to_disk(file)
+        checksums[file.relative_to(staging).as_posix()] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
+    write_json(staging / CHECKSUM_FILE, checksums)
+    flush_to_disk(staging / CHECKSUM_FILE)
+    flush_to_disk(staging)
+    replaced = hidden(folder, "replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    staging.rename(folder)
+    flush_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clear_leftovers(run_folder):
+    """Remove what a killed run left half written or half deleted. Not while a run is writing there."""
+    for leftover in Path(run_folder).glob(".checkpoint-*"):
+        name, _, kind = leftover.name[1:].partition(".")
+        if kind == "replaced" and not leftover.with_name(name).exists():
+            leftover.rename(leftover.with_name(name))
+        elif kind in ("partial", "replaced", "deleted"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def rotate_checkpoints(run_folder, limit, newest, best=None):
+    """Delete the oldest checkpoints until `limit` are left; never `newest` or the best (`best`, or the link so named)."""
+    kept = {Path(path).resolve() for path in (newest, best, Path(run_folder) / "best") if path}
+    folders = checkpoints_by_age(run_folder)
+    surplus = len(folders) - limit
+    for folder in [folder for folder in folders if folder.resolve() not in kept][: max(0, surplus)]:
+        deleted = hidden(folder, "deleted")
+        folder.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
+
+
+def verify_checkpoint(folder, files=None):
+    """ValueError naming file and fault unless a checkpoint, or only `files` of it, is as it was written.
+
+    Without checksums.json (official checkpoints, and those of earlier versions) it is taken as complete if it has
+    `files`; by default the prefix, and a trainer_state.json that can be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    checksums = folder / CHECKSUM_FILE
+    if checksums.is_file():
+        try:
+            expected = {name: (entry["size"], entry["sha256"]) for name, entry in read_json(checksums).items()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder} is damaged: {CHECKSUM_FILE} cannot be read.") from error
+        for name in expected if files is None else expected.keys() & set(files):
+            size, sha256 = expected[name]
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is damaged: {name} is missing.")
+            if (folder / name).stat().st_size != size:
+                found = (folder / name).stat().st_size
+                raise ValueError(f"{folder} is damaged: {name} has {found} bytes, but {size} were written.")
+            if file_sha256(folder / name) != sha256:
+                raise ValueError(f"{folder} is damaged: {name} is not what was written (its sha256 differs).")
+        return
+    for name in (PREFIX_FILE, STATE_FILE) if files is None else files:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is incomplete: {name} is missing.")
+    if files is None:
+        try:
+            read_json(folder / STATE_FILE)
+        except ValueError as error:
+            raise ValueError(f"{folder} is incomplete: {STATE_FILE} cannot be read.") from error
+
+
+def newest_checkpoint(run_folder, files=None):
+    """(the checkpoint of a run that was written last, what is wrong with each newer one); None where none is valid.
+
+    Valid means that verify_checkpoint(folder, files) finds nothing. Steps do not tell the newest: checkpoints of an
+    earlier, longer run may lie in the same folder.
+    """
+    damaged = []
+    for folder in reversed(checkpoints_by_age(run_folder)):
+        try:
+            verify_checkpoint(folder, files)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def checkpoint_folders(run_folder):
+    """The checkpoint-N folders of a run, complete or not, in no order."""
+    folders = Path(run_folder).glob("checkpoint-*")
+    return [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir()]
+
+
+def checkpoints_by_age(run_folder):
+    """The same in the order in which they were written; last those that cannot tell."""
+    return sorted(checkpoint_folders(run_folder), key=lambda folder: (save_number(folder), step_of(folder)))
+
+
+def step_of(folder):
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def save_number(folder):
+    """How many checkpoints the run folder had seen when this one was written; 0 in older ones, infinity if unknown."""
+    try:
+        verify_checkpoint(folder, [SIDECAR_FILE])
+        return read_json(folder / SIDECAR_FILE)["training"]["save_number"]
+    except ValueError:
+        return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
+    except (OSError, KeyError, TypeError):
+        return 0
+
+
+def next_save_number(run_folder):
+    numbers = [save_number(folder) for folder in checkpoint_folders(run_folder)]
+    return 1 + max((number for number in numbers if number < math.inf), default=0)
+
+
+def hidden(folder, kind):
+    folder = Path(folder)
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def flush_to_disk(path):
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what some network disks answer for a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def file_sha256(file):
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -102,6 +102,29 @@ def exit_with(error):
     os._exit(status)  # without waiting for other processes, and without tearing the process group down
 
 
+def leave(status, message):
+    """End at once, with a message that is no error. For signal handlers too, which may have interrupted a print."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(RuntimeError):
+            flush()
+        os.write(2, f"{message}\n".encode())
+    os._exit(status)
+
+
+def catch_signals(handler):
+    """Give SIGINT, SIGTERM and SIGHUP to `handler`, except those the parent (nohup) ignores. Returns the old ones."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    return before
+
+
+def leave_on_signal(number, frame):
+    """What a signal does where there is nothing to save: outside of training."""
+    leave(128 + number, f"Stopped by {signal.Signals(number).name}.")
+
+
 def run(main, *arguments):
     """main(*arguments) as a program: errors end it as this file says, Ctrl-C with status 130."""
     # Text that the terminal's encoding lacks (GBK has no ⟦) is shown as an escape instead of ending the program.

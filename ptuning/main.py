@@ -23,14 +23,14 @@ from arguments import (
     source_of,
     split_ratios,
 )
-from failure import run
+from failure import catch_signals, leave, leave_on_signal, run
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
+    catch_signals(leave_on_signal)
     run(parse_flags, sys.argv[1:])
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from checkpoint import (
@@ -40,7 +40,6 @@ from checkpoint import (
     load_prefix,
     load_tokenizer,
     read_config,
-    read_json,
     read_prefix_settings,
     resolve_folder,
 )
@@ -49,6 +48,7 @@ from data import (
     collate_prediction,
     collate_training,
     describe_training,
+    digest,
     draw_shares,
     encode_prediction,
     encode_training,
@@ -60,6 +60,15 @@ from data import (
 from memory import count_weights, memory_table
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
+from resume import (
+    describe_differences,
+    describe_stop,
+    find_resume_checkpoint,
+    lock_run,
+    on_first_rank,
+    release_run,
+    training_record,
+)
 from trainer import PrefixTrainer, plot_loss
 from watch import describe_checkpoints
 
@@ -83,7 +92,8 @@ def main():
     for note in notes:
         say(note)
     prepare_reports(training_args)
-    resume_from = None if data_args.check_data else find_resume_checkpoint(training_args, say)
+    trains = training_args.do_train and not data_args.check_data
+    resume_from = prepare_run(model_args, training_args, say) if trains else None
     set_seed(training_args.seed)
 
     # ------------------------------------------------------------------ 2. What the checkpoint says
@@ -127,6 +137,8 @@ def main():
         check_fits(dataset, config.seq_length, data_args)
 
     # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
+    if training_args.do_train:
+        on_first_rank(lock_run, training_args.output_dir)
     dtype, reason = set_precision(training_args)
     say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); prefix and loss: float32.")
     started = time.monotonic()
@@ -140,15 +152,21 @@ def main():
     )
     say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
     say(memory_table(model, **largest_batch(train_data, data_args, training_args)))
-    if saved:
+    if saved and not resume_from:
         load_prefix(model, model_args.ptuning_checkpoint)
         kind = "with projection" if model_args.prefix_projection else "without projection"
-        say(f"Prefix of {model_args.pre_seq_len} tokens, {kind}, from {model_args.ptuning_checkpoint}.")
+        use = " A new run starts with it, at step 0." if training_args.do_train else ""
+        say(f"Prefix of {model_args.pre_seq_len} tokens, {kind}, from {model_args.ptuning_checkpoint}.{use}")
 
     # ------------------------------------------------------------------ 6. Trainer
     sampling = {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
     max_length = data_args.max_source_length + data_args.max_target_length + 1  # of prompt and answer together
     label_pad_id = -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
+    record = None
+    if training_args.do_train:
+        record = training_record(
+            training_args, data_args.train_file or data_args.dataset, digest(train_data), model_args.quantization_bit
+        )
     trainer = PrefixTrainer(
         model=model,
         args=training_args,
@@ -169,12 +187,17 @@ def main():
             "base_model": model_args.model_name_or_path,
             "base_fingerprint": model.fingerprint,
             **{name: getattr(data_args, name) for name in SIDECAR_FIELDS},
+            **({"training": record} if record else {}),
         },
         say=say,
     )
 
     # ------------------------------------------------------------------ 7. Train
-    if training_args.do_train:
+    if resume_from and (differences := describe_differences(saved.get("training", {}), record)):
+        say(differences)
+    if resume_from and trainer.is_finished(resume_from):
+        say(f"{resume_from} is the last step of this run: nothing is left to train. A larger --max_steps continues it.")
+    elif training_args.do_train:
         say(
             describe_training(
                 train_data,
@@ -186,13 +209,18 @@ def main():
         )
         say(describe_schedule(training_args, len(train_data), model))
         result = trainer.train(resume_from_checkpoint=resume_from)
-        result.metrics["train_samples"] = len(train_data)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-        if training_args.should_save:
-            plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "training_loss.png")
-        say(describe_checkpoints(trainer.state, training_args.output_dir))
+        if trainer.state.global_step >= trainer.state.max_steps or not trainer.stop.agreed:
+            result.metrics["train_samples"] = len(train_data)
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
+            trainer.save_state()
+            if training_args.should_save:
+                plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "training_loss.png")
+            say(describe_checkpoints(trainer.state, training_args.output_dir))
+        if trainer.stop.agreed:
+            close_reports(trainer)
+            leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
+        release_run(training_args.output_dir)
 
     # ------------------------------------------------------------------ 8. Evaluate and predict
     for split, (dataset, rows_skipped) in prompts.items():
@@ -228,37 +256,21 @@ def read_text(file):
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
-def find_resume_checkpoint(training_args, say):
-    """The checkpoint folder to continue from, None to start afresh; ValueError where that is not clear."""
+def prepare_run(model_args, training_args, say):
+    """The checkpoint folder to continue from, or None for a new run; refuses a folder that another run is using."""
+    output_dir = training_args.output_dir
+    if Path(output_dir).is_dir():  # one that is not there yet is made when there is something to put in it
+        on_first_rank(lock_run, output_dir)
     wanted = training_args.resume_from_checkpoint
-    output_dir = Path(training_args.output_dir)
-    if not training_args.do_train:
-        return None
-    newest = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if wanted is None or str(wanted).lower() == "false":
-        if newest and not training_args.overwrite_output_dir:
-            raise ValueError(
-                f"{output_dir} already has {Path(newest).name}. Give --resume_from_checkpoint True to continue that "
-                "run, --overwrite_output_dir to write over it, or another --output_dir."
-            )
-        return None
-    if str(wanted).lower() == "last" and newest is None:
-        say(f"--resume_from_checkpoint last: {output_dir} has no checkpoint yet, starting afresh.")
-        return None
-    folder = newest if str(wanted).lower() in ("true", "last") else wanted
-    if folder is None or not Path(folder, "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
-            f"{folder or output_dir}. To start a new run from a trained prefix use --ptuning_checkpoint."
-        )
-    state = read_json(Path(folder, "trainer_state.json"))
-    if state.get("train_batch_size") is None:  # transformers 4.30 did not write it, and today's cannot do without
-        raise ValueError(
-            f"--resume_from_checkpoint {folder} was written by the official scripts of 2023; its optimizer cannot "
-            f"be continued. Start a new run from its prefix: --ptuning_checkpoint {folder}"
-        )
-    say(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
-    return str(folder)
+    resume_from, lines = on_first_rank(find_resume_checkpoint, wanted, output_dir, training_args.overwrite_output_dir)
+    for line in lines:
+        say(line)
+    if resume_from:
+        if model_args.ptuning_checkpoint:
+            say(f"--ptuning_checkpoint {model_args.ptuning_checkpoint} is not read: the run has gone on from there.")
+        model_args.ptuning_checkpoint = resume_from  # its settings hold, as those of any given prefix
+        training_args.eval_on_start = False  # done when the run started
+    return resume_from
 
 
 def apply_saved_settings(model_args, data_args, saved):

@@ -29,11 +29,13 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from checkpoint import (
+    PREFIX_FILE,
     choose_dtype,
     fill_prefix_encoder,
     list_checkpoints,
     load_model,
     load_tokenizer,
+    newest_checkpoint,
     read_config,
     read_prefix_settings,
     resolve_folder,
@@ -573,9 +575,11 @@ def load_server(args, say=print):
     checkpoint, saved = None, {}
     if args.ptuning_checkpoint:
         checkpoint = Path(args.ptuning_checkpoint)
-        in_folder = list_checkpoints(checkpoint)
-        if in_folder:  # a run: its last checkpoint
-            checkpoint = list(in_folder.values())[-1]
+        newest, damaged = newest_checkpoint(checkpoint, [PREFIX_FILE])
+        if newest:  # a run: its last checkpoint
+            checkpoint = newest
+            for problem in damaged:
+                say(f"{problem} Using {newest.name}.")
         saved = read_prefix_settings(checkpoint)
         if args.pre_seq_len not in (None, saved["pre_seq_len"]):
             raise ValueError(

@@ -1,19 +1,42 @@
 """Seq2SeqTrainer that saves and loads only what it trains, and generates batch-independent predictions.
 
 Answers to the official `trainer.py` and `trainer_seq2seq.py`, and to the library's for everything else. It
-differs in that a row's prediction does not depend on the rows that share its batch, and that a step whose loss or
-gradient is no finite number ends the run.
+differs in that a row's prediction does not depend on the rows that share its batch, that a step whose loss or
+gradient is no finite number ends the run, and that a checkpoint is written completely or not at all and holds
+everything that a resumed run needs to go on exactly like one that was never stopped.
 """
 
+import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from arguments import TrainingArguments
-from checkpoint import load_prefix, save_prefix
+from checkpoint import (
+    STATE_FILE,
+    load_prefix,
+    newest_checkpoint,
+    next_save_number,
+    publish_checkpoint,
+    read_json,
+    rotate_checkpoints,
+    save_prefix,
+    stage_checkpoint,
+)
+from resume import (
+    StopOnSignal,
+    gather,
+    on_writing_ranks,
+    random_state,
+    random_state_file,
+    read_random_state,
+    restore_random_state,
+)
 from watch import RunWatch, StepWatch
 
 
@@ -27,14 +50,15 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     `collate_prediction` makes batches of left-padded prompts for predict(), `data_collator` those of training
     and of the dev loss. `generation_config` holds `max_length`, the tokens of prompt and answer together.
-    `sidecar` is written into every checkpoint; `say` prints a line, on the first process only.
+    `sidecar` is written into every checkpoint; `say` prints a line, on the first process only. After train(),
+    `stop.agreed` is the signal that ended it, or 0.
     """
 
     def __init__(self, *args, collate_prediction=None, generation_config=None, sidecar=None, say=print, **kwargs):
         super().__init__(*args, **kwargs)
         self.collate_prediction = collate_prediction
         self.generation_config = generation_config
-        self.sidecar = sidecar
+        self.sidecar = sidecar or {}
         # Every process has read the same frozen weights: only the prefix is synchronized, and its gradient summed.
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
@@ -44,6 +68,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.add_callback(RunWatch(dtype=dtype, early_stopping=self.args.early_stopping, say=say))
         if self.args.metric_for_best_model is None and self.args.eval_strategy != "no":
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
 
     # ---- a step
 
@@ -71,8 +97,54 @@ class PrefixTrainer(Seq2SeqTrainer):
         saved = self.control.should_save or self.args.save_strategy == "best"
         return saved and super()._determine_best_metric(metrics, trial)
 
+    saved_step = 0  # of the newest checkpoint that this run wrote
+    first_loss_step = 0  # after which the sum of losses begins
+
+    def _save_checkpoint(self, model, trial):
+        """Write checkpoint-<step>, completely or not at all, then delete those beyond save_total_limit.
+
+        Raises OSError in every process where one of them cannot write.
+        """
+        self.store_flos()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if best_step := self.state.best_global_step:
+            best = folder.with_name(f"checkpoint-{best_step}")
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        processes = gather(self._process_state())
+        on_writing_ranks(self.args.should_save, self._write_checkpoint, folder, processes)
+        self.saved_step = self.state.global_step
+
+    def _write_checkpoint(self, folder, processes):
+        try:
+            staging = stage_checkpoint(folder)
+            try:
+                self._write_files(staging, folder, processes)
+                publish_checkpoint(staging, folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+            raise OSError(describe_write_error(error, folder)) from error
+        if (self.args.save_total_limit or 0) > 0:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder.parent, self.args.save_total_limit, newest=folder, best=best)
+
+    def _write_files(self, staging, folder, processes):
+        number = next_save_number(folder.parent)
+        self.sidecar["training"] = {**self.sidecar.get("training", {}), "save_number": number}
+        self._save(staging)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(staging)
+            self._save_scaler(staging)
+            for process, state in enumerate(processes):
+                torch.save(state, staging / random_state_file(process, len(processes)))
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(staging / STATE_FILE)
+
     def _save(self, output_dir=None, state_dict=None):
-        """Write the official file set of a checkpoint; the Trainer adds optimizer, scheduler, RNG and state."""
+        """Write the official file set of a prefix."""
         if not self.args.should_save:
             return
         output_dir = Path(output_dir or self.args.output_dir)
@@ -80,8 +152,58 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
 
+    def _process_state(self):
+        """What a process needs to go on: its random numbers, and its losses since the last line of the log."""
+        losses = {
+            "since_log": self._tr_loss.detach().cpu(),
+            "last_logged_step": self._globalstep_last_logged,
+            "sum": self._total_loss_scalar,
+            "first_step": self.first_loss_step,
+        }
+        return {**random_state(self.args.device), "losses": losses}
+
+    def _load_rng_state(self, checkpoint):
+        """Restore _process_state. Called when the first batch of a resumed run is there, before it is computed."""
+        if checkpoint is None:
+            return
+        state = read_random_state(checkpoint, self.args.process_index, self.args.world_size)
+        losses = state.get("losses") if state else None
+        if losses:
+            self._tr_loss = losses["since_log"].to(self.args.device)
+            self._globalstep_last_logged = losses["last_logged_step"]
+            self._total_loss_scalar = losses["sum"]
+        self.first_loss_step = losses["first_step"] if losses else self.state.global_step
+        if state:
+            restore_random_state(state, self.args.device)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_prefix(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _evaluate(self, *args, **kwargs):
+        if self.stop.agreed:  # what stops the run may not wait for the dev loss
+            self._save_checkpoint(self.model, None)
+        return super()._evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Save the last step where nothing else did; and keep the library from deleting it for save_total_limit."""
+        if self.args.save_strategy != "no" and self.state.global_step > self.saved_step:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def log(self, logs, start_time=None):
+        if "train_loss" in logs:  # the mean of the whole run, also of a resumed one
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self.first_loss_step)
+        super().log(logs, start_time)
+
+    def is_finished(self, checkpoint):
+        """Whether a checkpoint is at or beyond the step at which training would end."""
+        planned_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        return read_json(Path(checkpoint, STATE_FILE))["global_step"] >= planned_steps
 
     # ---- dev loss and predictions
 
@@ -132,6 +254,20 @@ class PrefixTrainer(Seq2SeqTrainer):
         places = torch.arange(answers.shape[1], device=answers.device)
         answers = answers.masked_fill(places[None, :] >= room[:, None], config.pad_token_id)
         return None, answers, inputs["labels"]
+
+
+def describe_write_error(error, folder):
+    """What to tell the user about a checkpoint that could not be written."""
+    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f"; {shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free there"
+    newest, _ = newest_checkpoint(folder.parent)
+    return (
+        f"{folder} could not be written ({reason}{free}). Nothing half written is left. "
+        + (f"The newest complete checkpoint is {newest.name}" if newest else "There is no complete checkpoint yet")
+        + ". Make room, or let the folder be written to, then run the same command with --resume_from_checkpoint last."
+    )
 
 
 def plot_loss(log_history, file):

@@ -40,7 +40,8 @@ PREDICT_SETTINGS = {
     "predict_with_generate": True,
     "disable_tqdm": True,
 }
-CHECKPOINT_FILES = {  # the official file set, and the sidecar
+CHECKPOINT_FILES = {  # the official file set, the sidecar, and the checksums of all
+    "checksums.json",
     "config.json",
     "generation_config.json",
     "optimizer.pt",

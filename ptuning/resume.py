@@ -1,0 +1,320 @@
+"""From one run to the next: where to continue, one run per folder, and a clean stop on a signal.
+
+Has no counterpart in the official scripts, whose `--resume_from_checkpoint` takes the folder with the highest number,
+complete or not, and which lose all steps since the last checkpoint when they are stopped. checkpoint.py writes and
+checks the folders; trainer.py puts step, optimizer, schedule and random numbers into them.
+"""
+
+import contextlib
+import fcntl
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy
+import torch
+from torch import distributed
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
+
+from checkpoint import (
+    CHECKSUM_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    clear_leftovers,
+    newest_checkpoint,
+    read_json,
+    step_of,
+    verify_checkpoint,
+)
+from failure import catch_signals, leave
+
+RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
+SAME_SIGNAL_SECONDS = 2.0  # torchrun hands a signal on that the terminal has sent to every process already
+
+
+# ---- what one process decides for all
+
+
+def on_first_rank(function, *arguments):
+    """function(*arguments), called by the first process alone; every process gets its result, or its exception."""
+    if not distributed.is_initialized():
+        return function(*arguments)
+    outcome = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            outcome[0] = function(*arguments)
+        except Exception as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def on_writing_ranks(writes, function, *arguments):
+    """function(*arguments) in the processes where `writes`; an exception of any of them is raised by all."""
+    problem = None
+    if writes:
+        try:
+            function(*arguments)
+        except Exception as error:
+            problem = error
+    for error in gather(problem):
+        if error is not None:
+            raise error
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, …], the same in every process."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+# ---- one run per output folder
+
+locks = {}  # folder -> open file; the system releases a lock when the process ends, however it ends
+
+
+def lock_run(folder):
+    """Make `folder` this process's own and remove what a killed run left in it. ValueError while another has it."""
+    folder = Path(folder).resolve()
+    if folder in locks:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "it does not say which"
+        file.close()
+        raise ValueError(
+            f"Another run is writing to {folder} ({owner}). Wait for it, stop it, or give another --output_dir."
+        ) from None
+    except OSError:
+        pass  # a disk that knows no locks
+    with contextlib.suppress(OSError):  # for the message above only
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+    locks[folder] = file
+    clear_leftovers(folder)
+
+
+def release_run(folder):
+    """Give up the lock, in a program that goes on after a run."""
+    if file := locks.pop(Path(folder).resolve(), None):
+        file.close()
+
+
+# ---- where to continue
+
+
+def find_resume_checkpoint(wanted, output_dir, overwrite=False):
+    """(checkpoint folder to continue from or None to start afresh, lines for the user).
+
+    `wanted` is --resume_from_checkpoint: None, True, "last" or a folder. Raises FileNotFoundError and ValueError
+    where it is not clear what is meant, or the checkpoint is damaged.
+    """
+    output_dir = Path(output_dir)
+    kind = str(wanted).lower()
+    if kind in ("none", "false"):
+        existing = sorted(checkpoint_folders(output_dir), key=step_of)
+        if existing and not overwrite:
+            raise ValueError(
+                f"{output_dir} already has {existing[-1].name}. Give --resume_from_checkpoint True to continue that "
+                "run, --overwrite_output_dir to write over it, or another --output_dir."
+            )
+        names = ", ".join(folder.name for folder in existing)
+        return None, [f"{output_dir} has {names} of an earlier run; this one starts afresh."] if existing else []
+    lines = []
+    if kind in ("true", "last"):
+        folder, damaged = newest_checkpoint(output_dir)
+        if folder is None and damaged:
+            raise ValueError(
+                f"--resume_from_checkpoint {wanted}: {' '.join(damaged)} No other checkpoint is there. To start afresh "
+                "give another --output_dir."
+            )
+        lines = [f"{problem} It is left aside for {folder.name}, the newest complete one." for problem in damaged]
+        if folder is None and kind == "last":
+            return None, [f"--resume_from_checkpoint last: {output_dir} has no checkpoint yet, starting afresh."]
+    else:
+        folder = Path(wanted)
+    if folder is None or not any((folder / name).is_file() for name in (STATE_FILE, CHECKSUM_FILE)):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
+            f"{folder or output_dir}. To start a new run from a trained prefix use --ptuning_checkpoint."
+        )
+    try:
+        verify_checkpoint(folder)
+    except ValueError as error:
+        raise ValueError(f"--resume_from_checkpoint {wanted}: {error} Give an earlier one, or `last`.") from error
+    state = read_json(folder / STATE_FILE)
+    if state.get("train_batch_size") is None:  # transformers 4.30 did not write it, and today's cannot do without
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} was written by the official scripts of 2023; its optimizer cannot "
+            f"be continued. Start a new run from its prefix: --ptuning_checkpoint {folder}"
+        )
+    missing = [name for name in RESUME_FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--resume_from_checkpoint {folder} has no {' and no '.join(missing)}, so it cannot be continued. Start a "
+            f"new run from its prefix: --ptuning_checkpoint {folder}"
+        )
+    lines.append(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
+    return str(folder), lines
+
+
+# What of a run decides how it goes on, and what happens where a resumed run has another value.
+COMPARED = {
+    "processes": "random numbers go on from those of process 0",
+    "per_device_train_batch_size": "",
+    "gradient_accumulation_steps": "",
+    "rows_per_step": "the position in the data is counted in steps of the new size",
+    "learning_rate": "not used: the checkpoint's goes on",
+    "max_steps": "the schedule is that of the new length from here on",
+    "num_train_epochs": "the schedule is that of the new length from here on",
+    "seed": "the order of the data changes",
+    "quantization_bit": "the frozen model is another one",
+    "train_file": "",
+    "train_rows": "the rows, or how they are cut, have changed",
+}
+
+
+def training_record(training_args, train_file, train_rows, quantization_bit):
+    """What a checkpoint remembers of its run, for the run that continues it. `train_rows` is a digest of the data."""
+    record = {
+        "processes": training_args.world_size,
+        "rows_per_step": training_args.world_size
+        * training_args.per_device_train_batch_size
+        * training_args.gradient_accumulation_steps,
+        "quantization_bit": quantization_bit or 0,
+        "train_file": str(train_file),
+        "train_rows": train_rows,
+    }
+    return record | {name: getattr(training_args, name) for name in COMPARED if name not in record}
+
+
+def describe_differences(before, now):
+    """One line that names what differs between two training_records and what comes of it; empty if nothing does."""
+    changed = []
+    for name, consequence in COMPARED.items():
+        if name in before and before[name] != now[name]:
+            shown = "" if name == "train_rows" else f" {before[name]} -> {now[name]}"
+            changed.append(f"{name}{shown}{f' ({consequence})' if consequence else ''}")
+    return f"Not as in the checkpoint's run: {'; '.join(changed)}." if changed else ""
+
+
+# ---- random numbers
+
+
+def random_state(device):
+    """The state of every random number generator of this process, in transformers' form."""
+    state = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def random_state_file(process, processes):
+    return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
+
+
+def read_random_state(checkpoint, process, processes):
+    """What random_state returned in this process; in process 0 where there was no such process. None if not there."""
+    for name in (random_state_file(process, processes), "rng_state.pth", "rng_state_0.pth"):
+        if Path(checkpoint, name).is_file():
+            with safe_globals():  # numpy's arrays
+                return torch.load(Path(checkpoint, name), weights_only=True)
+    return None
+
+
+def restore_random_state(state, device):
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    cuda = state.get("cuda")
+    if device.type == "cuda" and cuda is not None:
+        if isinstance(cuda, list):  # transformers' own, of all devices of the machine
+            cuda = cuda[min(device.index or 0, len(cuda) - 1)]
+        torch.cuda.set_rng_state(cuda, device)
+
+
+# ---- stopping on a signal
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT, SIGTERM or SIGHUP: finish the step, save, and end the training; the second time leave at once.
+
+    `signal` is what arrived in this process, `agreed` what arrived in any, known to all at the end of a step.
+    """
+
+    def __init__(self):
+        self.signal = self.agreed = 0
+        self.arrived = 0.0
+        self.process = os.getpid()
+        self.group = None
+        self.before = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.signal = self.agreed = 0
+        self.process = os.getpid()
+        if distributed.is_initialized() and distributed.get_backend() != "gloo":
+            self.group = distributed.new_group(backend="gloo")  # the CPUs agree, without waiting for the GPUs
+        self.before = catch_signals(self.note)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if os.getpid() != self.process:  # a process that loads data; its parent ends it
+            return
+        name = signal.Signals(number).name
+        if not self.signal:
+            self.signal, self.arrived = number, time.monotonic()
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                write_now(f"{name}: finishing this step, then saving and leaving. A second time leaves at once.")
+        elif time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS:
+            leave(128 + number, f"{name}, the second time: left at once, without saving.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = self.signal
+        if distributed.is_initialized():
+            flag = torch.tensor([self.signal])
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self.group)
+            self.agreed = int(flag)
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed and state.epoch != int(state.epoch):  # stopped on the way: the resumed run ends the epoch
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+def describe_stop(number, state, training_args):
+    """The message at the end of a run that a signal has ended."""
+    name = signal.Signals(number).name
+    folder = Path(training_args.output_dir, f"checkpoint-{state.global_step}")
+    if state.global_step >= state.max_steps:
+        return f"{name}: stopped after the last step; {folder} is complete."
+    return (
+        f"{name}: stopped after step {state.global_step} of {state.max_steps}; {folder} is complete. To go on, run the "
+        "same command with --resume_from_checkpoint last."
+    )
+
+
+def write_now(line):
+    """Write a line from a signal handler, which may have interrupted a print."""
+    os.write(2, f"\n{line}\n".encode())
