@@ -6,17 +6,19 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
 
     weights       as stored, integers, scales and floats
     prefix        16 bytes a number: weight, gradient and AdamW's two averages, all float32
-    activations   a layer keeps for backward, per token: 8 H (the inputs of its two norms, float32)
-                  + e (2 H + 3 F) (query and context; gate, value and silu(gate)), and e 2 G D (1 + P / S) for the keys
-                  and values. With gradient checkpointing e H per token, and all of the above for one layer.
+    activations   a layer keeps for backward, per token: e (4 H + 2 F) (the inputs of its two norms, query and context;
+                  gate and value), and e 2 G D (1 + P / S) for the keys and values. With gradient checkpointing e H
+                  per token, and all of the above for one layer.
     generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
-    work          the larger of the logits, (12 + e) V U bytes (float32 logits, their log-softmax and its gradient), and
-                  on a GPU one dequantized layer, e 2 F H
+    work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 4 V for each of `loss_rows`
+                  tokens, 8 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
+                  and on a GPU one dequantized layer, e 2 F H
     process       on a CPU only: Python and the libraries, PROCESS_BYTES
 """
 
 from torch import nn
 
+from modeling_chatglm import loss_rows
 from quantization import QuantizedLinear
 
 PROCESS_BYTES = 510_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
@@ -55,7 +57,7 @@ def estimate_peak_bytes(
     prefix_length = config.pre_seq_len or 0
     tokens = batch_size * length
     keys_values = 2 * config.num_key_value_heads * config.kv_channels * element * batch_size * (prefix_length + length)
-    layer = tokens * (8 * hidden + element * (2 * hidden + 3 * feed_forward)) + keys_values
+    layer = tokens * element * (4 * hidden + 2 * feed_forward) + keys_values
     if not num_supervised:
         kept = {"keys and values": keys_values * config.num_layers}
     elif checkpointing:
@@ -63,14 +65,18 @@ def estimate_peak_bytes(
     else:
         kept = {"activations": layer * config.num_layers}
     on_cpu = model.device.type == "cpu"
-    logits = (12 + element) * config.padded_vocab_size * batch_size * max(num_supervised, 1)
+    if num_supervised:
+        rows = min(loss_rows(model.device.type), batch_size * num_supervised)
+        work = max((4 if element == 4 else 8) * config.padded_vocab_size * rows, element * 6 * feed_forward * tokens)
+    else:
+        work = (12 + element) * config.padded_vocab_size * batch_size
     dequantized = 0 if on_cpu else 2 * feed_forward * hidden * element
     trained, trained_bytes = counts.get("trained", (0, 0))
     return {
         "weights": sum(size for _, size in counts.values()) - trained_bytes,
         "prefix": 16 * trained if num_supervised else trained_bytes,
         **kept,
-        "logits and work": max(logits, dequantized),
+        "logits and work": max(work, dequantized),
         **({"Python and libraries": PROCESS_BYTES} if on_cpu else {}),
     }
 

@@ -49,6 +49,10 @@ class PrefixEncoder(nn.Module):
             with torch.autocast(prefix.device.type, enabled=False):  # float32 under fp16 training, too
                 prefix = self.trans(prefix)
         prefix = prefix.view(self.pre_seq_len, *self.shape).permute(1, 2, 0, 3)  # (2L, G, P, D)
-        prefix = prefix.unsqueeze(1).expand(-1, batch_size, -1, -1, -1)  # (2L, B, G, P, D)
-        prefix = nn.functional.dropout(prefix, self.dropout, self.training).to(dtype)
+        prefix = prefix.unsqueeze(1)
+        if self.training and self.dropout:
+            prefix = prefix.expand(-1, batch_size, -1, -1, -1)
+            prefix = nn.functional.dropout(prefix, self.dropout).to(dtype)
+        else:  # the rows stay one tensor
+            prefix = prefix.to(dtype).expand(-1, batch_size, -1, -1, -1)  # (2L, B, G, P, D)
         return list(zip(prefix[0::2].unbind(), prefix[1::2].unbind(), strict=True))
