@@ -781,21 +781,61 @@ def _pad(sequences: list[list[int]], value: int, length: int, left: bool = False
 def collate_training(features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8):
     """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up. `row` (B,).
 
-    There is no attention mask: under causal attention no token sees the padding to its right.
+    There is no attention mask: under causal attention no token sees the padding to its right. Nothing is supervised
+    in a blank row, see WithBlankRow.
     Raises ValueError naming the rows where none has a supervised token: their mean loss would be 0 / 0.
     """
     import torch
 
     rows = [feature["row"] for feature in features]
-    if not any(any_supervised(feature["labels"]) for feature in features):
+    blank = torch.tensor([row == BLANK_ROW["row"] for row in rows])
+    if not blank.all() and not any(any_supervised(feature["labels"]) for feature in features):
         raise ValueError(f"row {shown_rows(rows)}: a batch without a single supervised token, nothing to learn from")
     longest = max(len(feature["input_ids"]) for feature in features)
     length = -(-longest // multiple_of) * multiple_of
+    labels = _pad([feature["labels"] for feature in features], label_pad_id, length)
     return {
         "input_ids": _pad([feature["input_ids"] for feature in features], pad_token_id, length),
-        "labels": _pad([feature["labels"] for feature in features], label_pad_id, length),
+        "labels": labels.masked_fill(blank[:, None], IGNORED_LABEL),
         "row": torch.tensor(rows, dtype=torch.int64),  # for messages; the trainer takes it out
     }
+
+
+# Stands for no row of the file: one token that is neither learned nor counted.
+BLANK_ROW = {"input_ids": [0], "labels": [IGNORED_LABEL], "row": 0}
+
+
+class WithBlankRow:
+    """A dataset that has a blank row behind its last one, at index len(), and does not count it."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return BLANK_ROW if index == len(self) else self.dataset[index]
+
+
+class EvenBatches:
+    """The batches of `batch_sampler`, filled up with blank rows to equally many full ones for every process.
+
+    Otherwise accelerate fills them up with rows from the start of the epoch, which would count twice.
+    """
+
+    def __init__(self, batch_sampler, num_processes: int, blank: int):
+        self.batch_sampler, self.num_processes, self.blank = batch_sampler, num_processes, blank
+        self.sampler, self.batch_size, self.drop_last = batch_sampler.sampler, batch_sampler.batch_size, False
+
+    def __len__(self):
+        return -(-len(self.batch_sampler) // self.num_processes) * self.num_processes
+
+    def __iter__(self):
+        for batch in self.batch_sampler:
+            yield batch + [self.blank] * (self.batch_size - len(batch))
+        for _ in range(len(self) - len(self.batch_sampler)):
+            yield [self.blank] * self.batch_size
 
 
 def shown_rows(rows: list[int], limit: int = 32) -> str:

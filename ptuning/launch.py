@@ -18,12 +18,14 @@ REMEDIES = {
     "smaller batch.",
     signal.SIGBUS: "A file that was being read became shorter, or /dev/shm is full (df -h /dev/shm).",
 }
+# How main.py ends when a signal stops it.
+STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
 CRASHED = "A library crashed in it: check that torch fits the GPU driver, then report it."
 
 
 def describe_death(rank, exitcode):
     """One sentence for a process that ended without a message of its own, or None where it had one."""
-    if exitcode in (1, 2):  # main.py or Python itself has said why
+    if exitcode in (1, 2) or exitcode in STOPPED:  # main.py or Python itself has said why
         return None
     if exitcode > 0:
         return f"process {rank} ended with status {exitcode} and without a message."

@@ -28,6 +28,7 @@ from checkpoint import (
     save_prefix,
     stage_checkpoint,
 )
+from data import EvenBatches, WithBlankRow
 from resume import (
     StopOnSignal,
     gather,
@@ -71,10 +72,22 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
 
-    # ---- a step
+    # ---- batches and steps
+
+    def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
+        """As the Trainer's, but for a loss no row is repeated to give every process as many as the others."""
+        if self.generating or self.args.world_size == 1 or self.args.dataloader_drop_last:
+            return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
+        loader = super()._get_dataloader(
+            WithBlankRow(dataset), *args, sampler_fn=lambda _: sampler_fn(dataset), **kwargs
+        )
+        shard = loader.batch_sampler  # accelerate's: it deals the batches of another batch sampler out
+        shard.batch_sampler = EvenBatches(shard.batch_sampler, self.args.world_size, blank=len(dataset))
+        return loader
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("row")
+        rows = rows[rows > 0]  # without blank ones
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.watch.saw_batch(loss, rows)
         return loss
@@ -224,13 +237,20 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     generating = False
 
-    def evaluation_loop(self, *args, **kwargs):
-        # Drops the rows that pad the last batch to a multiple of the processes; Seq2SeqTrainer keeps them.
-        self.gather_function = self.accelerator.gather_for_metrics
-        return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As the Trainer's. The dev loss is the mean over all supervised tokens, however they are cut into batches."""
+        if self.generating:
+            # Drops the rows that pad the last batch to a multiple of the processes; Seq2SeqTrainer keeps them.
+            self.gather_function = self.accelerator.gather_for_metrics
+            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.gather_function = self.accelerator.gather
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, tokens = output.predictions.sum(axis=0, dtype="float64")
+        output.metrics[f"{metric_key_prefix}_loss"] = float(nats / tokens)
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation_settings):
-        """The dev loss of a batch in training form, or the answers to a batch of prompts.
+        """The (1, 2) nats and supervised tokens of a batch in training form, or the answers to a batch of prompts.
 
         Answers are (B, longest) int64. The official code limits prompt, padding and answer together to
         `max_length`, at a batch size of 1; here the padding does not count, so that each row gets the room
@@ -240,8 +260,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         if not self.generating:
             inputs.pop("row")
             with torch.no_grad():
-                loss = self.accelerator.unwrap_model(model)(**inputs, logits_to_keep=1, use_cache=False).loss
-            return loss, None, None
+                model = self.accelerator.unwrap_model(model)
+                nats = model(**inputs, logits_to_keep=1, use_cache=False, num_items_in_batch=1).loss
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            return None, torch.stack((nats.float(), tokens.float()))[None], None
         prompt_lengths = inputs["attention_mask"].sum(dim=1)
         room = self.generation_config.max_length - prompt_lengths  # (B,) tokens each row may still get
         config = self.generation_config

@@ -15,6 +15,9 @@ import sentencepiece
 
 import data
 from data import (
+    BLANK_ROW,
+    EvenBatches,
+    WithBlankRow,
     collate_prediction,
     collate_training,
     describe_training,
@@ -636,6 +639,28 @@ def test_a_batch_without_a_supervised_token_is_refused_by_row_number():
     assert collate_training([empty, feature(3)], pad_token_id=0)["row"].tolist() == [12, 7]
     with pytest.raises(ValueError, match="row 12, 40: a batch without a single supervised token"):
         collate_training([{**empty, "row": 40}, empty], pad_token_id=0)
+
+
+def test_several_processes_get_equally_many_full_batches_without_repeating_a_row():
+    from torch.utils.data import BatchSampler
+
+    rows = [{**feature(3), "row": number} for number in range(1, 11)]
+    dataset = WithBlankRow(rows)
+    batches = EvenBatches(BatchSampler(range(len(dataset)), batch_size=4, drop_last=False), 4, blank=len(dataset))
+    assert list(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 10], [10, 10, 10, 10]]
+    assert len(batches) == 4
+    numbers = [dataset[index]["row"] for batch in batches for index in batch]
+    assert numbers == [*range(1, 11), 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("label_pad_id", [-100, 0])
+def test_nothing_is_supervised_in_a_blank_row(label_pad_id):
+    batch = collate_training([feature(3), BLANK_ROW], pad_token_id=0, label_pad_id=label_pad_id)
+    assert batch["labels"][0].tolist() == [-100, 2, 3] + [label_pad_id] * 5
+    assert batch["labels"][1].tolist() == [-100] * 8
+    assert batch["row"].tolist() == [7, 0]
+    blank = collate_training([BLANK_ROW, BLANK_ROW], pad_token_id=0, label_pad_id=label_pad_id)
+    assert (blank["labels"] == -100).all() and blank["input_ids"].shape == (2, 8)
 
 
 def test_a_row_whose_every_token_is_ignored_is_refused_before_training(write):

@@ -1,10 +1,12 @@
 """train.sh and main.py with several processes on a CPU, which talk through gloo. On GPUs the same code talks
 through NCCL; that cannot be seen here."""
 
+import json
 import re
 
 import pytest
 from conftest import ROOT, SAMPLE, TINY
+from test_main import losses, predictions
 from test_scripts import bash
 
 pytestmark = pytest.mark.slow
@@ -23,7 +25,7 @@ VARIABLES = {
     "MAX_STEPS": 4,
     "SAVE_STEPS": 4,
     "DEV_ROWS": 10,
-    "EVAL_BATCH_SIZE": 2,
+    "EVAL_BATCH_SIZE": 4,
     "MAX_TARGET_LENGTH": 16,
     "QUANTIZATION_BIT": "",
     "OMP_NUM_THREADS": 1,
@@ -34,6 +36,77 @@ VARIABLES = {
 def cut(processes):
     """A step of 16 rows on so many processes."""
     return {"NUM_GPUS": processes, "BATCH_SIZE": 8 // processes, "ACCUMULATION": 2}
+
+
+class Run:
+    """What a run left: `folder` has rank-N/ and rows-N.json of every process, `output` is what it printed."""
+
+    def __init__(self, folder, processes, output):
+        self.folder, self.processes, self.output = folder, processes, output
+        self.run_folder = folder / "rank-0" / "run"
+        shares = [json.loads((folder / f"rows-{rank}.json").read_text()) for rank in range(processes)]
+        self.rows = [sorted(sum(step, [])) for step in zip(*shares, strict=True)]
+
+    def read(self, name):
+        return json.loads((self.run_folder / name).read_text())
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+def many(request, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("many"), request.param)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"), 1)
+
+
+def train(folder, processes):
+    done = bash(f"bash train.sh {WORDS}", **VARIABLES, **cut(processes), RECORD=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(folder, processes, done.stdout)
+
+
+def test_every_step_sees_the_rows_that_one_process_sees(one, many):
+    assert len(one.rows) == 4 and all(len(set(rows)) == len(rows) for rows in one.rows)
+    assert many.rows == one.rows
+
+
+def test_the_loss_is_that_of_one_process(one, many):
+    assert f"x {many.processes} processes = 16 rows a step" in many.output
+    assert len(losses(one.run_folder)) == 4
+    assert losses(many.run_folder) == pytest.approx(losses(one.run_folder), rel=1e-4)
+
+
+def test_the_dev_loss_is_that_of_one_process(one, many):
+    curves = [
+        [entry["eval_loss"] for entry in run.read("trainer_state.json")["log_history"] if "eval_loss" in entry]
+        for run in (one, many)
+    ]
+    assert len(curves[0]) == 2
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_only_the_first_process_writes_and_talks(many):
+    written = [
+        sorted(path.name for path in (many.folder / f"rank-{rank}").rglob("*")) for rank in range(1, many.processes)
+    ]
+    assert written == [[]] * (many.processes - 1)
+    assert many.output.count("rows read") == many.output.count("predict_bleu-4") == 1
+
+
+def test_predictions_are_those_of_one_process_in_the_order_of_the_file(one, many):
+    assert [line["row"] for line in predictions(one.run_folder)] == [1, 2, 3, 4, 5, 6, 7]
+    assert predictions(many.run_folder) == predictions(one.run_folder)
+
+
+def test_metrics_are_those_of_one_process(one, many):
+    def scores(run):
+        times = ("_runtime", "_per_second")
+        return {key: value for key, value in run.read("predict_results.json").items() if not key.endswith(times)}
+
+    assert scores(one)["predict_samples"] == 7 and "predict_bleu-4" in scores(one)
+    assert scores(many) == scores(one)
 
 
 # ---- a process that dies

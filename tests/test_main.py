@@ -167,6 +167,22 @@ def test_dev_loss_is_measured_at_the_start_and_at_every_save(monkeypatch, tmp_pa
     assert not (tmp_path / "eval_results.json").exists()
 
 
+def test_the_dev_loss_does_not_depend_on_the_batch_size(monkeypatch, tmp_path):
+    dev_losses = []
+    for batch_size in (1, 4):
+        dev = {
+            "validation_file": SAMPLE / "dev.json",
+            "eval_strategy": "steps",
+            "per_device_eval_batch_size": batch_size,
+        }
+        folder = tmp_path / str(batch_size)
+        run(monkeypatch, {**TRAIN_SETTINGS, **dev}, max_eval_samples=7, max_steps=1, eval_steps=1, output_dir=folder)
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        dev_losses += [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(dev_losses) == 2
+    assert dev_losses[0] == pytest.approx(dev_losses[1], rel=1e-5)
+
+
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_batches(monkeypatch, tmp_path):
     curves = []
     for batch_size, accumulation in ((8, 1), (2, 4)):

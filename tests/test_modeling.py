@@ -278,6 +278,18 @@ def test_losses_of_micro_batches_add_up_to_the_mean_over_all_tokens(model):
     assert sum(parts).item() == pytest.approx(SYNTHETIC["loss"], rel=2e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_of_blank_rows_adds_nothing_to_loss_and_gradient(training):
+    # What a process has at the end of an epoch, when the others have the last rows.
+    model = synthetic_model().train(training)
+    labels = torch.full((2, 8), -100)
+    loss = model(torch.zeros(2, 8, dtype=torch.int64), labels=labels, num_items_in_batch=torch.tensor(5)).loss
+    loss.backward()
+    assert loss.item() == 0
+    gradient = model.transformer.prefix_encoder.embedding.weight.grad
+    assert gradient is not None and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_prefix_gradient_and_loss_in_float32(dtype):
     model = synthetic_model()

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from conftest import ROOT, SAMPLE, TINY
 from test_arguments import EVALUATE, TRAIN
-from test_main import TRAIN_SETTINGS, flags, losses, predictions
+from test_main import predictions
 
 pytestmark = pytest.mark.slow
 
@@ -164,27 +164,3 @@ def test_the_command_lines_of_2023_run(case, tmp_path):
     done = bash(torchrun(case["processes"], [program, *words, "--max_predict_samples", 3]), cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(predictions(tmp_path / case["predictions"])) == 3
-
-
-def test_two_processes_train_like_one(tmp_path):
-    settings = {**TRAIN_SETTINGS, "prefix_dropout": 0, "gradient_accumulation_steps": 1}
-    for processes, batch_size in ((1, 8), (2, 4)):
-        folder = tmp_path / str(processes)
-        words = flags({**settings, "per_device_train_batch_size": batch_size, "output_dir": folder})
-        done = bash(torchrun(processes, ["ptuning/main.py", *words]), OMP_NUM_THREADS=1)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"x {processes} processes = 8 rows a step" in done.stdout
-        assert done.stdout.count("rows read") == 1  # only one process talks
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
-
-
-def test_two_processes_predict_every_row_once_and_in_order(tmp_path):
-    common = f"--do_predict --test_file {SAMPLE}/dev.json --prompt_column content --response_column summary"
-    common += f" --model_name_or_path {TINY} --max_predict_samples 7 --per_device_eval_batch_size 2 --do_sample false"
-    common += " --max_source_length 64 --max_target_length 8"
-    for processes in (1, 2):
-        words = [*shlex.split(common), "--output_dir", tmp_path / str(processes)]
-        done = bash(torchrun(processes, ["ptuning/main.py", *words]), OMP_NUM_THREADS=1)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert [line["row"] for line in predictions(tmp_path / "2")] == [1, 2, 3, 4, 5, 6, 7]
-    assert predictions(tmp_path / "2") == predictions(tmp_path / "1")

@@ -109,17 +109,16 @@ def test_a_bad_loss_on_one_process_stops_all_with_one_message(tmp_path):
         f"sys.argv[0] = {str(ROOT / 'ptuning' / 'main.py')!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    status = tmp_path / "status"
     settings = {**TRAIN_SETTINGS, "per_device_train_batch_size": 2, "output_dir": tmp_path / "run"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    command = [sys.executable, ROOT / "ptuning" / "launch.py", "--standalone", "--nproc-per-node=2", program]
     done = subprocess.run(
         [*command, *flags(settings)],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PTUNING_STATUS_FILE": str(status)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert status.read_text() == "2", done.stderr
+    assert done.returncode == 2, done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "error: Training stopped at step 2: the loss is inf.\n  gradient norm " in done.stderr
     rows = done.stderr.split("  rows ")[1].split(" of the")[0].split(", ")
@@ -212,7 +211,8 @@ def dev_losses(monkeypatch):
 
     def prediction_step(self, *args, **kwargs):
         honest(self, *args, **kwargs)
-        return torch.tensor(float(scripted[self.state.global_step])), None, None
+        nats_and_tokens = torch.tensor([[float(scripted[self.state.global_step]), 1.0]])
+        return None, nats_and_tokens, None
 
     monkeypatch.setattr(PrefixTrainer, "prediction_step", prediction_step)
     monkeypatch.setattr(watch, "RISE_STEPS", 2)

@@ -34,7 +34,7 @@ def watch(trainer_class):
         step = self.state.global_step
         if RANK == "1" and step == 2 and "BREAK" in os.environ:
             exec(os.environ["BREAK"])
-        steps.setdefault(step, []).extend(inputs["row"].tolist())
+        steps.setdefault(step, []).extend(row for row in inputs["row"].tolist() if row)
         loss = training_step(self, model, inputs, *args, **kwargs)
         if "RECORD" in os.environ:
             Path(os.environ["RECORD"], f"rows-{RANK}.json").write_text(json.dumps(list(steps.values())))
