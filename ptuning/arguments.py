@@ -14,14 +14,17 @@ from __future__ import annotations  # types stay text, as they are read from tra
 import argparse
 import ast
 import difflib
+import functools
 import importlib.util
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+from data import parse_json
 from failure import refuse
 
 SUPPORTED_BITS = (4, 8)
@@ -270,7 +273,7 @@ def translate_flags(argv, known):
 def flags_of_file(file):
     """The flags in a JSON file of {"name": value}, as on the command line."""
     try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        settings = parse_json(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file of arguments.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -308,6 +311,7 @@ def literal(node):
         return None
 
 
+@functools.cache
 def library_flags():
     """{name: Flag} of transformers' Seq2SeqTrainingArguments, read from its source. FileNotFoundError without it."""
     package = importlib.util.find_spec("transformers")
@@ -375,7 +379,9 @@ def parse_flags(argv):
     One word that ends in .json is read as a file of flags. Raises ValueError or FileNotFoundError for what
     cannot be meant; notes are lines to show the user.
     """
-    if len(argv) == 1 and argv[0].endswith(".json"):
+    if argv and argv[0].endswith(".json"):
+        if len(argv) > 1:
+            raise ValueError(f"{argv[0]} stands alone: {argv[1]} cannot be added behind it. Write it into the file.")
         argv = flags_of_file(argv[0])
     flags = {
         "model": own_flags(ModelArguments),
@@ -438,6 +444,9 @@ def parse_arguments(argv):
         training_args = PrefixTrainingArguments(**{**settings, **given})
     except ImportError as error:  # --deepspeed, an --optim of another package, …
         raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error
+    except ValueError as error:  # transformers names the value, seldom the flag
+        suspects = [f"--{name} {value}" for name, value in given.items() if str(value) and str(value) in str(error)]
+        raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
     if training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     if "do_eval" not in given:
@@ -492,6 +501,61 @@ def check_quantization_bit(bits: int | None, already: int | None = None) -> int:
     return bits
 
 
+def at_least(least):
+    return lambda value: least <= value < math.inf, f"at least {least}"
+
+
+POSITIVE = (lambda value: 0 < value < math.inf, "a number above 0")
+PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
+BELOW_ONE = (lambda value: 0 <= value < 1, "from 0 up to, but not, 1")
+# Flag -> (what its values must be, in words). NaN is never within a range.
+RANGES = {
+    "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
+    "max_steps": (lambda value: value >= 1 or value == -1, "at least 1, or -1 for --num_train_epochs to count"),
+    "learning_rate": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    "save_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "logging_steps": POSITIVE,
+    "prefix_dropout": BELOW_ONE,
+    "adam_beta1": BELOW_ONE,
+    "adam_beta2": BELOW_ONE,
+    "label_smoothing_factor": PROBABILITY,
+    "top_p": PROBABILITY,
+    "temperature": (lambda value: 0 <= value <= 100, "from 0 to 100"),
+    "server_port": (lambda value: 1 <= value <= 65535, "a port from 1 to 65535"),
+    **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1")),
+    **dict.fromkeys(
+        "warmup_steps weight_decay max_grad_norm adam_epsilon preprocessing_num_workers dataloader_num_workers".split(),
+        at_least(0),
+    ),
+    **dict.fromkeys(
+        "max_source_length max_target_length val_max_target_length max_samples max_train_samples max_eval_samples "
+        "max_predict_samples num_beams generation_num_beams generation_max_length per_device_train_batch_size "
+        "per_device_eval_batch_size gradient_accumulation_steps concurrency max_queue max_sessions max_length".split(),
+        at_least(1),
+    ),
+}
+
+
+def check_ranges(args):
+    """Raise ValueError for a flag of `args` that is outside its range."""
+    for name, (fits, expected) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not fits(value):
+            raise ValueError(f"--{name} {value}: expected {expected}.")
+
+
+def check_object(name, value):
+    """Raise ValueError for a flag whose text should be a JSON object and is none."""
+    try:
+        found = parse_json(value)
+    except json.JSONDecodeError as error:
+        found = error
+    if not isinstance(found, dict):
+        raise ValueError(f"--{name} {value} is no JSON object ({found}); expected one, such as '{{\"a\": 1}}'.")
+
+
 def check(model_args, data_args, training_args):
     """Raise ValueError for values that contradict each other, before anything is read."""
     if not training_args.output_dir:
@@ -504,25 +568,16 @@ def check(model_args, data_args, training_args):
     if training_args.eval_strategy != "no" and not (data_args.validation_file or data_args.dev_ratio):
         raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file or --dev_ratio.")
     check_mixture(data_args, training_args)
-    if model_args.pre_seq_len is not None and model_args.pre_seq_len < 1:
-        raise ValueError(
-            f"--pre_seq_len {model_args.pre_seq_len}: expected at least 1 virtual token (leave it out for no prefix)."
-        )
+    for group in (model_args, data_args, training_args):
+        check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
-    if not 0 <= model_args.prefix_dropout < 1:
-        raise ValueError(f"--prefix_dropout {model_args.prefix_dropout}: expected a probability from 0 up to 1.")
-    for name in ("max_source_length", "max_target_length", "val_max_target_length"):
-        value = getattr(data_args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1 token.")
-    for name in ("max_samples", "max_train_samples", "max_eval_samples", "max_predict_samples", "num_beams"):
-        value = getattr(data_args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1.")
-    if not 0 < data_args.top_p <= 1:
+    if not 0 < data_args.top_p:
         raise ValueError(f"--top_p {data_args.top_p}: expected more than 0 and at most 1.")
-    if data_args.do_sample and data_args.temperature <= 0:
+    if data_args.do_sample and not 0 < data_args.temperature:
         raise ValueError(f"--temperature {data_args.temperature}: expected more than 0 (--do_sample false is greedy).")
+    for name, value in vars(training_args).items():
+        if isinstance(value, str) and (value.startswith("{") or name.endswith("_kwargs")):
+            check_object(name, value)
     if not model_args.ptuning_checkpoint:  # else its own settings may complete these
         check_complete(model_args, data_args, training_args)
 
@@ -623,4 +678,6 @@ def parse_words(parser, argv):
         near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"python ptuning/{parser.prog} --help lists the flags."
         raise ValueError(f"Unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}. {hint}")
+    check_ranges(args)
+    check_quantization_bit(args.quantization_bit)
     return args

@@ -23,8 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import GenerationConfig
 
-from arguments import check_quantization_bit
+from arguments import SUPPORTED_BITS, check_quantization_bit
 from configuration_chatglm import ChatGLMConfig
+from data import parse_json
 from modeling_chatglm import ChatGLMForConditionalGeneration, unknown_token_ids
 from quantization import (
     choose_backend,
@@ -41,6 +42,10 @@ SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, le
 STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
 CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
 BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
+SIDECAR_KINDS = {
+    **dict.fromkeys("base_model prompt_column response_column history_column source_prefix".split(), str),
+    **dict.fromkeys(("max_source_length", "max_target_length"), int),
+}
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
@@ -87,7 +92,7 @@ def read_json(file):
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}). Copy or download it again.") from error
     if not isinstance(value, dict):
@@ -104,7 +109,8 @@ def model_family(settings, folder):
         return f"a model of type {settings.get('model_type')!r}"
     if "position_encoding_2d" in settings or "inner_hidden_size" in settings:
         return "ChatGLM-6B (the first generation)"
-    if "glm-4" in name or settings.get("padded_vocab_size", 0) > 100_000:
+    vocabulary = settings.get("padded_vocab_size")
+    if "glm-4" in name or (isinstance(vocabulary, int) and vocabulary > 100_000):
         return "GLM-4"
     if "chatglm3" in name or "chatglm3" in tokenizer_text.lower() or "<|user|>" in tokenizer_text:
         return "ChatGLM3"
@@ -140,8 +146,10 @@ def read_config(folder, **overrides):
         )
     try:
         return ChatGLMConfig(**{**settings, **overrides})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
+    except Exception as error:  # transformers meets settings of any type with any error
+        raise ValueError(f"{folder / 'config.json'} has a setting of a wrong kind ({error}).") from error
 
 
 # ---- reading weight files
@@ -151,26 +159,33 @@ def read_tensors(file):
     """Yield (name, tensor) of one weight file, memory-mapped. Raises ValueError for a file that is no such."""
     file = Path(file)
     problem = f"{file} cannot be read as model weights ({{}}). Download or copy it again and compare its size."
+    with open(file, "rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"  # files from before torch 1.6 cannot be memory-mapped
     if file.suffix == ".safetensors":
         try:
             with safetensors.safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     yield name, tensors.get_tensor(name)
-        except (safetensors.SafetensorError, OSError) as error:
+        except Exception as error:  # likewise
             raise ValueError(problem.format(first_line(error))) from error
         return
     try:
-        with open(file, "rb") as opened:
-            is_zip = opened.read(4) == b"PK\x03\x04"  # files from before torch 1.6 cannot be memory-mapped
-        tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle
+            tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it is no torch file, or holds objects other than tensors, which are never loaded"
         raise ValueError(problem.format(reason)) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # bytes at random make torch.load raise anything
         raise ValueError(problem.format(first_line(error))) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(problem.format("it does not hold a dictionary of tensors"))
-    yield from tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+            raise ValueError(problem.format(f"{name} is a {tensor.layout} tensor of {tensor.dtype}"))
+        yield name, tensor
 
 
 def first_line(error):
@@ -185,6 +200,9 @@ def weight_files(folder):
             weight_map = read_json(folder / name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{folder / name} has no weight_map. Download it again.")
+            strange = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
+            if strange:
+                raise ValueError(f"{folder / name} names {strange[0]!r}, which is no file in its folder.")
             files = [folder / file for file in sorted(set(weight_map.values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
@@ -296,10 +314,25 @@ def check_tensor(tensor, name, expected, file):
             f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but config.json asks for "
             f"{'float' if expected.is_floating_point() else expected.dtype} {tuple(expected.shape)}."
         )
+    check_finite(tensor, name, file)
+
+
+def check_finite(tensor, name, file):
+    """Raise ValueError for a tensor with a NaN or an infinity in it."""
+    if tensor.is_floating_point():
+        for extreme in tensor.aminmax():  # 0.3 s per GB; isfinite() takes 30 times as long
+            if not extreme.isfinite():
+                raise ValueError(
+                    f"{file}: {name} holds {extreme.item()}; nothing can be computed with that. Download or copy the "
+                    "file again; of a trained prefix take an earlier checkpoint."
+                )
 
 
 def load_tokenizer(folder, config):
     """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (Path(folder) / name).is_file():
+            read_json(Path(folder) / name)
     tokenizer = ChatGLMTokenizer.from_pretrained(folder)
     if tokenizer.vocab_size > config.padded_vocab_size:
         raise ValueError(
@@ -395,6 +428,12 @@ def read_prefix(checkpoint):
         raise ValueError(
             f"{file} holds no prefix ({PREFIX_KEY}embedding.weight is missing). Give a checkpoint of P-Tuning v2."
         )
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float numbers. It is no prefix."
+            )
+        check_finite(tensor, name, file)
     return tensors
 
 
@@ -406,10 +445,19 @@ def read_prefix_settings(checkpoint):
     checkpoint = Path(checkpoint)
     tensors = read_prefix(checkpoint)
     settings = {}
-    if (checkpoint / "config.json").is_file():
-        settings["quantization_bit"] = read_json(checkpoint / "config.json").get("quantization_bit") or 0
-    if (checkpoint / SIDECAR_FILE).is_file():
-        settings.update(read_json(checkpoint / SIDECAR_FILE))
+    config_file, sidecar_file = checkpoint / "config.json", checkpoint / SIDECAR_FILE
+    if config_file.is_file():
+        bits = read_json(config_file).get("quantization_bit") or 0
+        if bits not in (0, *SUPPORTED_BITS):
+            raise ValueError(f"{config_file}: quantization_bit is {bits!r}, expected 4, 8, or 0 for float weights.")
+        settings["quantization_bit"] = bits
+    if sidecar_file.is_file():
+        settings.update(read_json(sidecar_file))
+    for name, kind in SIDECAR_KINDS.items():
+        value = settings.get(name)
+        if value is not None and (not isinstance(value, kind) or (kind is int and value < 1)):
+            expected = "text" if kind is str else "a positive integer"
+            raise ValueError(f"{sidecar_file}: {name} is {value!r}, expected {expected}. Repair or delete that file.")
     settings["pre_seq_len"] = tensors["embedding.weight"].shape[0]
     settings["prefix_projection"] = "trans.0.weight" in tensors
     return settings

@@ -6,6 +6,13 @@ honour is a ValueError that names the field, instead of a wrong model.
 
 from transformers import PretrainedConfig
 
+LARGEST_SIZE = 2**20
+MOST_LAYERS = 1000
+
+
+def is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 class ChatGLMConfig(PretrainedConfig):
     """Configuration of a ChatGLM2 model, and of its prefix encoder.
@@ -98,17 +105,17 @@ class ChatGLMConfig(PretrainedConfig):
         # Set by hand as well: transformers 5 no longer defines these on every configuration.
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+        self._check(kwargs.get("rope_scaling"))
         super().__init__(
             eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )
-        self._check()
 
     @property
     def num_key_value_heads(self):
         """KV groups G: `multi_query_group_num` with multi-query attention, else every query head."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
-    def _check(self):
+    def _check(self, rope_scaling):
         for name in (
             "num_layers",
             "padded_vocab_size",
@@ -120,8 +127,9 @@ class ChatGLMConfig(PretrainedConfig):
             "seq_length",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config.json: {name} is {value!r}, expected a positive integer.")
+            largest = LARGEST_SIZE if name != "num_layers" else MOST_LAYERS  # or building the modules takes forever
+            if not is_integer(value) or not 1 <= value <= largest:
+                raise ValueError(f"config.json: {name} is {value!r}, expected a positive integer up to {largest:,}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -133,11 +141,21 @@ class ChatGLMConfig(PretrainedConfig):
                 "head, so it must be a multiple of 4."
             )
         for name in ("hidden_dropout", "attention_dropout", "prefix_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a probability from 0 up to 1.")
-        if not self.original_rope or self.rope_ratio != 1:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(f"config.json: {name} is {value!r}, expected a probability from 0 up to 1.")
+        if not isinstance(self.layernorm_epsilon, int | float) or not 0 < self.layernorm_epsilon < 1:
+            raise ValueError(f"config.json: layernorm_epsilon is {self.layernorm_epsilon!r}, expected such as 1e-05.")
+        for name in ("eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if not is_integer(value) or not 0 <= value < self.padded_vocab_size:
+                raise ValueError(
+                    f"config.json: {name} is {value!r}, expected a token id below {self.padded_vocab_size}."
+                )
+        if not self.original_rope or self.rope_ratio != 1 or rope_scaling is not None:
             raise ValueError(
-                f"config.json: original_rope={self.original_rope}, rope_ratio={self.rope_ratio} is the rotary "
+                f"config.json: original_rope={self.original_rope}, rope_ratio={self.rope_ratio}, "
+                f"rope_scaling={rope_scaling} is the rotary "
                 "embedding of a later or long-context GLM; this code computes the one of ChatGLM2-6B "
                 "(original_rope true, no rope_ratio)."
             )
@@ -145,7 +163,14 @@ class ChatGLMConfig(PretrainedConfig):
             raise ValueError("config.json: tie_word_embeddings is true; ChatGLM2 keeps a separate output layer.")
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(
-                f"config.json: quantization_bit is {self.quantization_bit}, expected 4, 8, or 0 for float weights."
+                f"config.json: quantization_bit is {self.quantization_bit!r}, expected 4, 8, or 0 for float weights."
             )
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError(f"pre_seq_len is {self.pre_seq_len}, expected at least 1 (leave it out for no prefix).")
+        if self.pre_seq_len is None:
+            return
+        if not is_integer(self.pre_seq_len) or self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {self.pre_seq_len!r}, expected at least 1 (leave it out for no prefix).")
+        if self.pre_seq_len > self.seq_length:
+            raise ValueError(
+                f"--pre_seq_len {self.pre_seq_len} is longer than any text this model takes ({self.seq_length} "
+                "tokens). It counts virtual tokens (official: 128); the length of a text is --max_source_length."
+            )

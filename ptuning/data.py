@@ -141,6 +141,18 @@ def _kind(value) -> str:
     return {list: "a list", dict: "an object"}[type(value)]
 
 
+def parse_json(text: str):
+    """json.loads, with every failure a JSONDecodeError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("brackets are nested too deep", text, 0) from None
+    except ValueError:  # Python reads no integers of more than 4,300 digits
+        raise json.JSONDecodeError("a number has thousands of digits", text, 0) from None
+
+
 def _parse_json_lines(text: str, name: str) -> list[dict]:
     rows = []
     # Not splitlines(): JSON text may hold line separators other than \n, such as U+2028.
@@ -148,7 +160,7 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {_shown(line)}\n"
@@ -165,7 +177,7 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
 
 def _parse_json_array(text: str, name: str) -> list[dict]:
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         # An array may be one line of megabytes: show what surrounds the error instead of the line's start.
         around = " ".join(text[max(0, error.pos - 30) : error.pos + 30].split())
@@ -180,24 +192,30 @@ def _parse_json_array(text: str, name: str) -> list[dict]:
 
 
 def _parse_csv(text: str, name: str) -> list[dict]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
-    start = 2  # line of the file at which the next row starts; a quoted cell may span several
+    lines = list(io.StringIO(text, newline=""))  # as the reader counts them
+    reader = csv.reader(lines, strict=True)
+    header, rows = None, []
+    start = 1  # line of the file at which the next row starts; a quoted cell may span several
     try:
-        for row in reader:
-            if None in row:
-                columns, extra = len(reader.fieldnames), row[None]
-                raise ValueError(
-                    f"{name} row {len(rows) + 1} (line {start}) has {columns + len(extra)} cells but the header "
-                    f"names {columns} columns; the first cell too many is {_shown(extra[0])!r}\n"
-                    "Put cells that contain commas in double quotes."
-                )
-            rows.append(row)
+        for cells in reader:
+            if cells and header is None:
+                header = cells
+                twice = next((column for column in header if header.count(column) > 1), None)
+                if twice is not None:
+                    raise ValueError(f"{name}: its header names the column {twice!r} twice; rename or remove one")
+            elif cells:
+                if len(cells) != len(header):
+                    extra = cells[len(header) :]
+                    detail = f"; the first cell too many is {_shown(extra[0])!r}" if extra else ""
+                    raise ValueError(
+                        f"{name} row {len(rows) + 1} (line {start}) has {len(cells)} cells but the header names "
+                        f"{len(header)} columns{detail}\nPut cells that contain commas or line ends in double quotes."
+                    )
+                rows.append(dict(zip(header, cells, strict=True)))
             start = reader.line_num + 1
     except csv.Error as error:
-        line = text.split("\n")[start - 1]
         raise ValueError(
-            f"{name} row {len(rows) + 1} (line {start}) is not CSV ({error}): {_shown(line)}\n"
+            f"{name} row {len(rows) + 1} (line {start}) is not CSV ({error}): {_shown(lines[start - 1])}\n"
             'A double quote inside a quoted cell is written twice: "".'
         ) from None
     return rows
@@ -206,6 +224,8 @@ def _parse_csv(text: str, name: str) -> list[dict]:
 def _read_bytes(path: Path) -> bytes:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a data file in it, such as {path / 'train.json'}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; copy what it gives into one and name that")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (looked for {path.absolute()}); check the data file's name")
     return path.read_bytes()

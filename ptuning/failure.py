@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
+from itertools import pairwise
 
 MAX_LINES = 8  # of a message; those of libraries can be very long
 MAX_COLUMNS = 500
@@ -42,29 +44,41 @@ def describe(error):
     if isinstance(error, ImportError):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return "This machine has not enough memory for that. Lower the batch size or the lengths.", 2
+        detail = f" ({error})" if str(error) else ""
+        return f"This machine has not enough memory{detail}. Lower the batch size or the lengths.", 2
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}. {REMEDIES[error.errno]}", 2
     if isinstance(error, ValueError | OSError):
         return str(error) or type(error).__name__, 2
-    return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback()}", 1
+    return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback(error)}", 1
 
 
-def save_traceback():
-    """Write the traceback of the exception at hand to a file that stays, and say where."""
+def save_traceback(error):
+    """Write the traceback of an exception to a file that stays, and say where."""
     try:
         handle, file = tempfile.mkstemp(prefix="ptuning-error-", suffix=".txt")
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as opened:
-            traceback.print_exc(file=opened)
+            traceback.print_exception(error, file=opened)
     except OSError:
         return "Run it again with --debug for the traceback."
     return f"The traceback is in {file}; --debug shows it here."
 
 
+def wants_traceback():
+    """Whether the user asked for it: PTUNING_TRACEBACK, or --debug without a value (with one it is transformers')."""
+    return bool(os.environ.get("PTUNING_TRACEBACK")) or any(
+        word == "--debug" and following.startswith("--") for word, following in pairwise([*sys.argv, "--"])
+    )
+
+
 def shorten(message):
-    """At most MAX_LINES lines of MAX_COLUMNS characters."""
-    lines = message.strip().splitlines()
+    """At most MAX_LINES lines of MAX_COLUMNS characters; control characters of quoted input as escapes."""
+    message = "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else ascii(char)[1:-1]
+        for char in message
+    )
+    lines = message.strip().split("\n")
     lines = lines[: MAX_LINES - 1] + ["…"] if len(lines) > MAX_LINES else lines
     return "\n".join(line if len(line) <= MAX_COLUMNS else line[:MAX_COLUMNS] + "…" for line in lines)
 
@@ -91,10 +105,10 @@ def wait_for_others(error):
 
 
 def exit_with(error):
-    """Print one message and exit. Called where `error` is handled."""
+    """Print one message and exit."""
     wait_for_others(error)
-    if os.environ.get("PTUNING_TRACEBACK") or "--debug" in sys.argv:
-        traceback.print_exc()
+    if wants_traceback():
+        traceback.print_exception(error)
     message, status = describe(error)
     rank = os.environ.get("RANK", "0")
     flush()
@@ -126,14 +140,17 @@ def leave_on_signal(number, frame):
 
 
 def run(main, *arguments):
-    """main(*arguments) as a program: errors end it as this file says, Ctrl-C with status 130."""
+    """main(*arguments) as a program: errors, also later ones, end it as this file says, Ctrl-C with status 130."""
     # Text that the terminal's encoding lacks (GBK has no ⟦) is shown as an escape instead of ending the program.
     sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main(*arguments)
-    except KeyboardInterrupt:
+    sys.excepthook = end_with
+    main(*arguments)
+
+
+def end_with(kind, error, trace):
+    """sys.excepthook of a program: the end of an exception that nobody caught."""
+    if issubclass(kind, KeyboardInterrupt):
         flush()
         print("Interrupted.", file=sys.stderr, flush=True)
         os._exit(130)
-    except Exception as error:
-        exit_with(error)
+    exit_with(error)

@@ -31,6 +31,7 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch and tr
 
 import torch
 from transformers import set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from checkpoint import (
@@ -137,8 +138,6 @@ def main():
         check_fits(dataset, config.seq_length, data_args)
 
     # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
-    if training_args.do_train:
-        on_first_rank(lock_run, training_args.output_dir)
     dtype, reason = set_precision(training_args)
     say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); prefix and loss: float32.")
     started = time.monotonic()
@@ -159,6 +158,8 @@ def main():
         say(f"Prefix of {model_args.pre_seq_len} tokens, {kind}, from {model_args.ptuning_checkpoint}.{use}")
 
     # ------------------------------------------------------------------ 6. Trainer
+    if training_args.do_train:  # only now: what is refused leaves no folder behind
+        on_first_rank(lock_run, training_args.output_dir)
     sampling = {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
     max_length = data_args.max_source_length + data_args.max_target_length + 1  # of prompt and answer together
     label_pad_id = -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id
@@ -241,9 +242,21 @@ def silent(*args):
 
 
 def prepare_reports(training_args):
-    """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set."""
+    """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set.
+
+    Raises ValueError for a --report_to that cannot be, and a TensorBoard folder that is a file.
+    """
     if not training_args.do_train:
         training_args.report_to = []
+    usable = get_available_reporting_integrations()
+    for name in training_args.report_to:
+        if name not in usable:
+            raise ValueError(
+                f"--report_to {name}: unknown, or not installed. Here there are: {', '.join(usable)}, none."
+            )
+    folder = os.environ.get("TENSORBOARD_LOGGING_DIR", "")
+    if "tensorboard" in training_args.report_to and Path(folder).is_file():
+        raise ValueError(f"--logging_dir {folder} is a file. Name a folder, or leave the flag out.")
     os.environ.setdefault("WANDB_DIR", training_args.output_dir)
     os.environ.setdefault("WANDB_PROJECT", "chatglm2-ptuning")
     logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")

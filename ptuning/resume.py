@@ -25,6 +25,7 @@ from checkpoint import (
     STATE_FILE,
     checkpoint_folders,
     clear_leftovers,
+    first_line,
     newest_checkpoint,
     read_json,
     step_of,
@@ -168,8 +169,25 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             f"--resume_from_checkpoint {folder} has no {' and no '.join(missing)}, so it cannot be continued. Start a "
             f"new run from its prefix: --ptuning_checkpoint {folder}"
         )
+    if not isinstance(state.get("global_step"), int):
+        raise ValueError(f"{folder / STATE_FILE}: global_step is {state.get('global_step')!r}, expected a number.")
+    if not (folder / CHECKSUM_FILE).is_file():  # so nobody knows yet whether these are whole
+        for file in sorted(folder.glob("rng_state*.pth")) + [folder / name for name in RESUME_FILES]:
+            check_readable(file)
     lines.append(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
     return str(folder), lines
+
+
+def check_readable(file):
+    """ValueError for a file of the Trainer's state that cannot be read, or that would run code."""
+    try:
+        with safe_globals():
+            torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes at random make torch.load raise anything
+        raise ValueError(
+            f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier checkpoint, "
+            f"or start a new run from its prefix: --ptuning_checkpoint {file.parent}"
+        ) from error
 
 
 # What of a run decides how it goes on, and what happens where a resumed run has another value.

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from arguments import check_ranges
 from checkpoint import (
     PREFIX_FILE,
     choose_dtype,
@@ -569,9 +570,7 @@ def load_server(args, say=print):
 
     Raises ValueError and FileNotFoundError as the functions of checkpoint.py do.
     """
-    for name in ("concurrency", "max_queue", "max_sessions"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1.")
+    check_ranges(args)
     checkpoint, saved = None, {}
     if args.ptuning_checkpoint:
         checkpoint = Path(args.ptuning_checkpoint)

@@ -67,6 +67,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 f"{file} does not exist, so this folder has no ChatGLM2 tokenizer; "
                 f"copy {VOCABULARY_FILE} and tokenizer_config.json from the ChatGLM2-6B model folder"
             )
+        if file.is_file():
+            file.open("rb").close()  # or the reason why it cannot be read would be lost
         return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     def _load_sentencepiece(self):
