@@ -12,7 +12,8 @@ fi
 DATA=${DATA:-AdvertiseGen}                 # folder with train.json and dev.json
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # as in train.sh: part of the run's default name
 LR=${LR:-2e-2}                             # likewise
-STEP=${STEP:-3000}                         # which checkpoint of the run: output/$CHECKPOINT/checkpoint-$STEP
+STEP=${STEP:-}                             # which checkpoint: 3000, best (lowest dev loss), last, or all in one table
+                                           # empty: best, or last where no dev loss was measured
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-1}      # rows a GPU answers at once; greedy answers are the same for any
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # longest prompt, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # longest reference, tokens; prompt and answer get both together and 1
@@ -29,7 +30,7 @@ launch ptuning/main.py \
   --prompt_column content \
   --response_column summary \
   --model_name_or_path "$MODEL" \
-  --ptuning_checkpoint "output/$CHECKPOINT/checkpoint-$STEP" \
+  --ptuning_checkpoint "$(checkpoint_of_step)" \
   --output_dir "output/$CHECKPOINT" \
   --overwrite_output_dir \
   --max_source_length "$MAX_SOURCE_LENGTH" \

@@ -11,7 +11,7 @@ if [ "$MODEL" = tiny ]; then
 fi
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} # as in train.sh: part of the run's default name
 LR=${LR:-2e-2}                  # likewise
-STEP=${STEP:-3000}              # which checkpoint of the run: output/$CHECKPOINT/checkpoint-$STEP
+STEP=${STEP:-}                  # which checkpoint to start with: 3000, best or last; empty: best, or last
 HOST=${HOST:-0.0.0.0}           # address to listen on: 0.0.0.0 for everyone, 127.0.0.1 for this machine only
 PORT=${PORT:-7860}              # port to listen on
 QUANTIZATION_BIT=${QUANTIZATION_BIT-4} # 4 or 8: integer weights; empty: as in training
@@ -20,7 +20,7 @@ CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name 
 check_model_and_data
 exec python ptuning/web_demo.py \
   --model_name_or_path "$MODEL" \
-  --ptuning_checkpoint "output/$CHECKPOINT/checkpoint-$STEP" \
+  --ptuning_checkpoint "$(checkpoint_of_step)" \
   --server_name "$HOST" \
   --server_port "$PORT" \
   ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \

@@ -38,7 +38,10 @@ class ModelArguments:
     )
     ptuning_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Trained prefix: checkpoint folder, of these or of the official scripts."},
+        metadata={
+            "help": "Trained prefix: checkpoint folder, of these or of the official scripts; or a run's folder, for its "
+            "best checkpoint or else the last; or run/best, run/last, or run/all to evaluate each."
+        },
     )
     pre_seq_len: int | None = field(
         default=None,
@@ -661,7 +664,9 @@ def check_complete(model_args, data_args, training_args):
 def add_model_arguments(parser):
     """The flags that all three programs share, with the official names."""
     parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
-    parser.add_argument("--ptuning_checkpoint", help="Trained prefix: a checkpoint folder, or a run (its last one).")
+    parser.add_argument(
+        "--ptuning_checkpoint", help="Trained prefix: a checkpoint folder, or a run (its best one, or else the last)."
+    )
     parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
     parser.add_argument("--concurrency", type=int, default=8, help="Answers computed at once [8].")

@@ -407,6 +407,54 @@ def point_to_best(run_folder, step):
     new.replace(link)
 
 
+def find_checkpoints(path):
+    """(the checkpoint folders that `--ptuning_checkpoint` means, what is wrong with others that were passed over).
+
+    A checkpoint's folder is itself. A run's folder means its best checkpoint, or the last valid one where no best is
+    known; `run/best` and `run/last` mean these, `run/all` every valid one, by step. Only the last gives several.
+    Raises FileNotFoundError, with what the run has, where there is none such.
+    """
+    path = Path(path)
+    run, wanted = path, None
+    if path.name in ("best", "last", "all") and not list_checkpoints(path):
+        run, wanted = path.parent, path.name
+    if wanted in (None, "best") and (run / BEST_LINK / PREFIX_FILE).is_file():
+        return [run / (run / BEST_LINK).resolve().name], []
+    found = list_checkpoints(run)
+    if wanted == "best" and found:
+        raise FileNotFoundError(
+            f"--ptuning_checkpoint {path}: no best checkpoint is known, for want of a dev loss in training. {run} has "
+            f"{', '.join(found)}; {run}/last and {run}/all name the last and all."
+        )
+    if wanted == "all":
+        damaged = {}
+        for name, folder in found.items():
+            try:
+                verify_checkpoint(folder, [PREFIX_FILE])
+            except (ValueError, OSError) as error:
+                damaged[name] = str(error)
+        valid = [folder for name, folder in found.items() if name not in damaged]
+        damaged = list(damaged.values())
+    else:
+        newest, damaged = newest_checkpoint(run, [PREFIX_FILE])
+        valid = [newest] if newest else []
+    if valid:
+        return valid, damaged
+    if wanted is None:
+        return [path], []
+    raise FileNotFoundError(" ".join([f"--ptuning_checkpoint {path}: {run} has no complete checkpoint.", *damaged]))
+
+
+def dev_loss_of(checkpoint):
+    """The dev loss that training measured when it saved the checkpoint, or None."""
+    file = Path(checkpoint) / STATE_FILE
+    if not file.is_file():
+        return None
+    state = read_json(file)
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    return losses.get(state["global_step"])
+
+
 def read_prefix(checkpoint):
     """The prefix encoder's tensors in a checkpoint folder, by name without `transformer.prefix_encoder.`.
 

@@ -13,6 +13,15 @@ count_gpus() {
   fi
 }
 
+# What STEP means in the run output/$CHECKPOINT; ptuning/checkpoint.py knows best, last and all, and a run's folder.
+checkpoint_of_step() {
+  case "$STEP" in
+    '') echo "output/$CHECKPOINT" ;;
+    best | last | all) echo "output/$CHECKPOINT/$STEP" ;;
+    *) echo "output/$CHECKPOINT/checkpoint-$STEP" ;;
+  esac
+}
+
 # Stop with what to do next when the model or a data file is not there.
 check_model_and_data() {
   if [ -z "$MODEL" ]; then

@@ -36,6 +36,8 @@ from transformers.utils import logging
 
 from checkpoint import (
     choose_dtype,
+    dev_loss_of,
+    find_checkpoints,
     generation_config,
     load_model,
     load_prefix,
@@ -70,7 +72,7 @@ from resume import (
     release_run,
     training_record,
 )
-from trainer import PrefixTrainer, plot_loss
+from trainer import PrefixTrainer, plot_checkpoints, plot_loss
 from watch import describe_checkpoints
 
 # What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
@@ -98,7 +100,15 @@ def main():
     set_seed(training_args.seed)
 
     # ------------------------------------------------------------------ 2. What the checkpoint says
-    saved = read_prefix_settings(model_args.ptuning_checkpoint) if model_args.ptuning_checkpoint else {}
+    checkpoints, damaged = (
+        find_checkpoints(model_args.ptuning_checkpoint) if model_args.ptuning_checkpoint else ([], [])
+    )
+    for problem in damaged:
+        say(f"{problem} It is passed over.")
+    if len(checkpoints) > 1 and training_args.do_train:
+        raise ValueError(f"--ptuning_checkpoint {model_args.ptuning_checkpoint}: a run starts from one checkpoint.")
+    model_args.ptuning_checkpoint = str(checkpoints[-1]) if checkpoints else None
+    saved = read_prefix_settings(model_args.ptuning_checkpoint) if checkpoints else {}
     apply_saved_settings(model_args, data_args, saved)
     check_complete(model_args, data_args, training_args)
 
@@ -151,7 +161,7 @@ def main():
     )
     say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
     say(memory_table(model, **largest_batch(train_data, data_args, training_args)))
-    if saved and not resume_from:
+    if len(checkpoints) == 1 and not resume_from:
         load_prefix(model, model_args.ptuning_checkpoint)
         kind = "with projection" if model_args.prefix_projection else "without projection"
         use = " A new run starts with it, at step 0." if training_args.do_train else ""
@@ -228,9 +238,11 @@ def main():
         say(f"{split}: {len(dataset)} rows, {rows_skipped} skipped (empty prompt).")
         if shortened := sum(turns > 0 for turns in dataset["dropped_turns"]):
             say(f"{shortened} of them lose their oldest turns at --max_source_length {data_args.max_source_length}.")
-        answers = trainer.predict(dataset, metric_key_prefix=split)
-        if training_args.should_save:
-            report_predictions(trainer, tokenizer, split, dataset, answers)
+    datasets = {split: dataset for split, (dataset, _) in prompts.items()}
+    if len(checkpoints) > 1:
+        predict_with_each(checkpoints, trainer, tokenizer, datasets, say)
+    else:
+        predict(trainer, tokenizer, datasets)
     close_reports(trainer)
 
 
@@ -486,11 +498,59 @@ def describe_schedule(training_args, num_rows, model):
     )
 
 
-# ---------------------------------------------------------------------- after predicting
+# ---------------------------------------------------------------------- predicting
+
+
+def predict(trainer, tokenizer, datasets):
+    """Answer the rows of every split; the metrics of all, on the process that writes."""
+    metrics = {}
+    for split, dataset in datasets.items():
+        answers = trainer.predict(dataset, metric_key_prefix=split)
+        if trainer.args.should_save:
+            metrics.update(report_predictions(trainer, tokenizer, split, dataset, answers))
+    return metrics
+
+
+def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
+    """The same with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
+
+    Everything goes to the folder all_checkpoints: what a single one gives into a folder of its name.
+    """
+    output_dir = trainer.args.output_dir
+    folder = Path(output_dir) / "all_checkpoints"
+    table = {}
+    for checkpoint in checkpoints:
+        say(f"\n{checkpoint.name} of {checkpoints[-1].name}")
+        load_prefix(trainer.model, checkpoint)
+        trainer.args.output_dir = str(folder / checkpoint.name)
+        with torch.random.fork_rng():  # each starts with the same random numbers
+            metrics = predict(trainer, tokenizer, datasets)
+        scores = {name: value for name, value in metrics.items() if "bleu" in name or "rouge" in name}
+        dev_loss = dev_loss_of(checkpoint)
+        table[checkpoint.name] = {**({} if dev_loss is None else {"dev_loss": dev_loss}), **scores}
+    trainer.args.output_dir = output_dir
+    if trainer.args.should_save:
+        text = checkpoint_table(table)
+        (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+        plot_checkpoints(table, folder / "scores.png")
+        print(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
+
+
+def checkpoint_table(table):
+    """One line for each checkpoint of {"checkpoint-100": {"dev_loss": 0.6, "predict_bleu-4": 20.1, …}, …}."""
+    columns = list(dict.fromkeys(name for scores in table.values() for name in scores))
+    width = max(map(len, table))
+    lines = [" " * width + "".join(f"  {column}" for column in columns)]
+    for name, scores in table.items():
+        cells = [f"{scores[column]:.4f}" if column in scores else "-" for column in columns]
+        lines.append(
+            f"{name:<{width}}" + "".join(f"  {cell:>{len(head)}}" for head, cell in zip(columns, cells, strict=True))
+        )
+    return "\n".join(lines)
 
 
 def report_predictions(trainer, tokenizer, split, dataset, answers):
-    """Write generated_predictions.txt (for `predict`), then score, save and print the metrics."""
+    """Write generated_predictions.txt (for `predict`), then score, save and print the metrics, and return them."""
     predictions = decode(tokenizer, answers.predictions)
     labels = decode(tokenizer, dataset["labels"])
     output_dir = Path(trainer.args.output_dir)
@@ -510,6 +570,7 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
     metrics[f"{split}_samples"] = len(dataset)
     trainer.save_metrics(split, metrics)
     print(metric_table(metrics))
+    return metrics
 
 
 def decode(tokenizer, rows):

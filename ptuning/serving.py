@@ -30,13 +30,12 @@ from transformers import DynamicCache
 
 from arguments import check_ranges
 from checkpoint import (
-    PREFIX_FILE,
     choose_dtype,
     fill_prefix_encoder,
+    find_checkpoints,
     list_checkpoints,
     load_model,
     load_tokenizer,
-    newest_checkpoint,
     read_config,
     read_prefix_settings,
     resolve_folder,
@@ -573,12 +572,10 @@ def load_server(args, say=print):
     check_ranges(args)
     checkpoint, saved = None, {}
     if args.ptuning_checkpoint:
-        checkpoint = Path(args.ptuning_checkpoint)
-        newest, damaged = newest_checkpoint(checkpoint, [PREFIX_FILE])
-        if newest:  # a run: its last checkpoint
-            checkpoint = newest
-            for problem in damaged:
-                say(f"{problem} Using {newest.name}.")
+        found, damaged = find_checkpoints(args.ptuning_checkpoint)
+        checkpoint = found[-1]
+        for problem in damaged:
+            say(f"{problem} Using {checkpoint.name}.")
         saved = read_prefix_settings(checkpoint)
         if args.pre_seq_len not in (None, saved["pre_seq_len"]):
             raise ValueError(

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 
 from checkpoint import (
     choose_dtype,
+    find_checkpoints,
     generation_config,
     load_model,
     load_prefix,
     load_tokenizer,
+    point_to_best,
     read_config,
     read_prefix_settings,
     resolve_folder,
@@ -478,3 +480,61 @@ def test_the_official_checkpoint_predicts_the_official_tokens(shared):
         answer = output[0, ids["input_ids"].shape[1] :].tolist()
         expected = [token for token in reference["token_ids"][row] if token not in (0, 2)]
         assert [token for token in answer if token not in (0, 2)] == expected
+
+
+# ---- which checkpoint of a run
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """The folder of a run with checkpoints 9, 10 and 200, of which 10 is the best."""
+    for step in (9, 10, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").touch()
+    point_to_best(tmp_path, 10)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps"),
+    [("", [10]), ("best", [10]), ("last", [200]), ("all", [9, 10, 200]), ("checkpoint-9", [9]), ("checkpoint-7", [7])],
+)
+def test_a_run_or_a_word_names_its_checkpoints(wanted, steps, a_run):
+    assert find_checkpoints(a_run / wanted) == ([a_run / f"checkpoint-{step}" for step in steps], [])
+
+
+def test_without_a_best_a_run_means_its_last_checkpoint(a_run):
+    point_to_best(a_run, None)
+    assert not (a_run / "best").is_symlink()
+    assert find_checkpoints(a_run) == ([a_run / "checkpoint-200"], [])
+    with pytest.raises(
+        FileNotFoundError, match="no best checkpoint is known.*checkpoint-9, checkpoint-10, checkpoint-"
+    ):
+        find_checkpoints(a_run / "best")
+
+
+def test_a_folder_without_checkpoints_has_no_last_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no complete checkpoint"):
+        find_checkpoints(tmp_path / "last")
+
+
+@pytest.mark.parametrize(("wanted", "steps"), [("", [10]), ("last", [10]), ("all", [9, 10])])
+def test_a_damaged_checkpoint_is_passed_over_and_named(wanted, steps, a_run):
+    point_to_best(a_run, None)
+    (a_run / "checkpoint-200" / "checksums.json").write_text('{"pytorch_model.bin": {"size": 7, "sha256": "0"}}')
+    found, damaged = find_checkpoints(a_run / wanted)
+    assert found == [a_run / f"checkpoint-{step}" for step in steps]
+    assert len(damaged) == 1 and "checkpoint-200 is damaged" in damaged[0]
+
+
+def test_a_run_may_be_called_best(a_run):
+    run = a_run / "runs" / "best"
+    (run / "checkpoint-5").mkdir(parents=True)
+    (run / "checkpoint-5" / "pytorch_model.bin").touch()
+    assert find_checkpoints(run) == ([run / "checkpoint-5"], [])
+
+
+def test_the_link_to_the_best_checkpoint_is_relative_and_moves_with_the_run(a_run):
+    moved = a_run.rename(a_run.with_name("moved"))
+    assert os.readlink(moved / "best") == "checkpoint-10"
+    assert find_checkpoints(moved) == ([moved / "checkpoint-10"], [])

@@ -291,6 +291,29 @@ def test_sampling_follows_the_seed(trained, monkeypatch, tmp_path):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_all_checkpoints_of_a_run_give_one_table_of_what_each_gives_alone(trained, monkeypatch, tmp_path, capsys):
+    settings = {**PREDICT_SETTINGS, "max_predict_samples": 4}  # sampling: each starts with the same random numbers
+    for step in (3, 5):
+        checkpoint = trained[0] / f"checkpoint-{step}"
+        run(monkeypatch, settings, ptuning_checkpoint=checkpoint, output_dir=tmp_path / f"alone-{step}")
+    capsys.readouterr()
+    run(monkeypatch, settings, ptuning_checkpoint=trained[0] / "all", output_dir=tmp_path)
+    folder = tmp_path / "all_checkpoints"
+    assert folder.joinpath("scores.png").read_bytes().startswith(b"\x89PNG")
+    head, *lines = (folder / "table.txt").read_text().splitlines()
+    assert "\n".join([head, *lines]) in capsys.readouterr().out
+    for step, line in zip((3, 5), lines, strict=True):
+        assert predictions(folder / f"checkpoint-{step}") == predictions(tmp_path / f"alone-{step}")
+        results = json.loads((tmp_path / f"alone-{step}" / "predict_results.json").read_text())
+        assert line.split() == [f"checkpoint-{step}", *(f"{results[name]:.4f}" for name in head.split())]
+    assert set(head.split()) == {f"predict_{name}" for name in ("rouge-1", "rouge-2", "rouge-l", "bleu-4")}
+
+
+def test_training_cannot_start_from_all_checkpoints(trained, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="a run starts from one checkpoint"):
+        run(monkeypatch, TRAIN_SETTINGS, ptuning_checkpoint=trained[0] / "all", output_dir=tmp_path / "run")
+
+
 def test_do_eval_generates_and_scores_the_validation_file(trained, monkeypatch, tmp_path):
     settings = {**PREDICT_SETTINGS, "do_predict": None, "test_file": None, "do_eval": True, "max_eval_samples": 4}
     settings["validation_file"] = SAMPLE / "dev.json"

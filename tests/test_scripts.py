@@ -29,19 +29,18 @@ def torchrun(processes, words):
 
 
 def test_train_and_evaluate_on_the_tiny_model_learn(tmp_path):
-    # The defaults of MODEL=tiny, in an output folder of the test's own.
-    done = bash(f"bash train.sh --output_dir {tmp_path} --logging_steps 50", MODEL="tiny")
+    # The defaults of MODEL=tiny, in a run of the test's own; evaluate.sh takes its best checkpoint.
+    run = os.path.relpath(tmp_path, ROOT / "output")  # CHECKPOINT is a name in output/
+    done = bash("bash train.sh --logging_steps 50", MODEL="tiny", CHECKPOINT=run)
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    dev_losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    assert dev_losses[-1] <= 0.75 * dev_losses[0]
+    dev_losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    assert dev_losses[200] <= 0.75 * dev_losses[0]
+    assert os.readlink(tmp_path / "best") == f"checkpoint-{min(dev_losses, key=dev_losses.get)}"
 
-    steps = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
-    tuned = bash(
-        f"bash evaluate.sh --ptuning_checkpoint {tmp_path}/checkpoint-{steps[-1]} --output_dir {tmp_path}/tuned",
-        MODEL="tiny",
-    )
+    tuned = bash(f"bash evaluate.sh --output_dir {tmp_path}/tuned", MODEL="tiny", CHECKPOINT=run)
     assert tuned.returncode == 0, tuned.stderr[-3000:]
+    assert f"/{os.readlink(tmp_path / 'best')}.\n" in tuned.stdout
     untuned = bash(
         f"python ptuning/main.py --do_predict --test_file {SAMPLE}/dev.json --prompt_column content "
         f"--response_column summary --model_name_or_path {TINY} --max_source_length 64 --max_target_length 64 "
@@ -61,6 +60,15 @@ def test_the_scripts_defaults_find_each_others_run():
         re.search(r"CHECKPOINT:-(.+)} #", (ROOT / script).read_text())[1] for script in ("train.sh", "evaluate.sh")
     ]
     assert names[0] == names[1]
+
+
+STEPS = {"3000": "/checkpoint-3000", "best": "/best", "last": "/last", "all": "/all", "": ""}
+
+
+@pytest.mark.parametrize(("step", "place"), STEPS.items())
+def test_step_is_a_number_or_a_word_or_left_to_the_program(step, place):
+    done = bash("source ptuning/common.sh; checkpoint_of_step", STEP=step, CHECKPOINT="run")
+    assert done.stdout == f"output/run{place}\n"
 
 
 @pytest.mark.parametrize("script", ["train.sh", "evaluate.sh", "train_chat.sh"])
