@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import SAMPLE, TINY
 
+from data import load_examples, read_dataset_info
+from tiny import make_general
 from tiny.make_sample import CONFLICTS, KINDS, MAX_CHARACTERS, MIN_CHARACTERS, POOLS, main, sample_rows
 from tiny.make_tiny import documents, encode_document
 
@@ -66,6 +68,35 @@ def test_every_conflict_names_words_of_the_grammar():
     words = {*KINDS, *POOLS, *(form for kind in KINDS.values() for form in kind.forms)}
     words |= {value for pool in POOLS.values() for value in pool.values}
     assert all(left | right <= words for left, right in CONFLICTS)
+
+
+# ---- general rows, for mixing
+
+
+@pytest.fixture(scope="module")
+def general():
+    return read_rows("general.json"), read_rows("general_dev.json")
+
+
+def test_the_generator_rebuilds_the_general_rows_byte_for_byte(tmp_path):
+    make_general.main(tmp_path)
+    for name in ("general.json", "general_dev.json"):
+        assert (tmp_path / name).read_bytes() == (SAMPLE / name).read_bytes()
+
+
+def test_no_general_row_occurs_twice_or_asks_for_an_advert(general, train, dev):
+    rows = general[0] + general[1]
+    assert (len(general[0]), len(general[1])) == (1200, 120)
+    assert len({json.dumps(row) for row in rows}) == len(rows)
+    contents = {row["content"] for row in train + dev}
+    assert not any(row["prompt"] in contents or "广告" in row["prompt"] for row in rows)
+    assert any(row["history"] for row in rows)
+
+
+def test_every_data_set_of_the_sample_can_be_named():
+    sources, notes = read_dataset_info(SAMPLE, "adverts,adverts_dev,general,general_dev")
+    rows = {name: len(load_examples(**source)[0]) for name, source in sources.items()}
+    assert rows == {"adverts": 2400, "adverts_dev": 240, "general": 1200, "general_dev": 120} and not notes
 
 
 # ---- the tiny model
