@@ -17,8 +17,9 @@ import warnings
 from pathlib import Path
 
 import safetensors
+import safetensors.torch
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import GenerationConfig
@@ -26,7 +27,7 @@ from transformers import GenerationConfig
 from arguments import SUPPORTED_BITS, check_quantization_bit
 from configuration_chatglm import ChatGLMConfig
 from data import parse_json
-from modeling_chatglm import ChatGLMForConditionalGeneration, unknown_token_ids
+from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies, unknown_token_ids
 from quantization import (
     choose_backend,
     is_quantized_weight,
@@ -307,6 +308,40 @@ def load_model(
     return model.eval()
 
 
+def stored_dtype(folder):
+    """Dtype of the float weights in a model folder."""
+    for file in weight_files(folder):
+        for name, tensor in read_tensors(file):
+            if name == FINGERPRINT_TENSOR:
+                return tensor.dtype
+    raise ValueError(f"{folder} has no {FINGERPRINT_TENSOR}. Is it the complete folder of a ChatGLM2 model?")
+
+
+def save_weights(model, folder, max_shard_size="2GB", file_format="safetensors"):
+    """Write a model's weights under their official names, its prefix left out; the names of the files.
+
+    `file_format` is safetensors or bin. Files of at most `max_shard_size`, with their index if there are several.
+    """
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
+    # Not needed here, but one of the official names.
+    weights[NOT_NEEDED] = rotary_frequencies(model.config.kv_channels).to(model.transformer.dtype_of_blocks)
+    pattern = "model{suffix}.safetensors" if file_format == "safetensors" else "pytorch_model{suffix}.bin"
+    try:
+        split = split_torch_state_dict_into_shards(weights, filename_pattern=pattern, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"--max_shard_size {max_shard_size}: expected a size such as 2GB or 500MB.") from error
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: weights[name].cpu().clone(memory_format=torch.contiguous_format) for name in names}
+        if file_format == "safetensors":
+            safetensors.torch.save_file(shard, folder / file, metadata={"format": "pt"})
+        else:
+            torch.save(shard, folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / (pattern.format(suffix="") + ".index.json"), index)
+    return list(split.filename_to_tensors)
+
+
 def check_tensor(tensor, name, expected, file):
     """Raise ValueError unless shape and kind of dtype are those the configuration asks for."""
     if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
@@ -359,6 +394,12 @@ def generation_config(tokenizer, config, **settings):
 
 
 # ---- the prefix
+
+
+def read_sidecar(checkpoint):
+    """What the sidecar of a checkpoint remembers, nothing where there is none."""
+    file = Path(checkpoint) / SIDECAR_FILE
+    return read_json(file) if file.is_file() else {}
 
 
 def save_prefix(model, folder, sidecar=None):
@@ -499,8 +540,7 @@ def read_prefix_settings(checkpoint):
         if bits not in (0, *SUPPORTED_BITS):
             raise ValueError(f"{config_file}: quantization_bit is {bits!r}, expected 4, 8, or 0 for float weights.")
         settings["quantization_bit"] = bits
-    if sidecar_file.is_file():
-        settings.update(read_json(sidecar_file))
+    settings.update(read_sidecar(checkpoint))
     for name, kind in SIDECAR_KINDS.items():
         value = settings.get(name)
         if value is not None and (not isinstance(value, kind) or (kind is int and value < 1)):
@@ -517,8 +557,7 @@ def load_prefix(model, checkpoint):
     Warns where the checkpoint remembers another base model of the same shape.
     """
     fill_prefix_encoder(model.transformer.prefix_encoder, checkpoint)
-    sidecar = Path(checkpoint) / SIDECAR_FILE
-    trained_on = read_json(sidecar).get("base_fingerprint") if sidecar.is_file() else None
+    trained_on = read_sidecar(checkpoint).get("base_fingerprint")
     if trained_on not in (None, getattr(model, "fingerprint", trained_on)):
         warnings.warn(
             f"{checkpoint} was trained on another base model than the one loaded now (fingerprint {trained_on}, "

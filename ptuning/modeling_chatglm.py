@@ -46,14 +46,18 @@ FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probabili
 TOP_K = 50  # the official code samples through generate(), whose default this was in transformers 4
 
 
+def rotary_frequencies(head_channels, device=None):
+    """Radians per position of every pair of channels (D/4), float32."""
+    rotary_channels = head_channels // 2
+    return ROPE_BASE ** (-torch.arange(0, rotary_channels, 2, device=device, dtype=torch.float32) / rotary_channels)
+
+
 def rotary_cos_sin(position_ids, head_channels, dtype):
     """Cosines and sines for `position_ids` (B, S): two tensors (B, 1, S, D/4) of `dtype`.
 
     ChatGLM2 rotates only the first half of a head, so D/2 channels make D/4 pairs.
     """
-    rotary_channels = head_channels // 2
-    exponents = torch.arange(0, rotary_channels, 2, device=position_ids.device, dtype=torch.float32)
-    angles = position_ids[:, None, :, None].float() * ROPE_BASE ** (-exponents / rotary_channels)
+    angles = position_ids[:, None, :, None].float() * rotary_frequencies(head_channels, position_ids.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -1,0 +1,226 @@
+"""Write a model as a folder of its own: re-sharded, in safetensors, in int4 or int8; or a prefix, ready to use.
+
+Answers to no official file. What comes out is in the official layout: weights under their official names, config.json,
+tokenizer; it loads as MODEL here, and in the official code. A prefix is no weight of the model: it stands in front of
+every layer's keys and values, so no folder of weights can contain it. It is written as those keys and values instead
+(projection computed, dropout gone), in the form of an official checkpoint, with the name of its base model and a
+program of ten lines that loads both.
+
+    python ptuning/export_model.py --model_name_or_path THUDM/chatglm2-6b --quantization_bit 4 --output_dir chatglm2-6b-int4
+    python ptuning/export_model.py --ptuning_checkpoint output/my-run/checkpoint-3000 --output_dir my-prefix
+"""
+
+import argparse
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+
+from arguments import check_quantization_bit, parse_words
+from failure import run
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="export_model.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from a given checkpoint.")
+    parser.add_argument("--ptuning_checkpoint", help="Write this trained prefix instead of weights.")
+    parser.add_argument("--output_dir", help="New folder for the result.")
+    parser.add_argument("--quantization_bit", type=int, help="4 or 8: write integer weights. [as they are]")
+    parser.add_argument("--max_shard_size", default="2GB", help="Largest weight file: a number and KB, MB or GB. [2GB]")
+    parser.add_argument(
+        "--format", choices=("safetensors", "bin"), default="safetensors", help="Of the weight files. [safetensors]"
+    )
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    args = parse_words(parser, argv)
+    if not args.output_dir:
+        raise ValueError("--output_dir is missing: the new folder for the result.")
+    if Path(args.output_dir).exists() and (not Path(args.output_dir).is_dir() or any(Path(args.output_dir).iterdir())):
+        raise ValueError(f"--output_dir {args.output_dir} exists already and is not empty. Give a new folder.")
+    if not args.model_name_or_path and not args.ptuning_checkpoint:
+        raise ValueError("--model_name_or_path is missing: the model to write, such as THUDM/chatglm2-6b.")
+    check_quantization_bit(args.quantization_bit)
+    if args.ptuning_checkpoint and (args.quantization_bit or args.format == "bin"):
+        raise ValueError(
+            "A prefix is always written as pytorch_model.bin in float32, apart from the base model. To quantize the "
+            "base model, export it without --ptuning_checkpoint."
+        )
+    return args
+
+
+if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
+    run(parse_arguments, sys.argv[1:])
+
+import torch
+from transformers.utils import logging
+
+from checkpoint import (
+    load_model,
+    load_prefix,
+    load_tokenizer,
+    publish_checkpoint,
+    read_config,
+    read_json,
+    read_prefix_settings,
+    read_sidecar,
+    resolve_folder,
+    save_prefix,
+    save_weights,
+    stage_checkpoint,
+    stored_dtype,
+    write_json,
+)
+from prefix_encoder import PrefixEncoder
+
+PROBE = "请写一段话，介绍一把蓝色的雨伞。"  # the logits of its prompt are compared
+# Beside the weights, as they are. Python files are copied for the official code, and never run here.
+COPIED = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "configuration_chatglm.py",
+    "modeling_chatglm.py",
+    "tokenization_chatglm.py",
+    "quantization.py",
+    "*LICENSE*",
+)
+LOADER = """# Loads this prefix onto its base model and answers. In the project's folder: PYTHONPATH=ptuning python {folder}/load.py
+import torch
+from checkpoint import load_model, load_prefix, load_tokenizer, read_config, resolve_folder
+
+base = resolve_folder({base!r})
+config = read_config(base, pre_seq_len={pre_seq_len})
+tokenizer = load_tokenizer(base, config)
+device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+model = load_model(base, config=config, dtype=dtype, device=device, quantization_bit={bits})
+load_prefix(model, {folder!r})
+print(model.chat(tokenizer, {probe!r}, do_sample=False)[0])
+"""
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    logging.set_verbosity_error()
+    (export_prefix if args.ptuning_checkpoint else export_weights)(args)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """A hidden folder to write into, which becomes `folder` when all is well, and goes when it is not."""
+    staging = stage_checkpoint(folder)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    publish_checkpoint(staging, folder)
+
+
+@torch.inference_mode()
+def probe(model, tokenizer):
+    """Logits (S, V) of a fixed prompt, float32 on the CPU."""
+    input_ids = torch.tensor([tokenizer.encode(tokenizer.build_prompt(PROBE))], device=model.device)
+    return model(input_ids, use_cache=False).logits[0].float().cpu()
+
+
+def compare(before, after, what):
+    """Say that two sets of logits agree; ValueError if they do not."""
+    difference = (before - after).abs().max().item()
+    if not difference <= 1e-6 * before.abs().max().item():
+        raise ValueError(
+            f"{what} gives other logits than the model it was made from (largest difference {difference:g}), so it was "
+            "not kept. The disk or the memory may be faulty; try again."
+        )
+    print(f"Read again: {before.shape[0]} x {before.shape[1]} logits, largest difference {difference:g}.")
+
+
+# ---- a folder of weights
+
+
+def export_weights(args):
+    """Write the weights of a model in the official layout, read them again, and compare."""
+    source = resolve_folder(args.model_name_or_path)
+    config = read_config(source, pre_seq_len=None)
+    dtype = stored_dtype(source)
+    bits = check_quantization_bit(args.quantization_bit, config.quantization_bit)
+    name = str(dtype).removeprefix("torch.")
+    print(f"Reading {source}: {f'int{bits} and ' if bits else ''}{name}.")
+    model = read_tuned_model(args, source, config, dtype)
+    tokenizer = load_tokenizer(source, config)
+    before = probe(model, tokenizer)
+    output_dir = Path(args.output_dir)
+    with new_folder(output_dir) as staging:
+        files = save_weights(model, staging, args.max_shard_size, args.format)
+        del model
+        settings = read_json(source / "config.json")
+        for key in ("dtype", "pre_seq_len", "prefix_projection"):
+            settings.pop(key, None)
+        settings.update({"torch_dtype": name, **({"quantization_bit": bits} if bits else {})})
+        write_json(staging / "config.json", settings)
+        for file in (file for pattern in COPIED for file in source.glob(pattern)):
+            shutil.copy(file, staging)
+        written = load_model(staging, dtype=dtype, quantization_backend="torch")
+        compare(before, probe(written, load_tokenizer(staging, written.config)), output_dir)
+    size = sum((output_dir / file).stat().st_size for file in files) / 1e6
+    print(f"Wrote {output_dir}: {size:,.1f} MB of weights in {len(files)} file{'s' if len(files) > 1 else ''}.")
+    if not (output_dir / "modeling_chatglm.py").is_file():
+        print(
+            "It loads here as it is. The official code also needs its own .py files in it, which were not in the source."
+        )
+
+
+def read_tuned_model(args, folder, config, dtype):
+    """The model to write, all that was tuned merged into its weights."""
+    return load_model(
+        folder, config=config, dtype=dtype, quantization_bit=args.quantization_bit, quantization_backend="torch"
+    )
+
+
+# ---- a prefix
+
+
+def export_prefix(args):
+    """Write the keys and values of a trained prefix as a checkpoint without projection; read it again and compare."""
+    saved = read_prefix_settings(args.ptuning_checkpoint)
+    base = args.model_name_or_path or saved.get("base_model")
+    if not base:
+        raise ValueError(f"{args.ptuning_checkpoint} does not say its base model; give --model_name_or_path.")
+    source = resolve_folder(base)
+    config = read_config(source, pre_seq_len=saved["pre_seq_len"], prefix_projection=saved["prefix_projection"])
+    tokenizer = load_tokenizer(source, config)
+    bits = saved.get("quantization_bit") or None
+    model = load_model(source, config=config, quantization_bit=bits, quantization_backend="torch")
+    load_prefix(model, args.ptuning_checkpoint)
+    before = probe(model, tokenizer)
+    model.transformer.prefix_encoder = computed_prefix(model.transformer.prefix_encoder, config)
+    config.prefix_projection = False
+    output_dir = Path(args.output_dir)
+    with new_folder(output_dir) as staging:
+        sidecar = {**read_sidecar(args.ptuning_checkpoint), "base_model": base, "base_fingerprint": model.fingerprint}
+        save_prefix(model, staging, sidecar)
+        tokenizer.save_pretrained(staging)
+        facts = {"base": base, "folder": str(output_dir), "pre_seq_len": saved["pre_seq_len"], "bits": bits}
+        (staging / "load.py").write_text(LOADER.format(**facts, probe=PROBE), encoding="utf-8")
+        model.transformer.prefix_encoder.embedding.weight.data.zero_()
+        load_prefix(model, staging)
+        compare(before, probe(model, tokenizer), output_dir)
+    shape = (saved["pre_seq_len"], config.num_layers, 2, config.num_key_value_heads, config.kv_channels)
+    print(
+        f"Wrote {output_dir}: the keys and values of {shape[0]} virtual tokens, float32, (tokens, layers, key and value, "
+        f"groups, channels) = {shape}.\n"
+        f"A prefix cannot be merged into weights: give {base} as the model and this folder as --ptuning_checkpoint, "
+        "or run load.py in it."
+    )
+
+
+@torch.no_grad()
+def computed_prefix(prefix_encoder, config):
+    """A PrefixEncoder without projection that yields the same keys and values."""
+    without = PrefixEncoder(type(config)(**{**config.to_dict(), "prefix_projection": False})).eval()
+    weight = prefix_encoder.embedding.weight
+    without.embedding.weight.copy_(weight if prefix_encoder.trans is None else prefix_encoder.trans(weight))
+    return without
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
