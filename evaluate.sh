@@ -14,7 +14,7 @@ PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # as in train.sh: part of the run's d
 LR=${LR:-2e-2}                             # likewise
 STEP=${STEP:-}                             # which checkpoint: 3000, best (lowest dev loss), last, or all in one table
                                            # empty: best, or last where no dev loss was measured
-EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-1}      # rows a GPU answers at once; greedy answers are the same for any
+EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-}       # rows a GPU answers at once, at most; empty: as many as fit
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # longest prompt, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # longest reference, tokens; prompt and answer get both together and 1
 QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: as in training
@@ -35,7 +35,7 @@ launch ptuning/main.py \
   --overwrite_output_dir \
   --max_source_length "$MAX_SOURCE_LENGTH" \
   --max_target_length "$MAX_TARGET_LENGTH" \
-  --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
+  ${EVAL_BATCH_SIZE:+--per_device_eval_batch_size "$EVAL_BATCH_SIZE"} \
   --predict_with_generate \
   ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
   "$@"

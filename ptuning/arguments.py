@@ -450,6 +450,7 @@ def parse_arguments(argv):
     except ValueError as error:  # transformers names the value, seldom the flag
         suspects = [f"--{name} {value}" for name, value in given.items() if str(value) and str(value) in str(error)]
         raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
+    training_args.prediction_batch_size = given.get("per_device_eval_batch_size")
     if training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     if "do_eval" not in given:

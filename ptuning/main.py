@@ -60,7 +60,7 @@ from data import (
     load_examples,
     read_dataset_info,
 )
-from memory import count_weights, memory_table
+from memory import count_weights, memory_table, rows_that_fit
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
 from resume import (
@@ -160,7 +160,7 @@ def main():
         quantization_backend=model_args.quantization_backend,
     )
     say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
-    say(memory_table(model, **largest_batch(train_data, data_args, training_args)))
+    say(memory_table(model, **largest_batch(model, train_data, data_args, training_args)))
     if len(checkpoints) == 1 and not resume_from:
         load_prefix(model, model_args.ptuning_checkpoint)
         kind = "with projection" if model_args.prefix_projection else "without projection"
@@ -451,7 +451,7 @@ def longest_example(dataset, data_args):
     )
 
 
-def largest_batch(train_data, data_args, training_args):
+def largest_batch(model, train_data, data_args, training_args):
     """What memory_table must know of the largest batch of training or, without training, of prediction."""
     if train_data is not None:
         length = longest_example(train_data, data_args)
@@ -461,11 +461,12 @@ def largest_batch(train_data, data_args, training_args):
             "num_supervised": min(length, data_args.max_target_length + 1),
             "checkpointing": training_args.gradient_checkpointing,
         }
-    return {
-        "batch_size": training_args.per_device_eval_batch_size * (data_args.num_beams or 1),
-        "length": data_args.max_source_length + data_args.max_target_length + 1,
-        "num_supervised": 0,
-    }
+    length = data_args.max_source_length + data_args.max_target_length + 1
+    if (data_args.num_beams or 1) > 1:
+        batch_size = training_args.per_device_eval_batch_size * data_args.num_beams
+    else:
+        batch_size = training_args.prediction_batch_size or rows_that_fit(model, length)
+    return {"batch_size": batch_size, "length": length, "num_supervised": 0}
 
 
 def check_fits(dataset, seq_length, data_args):

@@ -16,12 +16,17 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
     process       on a CPU only: Python and the libraries, PROCESS_BYTES
 """
 
+import os
+
+import psutil
+import torch
 from torch import nn
 
 from modeling_chatglm import loss_rows
 from quantization import QuantizedLinear
 
 PROCESS_BYTES = 510_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
+MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
 
 
 def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -101,3 +106,23 @@ def memory_table(model: nn.Module, **batch) -> str:
 def in_words(size: int) -> str:
     """Bytes as MB below 1 GB, else as GB, in powers of ten."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on a device; of a machine's own, which its processes share, its part."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def rows_that_fit(model: nn.Module, length: int) -> int:
+    """How many rows of `length` tokens, prompt and answer together, to generate for at once: a power of two.
+
+    They may take half of the free memory. Beyond MOST_ROWS a step takes longer and a row is answered no sooner.
+    """
+    sizes = [
+        sum(estimate_peak_bytes(model, batch_size=rows, length=length, num_supervised=0).values()) for rows in (1, 2)
+    ]
+    room = free_bytes(model.device) // 2 // max(1, sizes[1] - sizes[0])
+    return min(1 << max(0, room.bit_length() - 1), MOST_ROWS[model.device.type])

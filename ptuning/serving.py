@@ -6,17 +6,15 @@ use of `stream_chat`. It differs in three ways.
 One model in memory answers with any prefix, or with none: the prefix is not a part of the model here but the
 first entries of an answer's KV cache, so two answers that are computed side by side may have different ones.
 
-Answers are computed together. A worker thread owns the model; in every step it feeds one token of each running
-answer. New answers join and finished ones leave between steps:
-
-    cache of answer 1   [........ prefix | prompt | answer]     padded on the left to the longest, and masked
-    cache of answer 2   [ prefix | prompt | answer .......]     there; positions count from 0 after the prefix
+Answers are computed together, by the Batch of generation.py. A worker thread owns the model; in every step it feeds one
+token of each running answer. New answers join and finished ones leave between steps.
 
 A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
 what follows the part they share is computed: an edited history simply shares less.
 """
 
 import queue
+import random
 import socket
 import threading
 import time
@@ -25,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
 
 from arguments import check_ranges
 from checkpoint import (
@@ -41,11 +37,11 @@ from checkpoint import (
     resolve_folder,
 )
 from configuration_chatglm import ChatGLMConfig
-from modeling_chatglm import TOP_K, TRAINING_DATE, unknown_token_ids
+from generation import Batch, choose
+from modeling_chatglm import TRAINING_DATE
 from prefix_encoder import PrefixEncoder
 
 BASE = "base"  # name of the model without a prefix
-PREFILL_TOKENS = 1024  # of a prompt fed at once: bounds the memory of its attention mask
 MAX_BODY_BYTES = 2**20  # of a request to the page or the API
 
 
@@ -106,13 +102,10 @@ class Answer:
 
 @dataclass(eq=False)
 class Row:
-    """What the worker knows of a running answer; `layers` is None while its cache is a row of the batch."""
+    """What the worker knows of a running answer, beside its cache in the batch."""
 
     answer: Answer
-    prefix_length: int
-    length: int  # entries in its cache: prefix, prompt and answer, but not `next_id`
-    layers: list | None
-    generator: torch.Generator
+    generator: random.Random
     started: float
     next_id: int = 0
 
@@ -140,10 +133,9 @@ class ChatServer:
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
         self._prefixes = {BASE: []}
-        self._unknown_ids = unknown_token_ids(tokenizer, model.config)
         self._memories = OrderedDict()  # session -> Memory
         self._running = []  # rows; row i is row i of the batch
-        self._cache = None  # DynamicCache of the batch
+        self._batch = Batch(model, max_batch)
         self._waiting = []
         self._unfinished = 0  # answers waiting, starting and running
         self._closed = False
@@ -310,7 +302,8 @@ class ChatServer:
             except RuntimeError as error:  # out of memory, most likely: give all of it back and go on
                 answers = [row.answer for row in self._running] + arrived
                 with self._changed:
-                    self._running, self._cache = [], None
+                    self._running, self._batch = [], None
+                self._batch = Batch(self.model, self.max_batch)
                 for answer in answers:
                     if answer.finish_reason is None:
                         self._end(answer, "error", error)
@@ -318,32 +311,24 @@ class ChatServer:
     @torch.inference_mode()
     def _advance(self, arrived):
         """Feed the prompts that arrived, hand out the token each answer has chosen, and compute the next ones."""
-        joining = []
         for answer in arrived:
             try:
-                joining.append(self._start(answer))
+                logits = self._start(answer)
             except RuntimeError as error:  # the others go on
                 self._end(answer, "error", error)
-        if joining:
-            self._rebatch(self._running + joining)
+            else:
+                self._choose(self._running[-1:], logits)
         ended = [(row, reason) for row in self._running if (reason := self._accept(row))]
         for row, reason in ended:
             self._remember(row)
+            self._remove(row)
             self._end(row.answer, reason)
-        if ended:
-            gone = [row for row, _ in ended]
-            self._rebatch([row for row in self._running if row not in gone])
         if self._running:
             self._step()
 
     def _start(self, answer):
-        """Feed the part of the prompt that is not in the conversation's cache, and choose the first token."""
+        """Feed the part of the prompt that is not in the conversation's cache; logits (1, V) of the first token."""
         started = time.monotonic()
-        generator = torch.Generator(self.model.device)
-        if answer.sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(answer.sampling.seed)
         prefix_length = answer.prefix[0][0].shape[2] if answer.prefix else 0
         layers = answer.prefix
         with self._changed:
@@ -352,44 +337,33 @@ class ChatServer:
             answer.reused_tokens = shared_length(memory.token_ids, answer.token_ids[:-1])
             kept = prefix_length + answer.reused_tokens
             layers = [(key[:, :, :kept], value[:, :, :kept]) for key, value in memory.layers]
-        cache = make_cache(layers)
-        position = answer.reused_tokens
-        for token_ids in torch.tensor([answer.token_ids[position:]]).split(PREFILL_TOKENS, dim=1):
-            position_ids = torch.arange(position, position + token_ids.shape[1])[None]
-            logits = self._feed(token_ids, position_ids, None, cache)
-            position += token_ids.shape[1]
-        row = Row(answer, prefix_length, prefix_length + position, layers_of(cache), generator, started)
-        row.next_id = choose(logits[0], answer.sampling, generator)
-        return row
-
-    def _feed(self, token_ids, position_ids, mask, cache):
-        """Logits (B, V) of the last position, -inf where the tokenizer has no token."""
-        device = self.model.device
-        logits = self.model(
-            token_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            position_ids=position_ids.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        if self._unknown_ids:
-            logits[:, self._unknown_ids] = -torch.inf
+        logits = self._feed(self._batch.admit, [answer.token_ids[answer.reused_tokens :]], layers, prefix_length)
+        with self._changed:
+            self._running.append(Row(answer, random.Random(answer.sampling.seed), started))
         return logits
+
+    def _feed(self, feed, *inputs):
+        """Logits (rows, V) from admit() or step() of the batch, of the ids that are tokens."""
+        return feed(*inputs)[:, : self.tokenizer.vocab_size]
 
     def _step(self):
         """Feed the chosen token of every running answer, and choose the next."""
-        lengths = torch.tensor([[row.length] for row in self._running])  # (B, 1)
-        prefix_lengths = torch.tensor([[row.prefix_length] for row in self._running])
-        width = int(lengths.max())
-        mask = None
-        if width > int(lengths.min()):
-            mask = torch.arange(width + 1) >= width - lengths  # (B, width + 1)
-        token_ids = torch.tensor([[row.next_id] for row in self._running])
-        logits = self._feed(token_ids, lengths - prefix_lengths, mask, self._cache)
-        for row, scores in zip(self._running, logits, strict=True):
-            row.length += 1
-            row.next_id = choose(scores, row.answer.sampling, row.generator)
+        self._choose(self._running, self._feed(self._batch.step, [row.next_id for row in self._running]))
+
+    def _choose(self, rows, logits):
+        settings = [row.answer.sampling for row in rows]
+        temperatures, top_ps = [each.temperature for each in settings], [each.top_p for each in settings]
+        chosen = choose(logits, temperatures, top_ps, [row.generator.random() for row in rows])
+        for row, token_id in zip(rows, chosen, strict=True):
+            row.next_id = token_id
+
+    def _remove(self, row):
+        """Take an answer out of the batch."""
+        place = self._running.index(row)
+        self._batch.remove(place)
+        with self._changed:
+            self._running[place] = self._running[-1]
+            self._running.pop()
 
     def _accept(self, row):
         """Add the chosen token to the answer; the finish_reason if it is over, else None."""
@@ -423,40 +397,15 @@ class ChatServer:
         if answer.notify:
             answer.notify(answer)
 
-    def _layers(self, row):
-        """The cache of one row, without its padding: views into the batch."""
-        if row.layers is not None:
-            return row.layers
-        index = self._running.index(row)
-        return [
-            (key[index : index + 1, :, -row.length :], value[index : index + 1, :, -row.length :])
-            for key, value in layers_of(self._cache)
-        ]
-
-    def _rebatch(self, rows):
-        """Make `rows` the running ones: their caches padded on the left to one length, in one batch."""
-        caches = [self._layers(row) for row in rows]
-        width = max((row.length for row in rows), default=0)
-        padding = [(0, 0, width - row.length, 0) for row in rows]
-        stacked = [
-            tuple(
-                torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
-                for parts in zip(*pairs, strict=True)
-            )
-            for pairs in zip(*caches, strict=True)
-        ]
-        for row in rows:
-            row.layers = None
-        with self._changed:
-            self._running, self._cache = rows, make_cache(stacked)
-
     def _remember(self, row):
         """Keep the cache of a conversation; the one that was idle longest makes room."""
         answer = row.answer
         if answer.session is None:
             return
-        token_ids = (answer.token_ids + answer.response_ids)[: row.length - row.prefix_length]
-        layers = [(key.clone(), value.clone()) for key, value in self._layers(row)]
+        place = self._running.index(row)
+        fed = self._batch.lengths[place] - self._batch.prefix_lengths[place]  # the last token may not have been
+        token_ids = (answer.token_ids + answer.response_ids)[:fed]
+        layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
         with self._changed:
             self._memories[answer.session] = Memory(answer.model, token_ids, layers)
             while len(self._memories) > self.max_sessions:
@@ -472,35 +421,12 @@ def check_text(query, history):
             raise ValueError(f"The text holds half a surrogate pair ({ascii(text[error.start])}).") from error
 
 
-def make_cache(layers):
-    """A cache that holds the key and value (B, G, T, D) of every layer."""
-    cache = DynamicCache()
-    for index, (key, value) in enumerate(layers):
-        cache.update(key, value, index)
-    return cache
-
-
-def layers_of(cache):
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
 def shared_length(left, right):
     """How many tokens two sequences have in common at their start."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index
     return min(len(left), len(right))
-
-
-def choose(scores, sampling, generator):
-    """One token id from scores (V,): the likeliest at temperature 0, else by top-k 50 and top-p as stream_chat does."""
-    if sampling.temperature < 1e-4 or sampling.top_p == 0:
-        return int(scores.argmax())
-    scores, token_ids = scores.topk(min(TOP_K, scores.shape[0]))  # the likeliest first
-    probabilities = (scores / sampling.temperature).softmax(-1)
-    likelier = probabilities.cumsum(-1) - probabilities  # mass of the tokens before each
-    probabilities = probabilities.masked_fill(likelier >= sampling.top_p, 0)
-    return int(token_ids[probabilities.multinomial(1, generator=generator)])
 
 
 def hold_back(text, patterns):

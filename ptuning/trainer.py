@@ -8,13 +8,16 @@ everything that a resumed run needs to go on exactly like one that was never sto
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from arguments import TrainingArguments
 from checkpoint import (
@@ -29,6 +32,8 @@ from checkpoint import (
     stage_checkpoint,
 )
 from data import EvenBatches, WithBlankRow
+from generation import answer_prompts
+from memory import rows_that_fit
 from resume import (
     StopOnSignal,
     gather,
@@ -44,6 +49,9 @@ from watch import RunWatch, StepWatch
 @dataclass
 class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
     """Every flag of training: those of arguments.py count where transformers has one of the same name."""
+
+    # --per_device_eval_batch_size where it was given, which holds for the dev loss in any case; None: what fits
+    prediction_batch_size: int | None = field(default=None, init=False)
 
 
 class PrefixTrainer(Seq2SeqTrainer):
@@ -223,9 +231,53 @@ class PrefixTrainer(Seq2SeqTrainer):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="predict", **generation_settings):
         """Generate an answer to every row, in the order of the rows.
 
-        Returns transformers' PredictionOutput: `predictions` (rows, longest answer) token ids, padded with
-        -100, and `label_ids` likewise.
+        Returns transformers' PredictionOutput; its `predictions` are the token ids of each answer. Every process
+        answers a share of the rows, and has all answers afterwards. Raises ValueError for a prompt that leaves no
+        room for an answer.
         """
+        config = self.generation_config
+        prompts = test_dataset["input_ids"][:]
+        names = [name for name in ("dataset", "row") if name in test_dataset.column_names]
+        rows = list(zip(*(test_dataset[name][:] for name in names), strict=True))
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(prompt) >= config.max_length:
+                raise ValueError(
+                    f"Row {row[-1]}: the prompt has {len(prompt)} tokens, and prompt and answer together may have "
+                    f"{config.max_length} (--generation_max_length, and seq_length of the model). Lower "
+                    "--max_source_length."
+                )
+        if config.num_beams > 1:
+            return self._predict_with_beams(test_dataset, ignore_keys, metric_key_prefix, **generation_settings)
+        started = time.time()
+        model, was_training = self.accelerator.unwrap_model(self.model), self.model.training
+        model.eval()
+        batch_size = self.args.prediction_batch_size or rows_that_fit(model, config.max_length)
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        mine = by_length[self.args.process_index :: self.args.world_size]  # equal work for all
+        with tqdm(
+            total=len(mine), desc=metric_key_prefix, disable=self.args.disable_tqdm or self.args.process_index
+        ) as bar:
+            answers = answer_prompts(
+                model,
+                [prompts[index] for index in mine],
+                config.max_length,
+                num_known=self.processing_class.vocab_size,
+                batch_size=batch_size,
+                rows=[rows[index] for index in mine],
+                seed=self.args.seed,
+                temperature=config.temperature if config.do_sample else 0.0,
+                top_p=config.top_p,
+                progress=bar.update,
+            )
+        model.train(was_training)
+        answers = dict(pair for part in gather(list(zip(mine, answers, strict=True))) for pair in part)
+        metrics = speed_metrics(metric_key_prefix, started, len(prompts), -(-len(prompts) // batch_size))
+        output = PredictionOutput([answers[index] for index in range(len(prompts))], None, metrics)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return output
+
+    def _predict_with_beams(self, test_dataset, ignore_keys, metric_key_prefix, **generation_settings):
+        """The same by the library's generate(), batch by batch."""
         training = self.data_collator, self.gather_function, self.args.train_sampling_strategy
         self.data_collator, self.args.train_sampling_strategy = self.collate_prediction, "random"
         self.generating = True
@@ -250,7 +302,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation_settings):
-        """The (1, 2) nats and supervised tokens of a batch in training form, or the answers to a batch of prompts.
+        """The (1, 2) nats and supervised tokens of a batch in training form, or the answers to a batch of prompts,
+        found with beams.
 
         Answers are (B, longest) int64. The official code limits prompt, padding and answer together to
         `max_length`, at a batch size of 1; here the padding does not count, so that each row gets the room

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SAMPLE, TINY
 
 import main
+import trainer
 
 TRAIN_SETTINGS = {
     "do_train": True,
@@ -266,6 +267,27 @@ def test_greedy_predictions_are_the_same_at_any_batch_size(batch_size, predicted
     settings = {**PREDICT_SETTINGS, "do_sample": "false", "per_device_eval_batch_size": batch_size}
     run(monkeypatch, settings, ptuning_checkpoint=trained[0] / "checkpoint-5", output_dir=tmp_path)
     assert predictions(tmp_path) == predictions(predicted)
+
+
+def test_without_a_batch_size_prediction_takes_as_many_rows_as_fit(predicted, trained, monkeypatch, tmp_path):
+    sizes = []
+    answer_prompts = trainer.answer_prompts
+    monkeypatch.setattr(
+        trainer,
+        "answer_prompts",
+        lambda *a, batch_size, **k: sizes.append(batch_size) or answer_prompts(*a, batch_size=batch_size, **k),
+    )
+    settings = {**PREDICT_SETTINGS, "do_sample": "false", "ptuning_checkpoint": trained[0] / "checkpoint-5"}
+    for name, batch_size in (("given", 4), ("automatic", None)):
+        run(monkeypatch, settings, per_device_eval_batch_size=batch_size, output_dir=tmp_path / name)
+        assert predictions(tmp_path / name) == predictions(predicted)
+    assert sizes == [4, 64]
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_an_error(trained, monkeypatch, tmp_path):
+    settings = {**PREDICT_SETTINGS, "ptuning_checkpoint": trained[0] / "checkpoint-5", "output_dir": tmp_path}
+    with pytest.raises(ValueError, match=r"Row 1: the prompt has \d+ tokens.*--generation_max_length"):
+        run(monkeypatch, settings, generation_max_length=20)
 
 
 def test_the_official_limit_counts_prompt_and_answer(trained, monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import synthetic_model
 
-from memory import count_weights, estimate_peak_bytes, memory_table
+from memory import MOST_ROWS, count_weights, estimate_peak_bytes, free_bytes, memory_table, rows_that_fit
 from quantization import QuantizedLinear, quantize_model_
 
 BATCH = {"batch_size": 2, "length": 16, "num_supervised": 8}
@@ -74,3 +74,19 @@ def test_the_table_names_kinds_bits_batch_and_the_total():
     assert [line.split()[0] for line in text.splitlines()] == ["weights", "float32", "int4", "trained", "Estimated"]
     assert "training on 2 rows x 16 tokens" in text
     assert "generating for 2 rows x 16 tokens" in memory_table(frozen_model(4), **{**BATCH, "num_supervised": 0})
+
+
+def test_as_many_rows_are_generated_for_as_half_of_the_free_memory_holds(monkeypatch):
+    model = frozen_model()
+    one, two = (
+        sum(estimate_peak_bytes(model, batch_size=rows, length=16, num_supervised=0).values()) for rows in (1, 2)
+    )
+    for rows, expected in ((0.5, 1), (1, 1), (3, 2), (9, 8), (10**6, MOST_ROWS["cpu"])):
+        monkeypatch.setattr("memory.free_bytes", lambda device, rows=rows: int(2 * rows * (two - one)) + 1)
+        assert rows_that_fit(model, 16) == expected
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    alone = free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.5)

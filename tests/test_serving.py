@@ -17,7 +17,6 @@ from serving import (
     Busy,
     ChatServer,
     Sampling,
-    choose,
     hold_back,
     load_server,
 )
@@ -222,7 +221,7 @@ def test_closing_the_stream_cancels(server):
     assert answer.cancelled
 
 
-@pytest.mark.parametrize("where", ["_feed", "_step", "_rebatch"])
+@pytest.mark.parametrize("where", ["_feed", "_step", "_remove"])
 def test_an_error_of_the_model_ends_the_answer_and_not_the_server(server, monkeypatch, where):
     def fail(*inputs):
         raise RuntimeError("out of memory\nmore")
@@ -336,15 +335,6 @@ def test_sampling_refuses_values_that_would_break_it():
     for settings in ({"top_p": 1.1}, {"temperature": -1}, {"max_new_tokens": 0}, {"top_p": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             Sampling(**settings)
-
-
-def test_choose_takes_the_likeliest_at_temperature_0_and_within_top_p():
-    scores = torch.tensor([0.0, 3.0, 2.9, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    assert choose(scores, Sampling(temperature=0), generator) == 1
-    assert choose(scores, Sampling(top_p=0), generator) == 1
-    drawn = {choose(scores, Sampling(temperature=1, top_p=0.6), generator) for _ in range(50)}
-    assert drawn == {1, 2}
 
 
 def test_the_answer_counts_its_speed():
