@@ -166,6 +166,13 @@ class TrainingArguments:
             "for overflow in every layer."
         },
     )
+    precision: Literal["auto", "official"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: bfloat16 weights where the GPU has it, else float16 with loss scaling; float32 on a CPU. "
+            "official: the recipe of the official scripts number for number, to reproduce their runs."
+        },
+    )
     early_stopping: bool = field(
         default=False, metadata={"help": "End the run where the dev loss, or else the training loss, keeps rising."}
     )
@@ -575,6 +582,7 @@ def check(model_args, data_args, training_args):
     for group in (model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
+    check_precision(training_args)
     if not 0 < data_args.top_p:
         raise ValueError(f"--top_p {data_args.top_p}: expected more than 0 and at most 1.")
     if data_args.do_sample and not 0 < data_args.temperature:
@@ -584,6 +592,16 @@ def check(model_args, data_args, training_args):
             check_object(name, value)
     if not model_args.ptuning_checkpoint:  # else its own settings may complete these
         check_complete(model_args, data_args, training_args)
+
+
+def check_precision(training_args):
+    """ValueError for flags that ask for two different precisions, or for a recipe that the official one is not."""
+    halves = [name for name in ("fp16", "bf16", "fp16_full_eval", "bf16_full_eval") if getattr(training_args, name)]
+    if training_args.precision == "official" and halves:
+        raise ValueError(
+            f"--precision official and --{halves[0]} contradict each other: the official recipe is float16 weights "
+            f"without loss scaling. Leave one of the two out."
+        )
 
 
 FILES = {"train": "train_file", "eval": "validation_file", "predict": "test_file"}

@@ -223,8 +223,13 @@ def weight_files(folder):
 # ---- the base model
 
 
-def choose_dtype(device, fp16=False, bf16=False):
-    """Dtype of the frozen weights and the reason, in words. The prefix and the loss are always float32."""
+def choose_dtype(device, fp16=False, bf16=False, official=False):
+    """Dtype of the frozen weights and the reason, in words. The prefix is always float32, and so is the loss.
+
+    Except with `official`, the recipe of 2023 to the letter: see official.py.
+    """
+    if official:
+        return torch.float16, "--precision official: no loss scaling, loss rounded to float16"
     if torch.device(device).type != "cuda":
         reason = "half precision is slower and less exact on a CPU" if fp16 or bf16 else "no GPU"
         return torch.float32, reason

@@ -798,8 +798,12 @@ def _pad(sequences: list[list[int]], value: int, length: int, left: bool = False
     return torch.tensor([first + second for first, second in pairs], dtype=torch.int64)
 
 
-def collate_training(features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8):
+def collate_training(
+    features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8, min_length: int = 0
+):
     """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up. `row` (B,).
+
+    S is at least `min_length`.
 
     There is no attention mask: under causal attention no token sees the padding to its right. Nothing is supervised
     in a blank row, see WithBlankRow.
@@ -812,7 +816,7 @@ def collate_training(features, *, pad_token_id: int, label_pad_id: int = IGNORED
     if not blank.all() and not any(any_supervised(feature["labels"]) for feature in features):
         raise ValueError(f"row {shown_rows(rows)}: a batch without a single supervised token, nothing to learn from")
     longest = max(len(feature["input_ids"]) for feature in features)
-    length = -(-longest // multiple_of) * multiple_of
+    length = max(min_length, -(-longest // multiple_of) * multiple_of)
     labels = _pad([feature["labels"] for feature in features], label_pad_id, length)
     return {
         "input_ids": _pad([feature["input_ids"] for feature in features], pad_token_id, length),

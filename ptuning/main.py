@@ -149,7 +149,12 @@ def main():
 
     # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
     dtype, reason = set_precision(training_args)
-    say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); prefix and loss: float32.")
+    official = training_args.precision == "official"
+    full = "prefix" if official else "prefix, optimizer, loss and gradient norm"
+    say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); {full}: float32.")
+    backend = model_args.quantization_backend
+    if official and backend == "auto":  # the official kernels unpack to float16 and multiply in float16, as this one
+        backend = "torch"
     started = time.monotonic()
     model = load_model(
         folder,
@@ -157,7 +162,7 @@ def main():
         dtype=dtype,
         device=training_args.device,
         quantization_bit=model_args.quantization_bit,
-        quantization_backend=model_args.quantization_backend,
+        quantization_backend=backend,
     )
     say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
     say(memory_table(model, **largest_batch(model, train_data, data_args, training_args)))
@@ -184,7 +189,12 @@ def main():
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
-        data_collator=partial(collate_training, pad_token_id=tokenizer.pad_token_id, label_pad_id=label_pad_id),
+        data_collator=partial(
+            collate_training,
+            pad_token_id=tokenizer.pad_token_id,
+            label_pad_id=label_pad_id,
+            **({"multiple_of": 1, "min_length": max_length} if official else {}),
+        ),
         collate_prediction=partial(collate_prediction, pad_token_id=tokenizer.pad_token_id),
         generation_config=generation_config(
             tokenizer,
@@ -436,8 +446,9 @@ def set_precision(training_args):
     """Dtype of the frozen weights and why. Of the Trainer's own mixed precision only loss scaling remains."""
     fp16 = training_args.fp16 or training_args.fp16_full_eval
     bf16 = training_args.bf16 or training_args.bf16_full_eval
-    dtype, reason = choose_dtype(training_args.device, fp16, bf16)
-    training_args.fp16 = dtype == torch.float16 and training_args.do_train
+    official = training_args.precision == "official"
+    dtype, reason = choose_dtype(training_args.device, fp16, bf16, official)
+    training_args.fp16 = dtype == torch.float16 and training_args.do_train and not official
     training_args.mixed_precision = "fp16" if training_args.fp16 else "no"
     training_args.bf16 = training_args.fp16_full_eval = training_args.bf16_full_eval = False
     return dtype, reason

@@ -520,6 +520,8 @@ def unknown_token_ids(tokenizer, config):
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods."""
 
+    official_loss = None  # with --precision official, the function of official.py that training goes through
+
     def __init__(self, config):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
@@ -550,6 +552,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         While training with labels, `logits` is None: nothing needs them and they are the largest tensor.
         """
         only_loss = self.training and labels is not None
+        if only_loss and self.official_loss is not None:
+            return CausalLMOutputWithPast(loss=self.official_loss(self, input_ids, labels))
         packing = Packing.of_labels(labels) if only_loss and attention_mask is None and not use_cache else None
         output = self.transformer(
             input_ids,

@@ -34,6 +34,7 @@ from checkpoint import (
 from data import EvenBatches, WithBlankRow
 from generation import answer_prompts
 from memory import rows_that_fit
+from official import OfficialAdamW, official_loss
 from resume import (
     StopOnSignal,
     gather,
@@ -68,6 +69,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.collate_prediction = collate_prediction
         self.generation_config = generation_config
         self.sidecar = sidecar or {}
+        self.official = self.args.precision == "official"
+        if self.official:
+            self.model.official_loss = official_loss
+            self.model_accepts_loss_kwargs = False  # the mean of the batches' means
         # Every process has read the same frozen weights: only the prefix is synchronized, and its gradient summed.
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
         frozen += [name for name, _ in self.model.named_buffers()]
@@ -84,7 +89,7 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
         """As the Trainer's, but for a loss no row is repeated to give every process as many as the others."""
-        if self.generating or self.args.world_size == 1 or self.args.dataloader_drop_last:
+        if self.generating or self.official or self.args.world_size == 1 or self.args.dataloader_drop_last:
             return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
         loader = super()._get_dataloader(
             WithBlankRow(dataset), *args, sampler_fn=lambda _: sampler_fn(dataset), **kwargs
@@ -95,7 +100,6 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("row")
-        rows = rows[rows > 0]  # without blank ones
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.watch.saw_batch(loss, rows)
         return loss
@@ -110,6 +114,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
             self.watch.read()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.official and self.optimizer is None:
+            self.optimizer = OfficialAdamW(self.model, self.args)
+        return super().create_optimizer(*args, **kwargs)
 
     # ---- checkpoints
 

@@ -143,7 +143,8 @@ def step_flags(step):
 
 def gather_batches(step):
     """(losses, lists of row numbers) of the batches that all processes had in this step."""
-    mine = [(loss.item(), rows.tolist()) for loss, rows in zip(step.losses, step.rows, strict=True)]
+    batches = zip(step.losses, step.rows, strict=True)
+    mine = [(loss.item(), [row for row in rows.tolist() if row]) for loss, rows in batches]  # without blank ones, 0
     everyones = [mine]
     if torch.distributed.is_initialized():
         everyones = [None] * torch.distributed.get_world_size()
