@@ -216,7 +216,7 @@ def test_a_flag_that_transformers_still_has_is_left_alone():
 def test_the_flags_read_from_the_source_of_transformers_are_its_own():
     flags = library_flags()
     declared = {entry.name: entry for entry in dataclasses.fields(PrefixTrainingArguments) if entry.init}
-    assert declared.keys() - flags.keys() == {"early_stopping", "overwrite_output_dir"}
+    assert declared.keys() - flags.keys() == {"early_stopping", "overwrite_output_dir", "precision"}
     assert flags.keys() <= declared.keys()
     for name in flags.keys() - {"logging_nan_inf_filter", "optim"}:  # ours has another default; its default is computed
         if declared[name].default is not dataclasses.MISSING:
