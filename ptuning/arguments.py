@@ -173,6 +173,7 @@ class TrainingArguments:
             "official: the recipe of the official scripts number for number, to reproduce their runs."
         },
     )
+    plot_loss: bool = field(default=True, metadata={"help": "Draw training_loss.png when training ends."})
     early_stopping: bool = field(
         default=False, metadata={"help": "End the run where the dev loss, or else the training loss, keeps rising."}
     )
@@ -703,5 +704,6 @@ def parse_words(parser, argv):
         hint = f"Did you mean {near[0]}?" if near else f"python ptuning/{parser.prog} --help lists the flags."
         raise ValueError(f"Unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}. {hint}")
     check_ranges(args)
-    check_quantization_bit(args.quantization_bit)
+    if "quantization_bit" in args:
+        check_quantization_bit(args.quantization_bit)
     return args

@@ -44,7 +44,9 @@ STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
 CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
 BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
 SIDECAR_KINDS = {
-    **dict.fromkeys("base_model prompt_column response_column history_column source_prefix".split(), str),
+    **dict.fromkeys(
+        "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
+    ),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
 }
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

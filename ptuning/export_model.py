@@ -38,7 +38,6 @@ def parse_arguments(argv):
         raise ValueError(f"--output_dir {args.output_dir} exists already and is not empty. Give a new folder.")
     if not args.model_name_or_path and not args.ptuning_checkpoint:
         raise ValueError("--model_name_or_path is missing: the model to write, such as THUDM/chatglm2-6b.")
-    check_quantization_bit(args.quantization_bit)
     if args.ptuning_checkpoint and (args.quantization_bit or args.format == "bin"):
         raise ValueError(
             "A prefix is always written as pytorch_model.bin in float32, apart from the base model. To quantize the "

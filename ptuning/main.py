@@ -60,7 +60,7 @@ from data import (
     load_examples,
     read_dataset_info,
 )
-from memory import count_weights, memory_table, rows_that_fit
+from memory import count_weights, memory_table, peak_memory_gb, rows_that_fit
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
 from resume import (
@@ -181,7 +181,7 @@ def main():
     record = None
     if training_args.do_train:
         record = training_record(
-            training_args, data_args.train_file or data_args.dataset, digest(train_data), model_args.quantization_bit
+            training_args, data_args.dataset or data_args.train_file, digest(train_data), model_args.quantization_bit
         )
     trainer = PrefixTrainer(
         model=model,
@@ -231,11 +231,12 @@ def main():
         say(describe_schedule(training_args, len(train_data), model))
         result = trainer.train(resume_from_checkpoint=resume_from)
         if trainer.state.global_step >= trainer.state.max_steps or not trainer.stop.agreed:
-            result.metrics["train_samples"] = len(train_data)
+            result.metrics.update(count_trainable(model), train_samples=len(train_data))
+            result.metrics["train_peak_memory_gb"] = round(peak_memory_gb(training_args.device), 3)
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
             trainer.save_state()
-            if training_args.should_save:
+            if training_args.should_save and training_args.plot_loss:
                 plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "training_loss.png")
             say(describe_checkpoints(trainer.state, training_args.output_dir))
         if trainer.stop.agreed:
@@ -491,6 +492,13 @@ def check_fits(dataset, seq_length, data_args):
         )
 
 
+def count_trainable(model):
+    """{"trainable_parameters", "total_parameters"}: numbers that train, and all of them."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(numbers for numbers, _ in count_weights(model).values())
+    return {"trainable_parameters": trainable, "total_parameters": total}
+
+
 def describe_schedule(training_args, num_rows, model):
     """Effective batch size, steps as epochs, and the share of parameters that train, in two lines."""
     batch_size = (
@@ -500,8 +508,7 @@ def describe_schedule(training_args, num_rows, model):
     steps = training_args.max_steps
     if steps <= 0:
         steps = round(training_args.num_train_epochs * steps_per_epoch)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(numbers for numbers, _ in count_weights(model).values())
+    trainable, total = count_trainable(model).values()
     return (
         f"Batch: {training_args.per_device_train_batch_size} rows x {training_args.gradient_accumulation_steps} "
         f"accumulated x {training_args.world_size} processes = {batch_size} rows a step; "

@@ -17,6 +17,7 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
 """
 
 import os
+import resource
 
 import psutil
 import torch
@@ -27,6 +28,13 @@ from quantization import QuantizedLinear
 
 PROCESS_BYTES = 510_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
 MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
+
+
+def peak_memory_gb(device) -> float:
+    """The most memory this process has held so far: a GPU's tensors, or on a CPU all that was resident."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ everything that a resumed run needs to go on exactly like one that was never sto
 """
 
 import contextlib
+import json
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
@@ -45,6 +46,8 @@ from resume import (
     restore_random_state,
 )
 from watch import RunWatch, StepWatch
+
+LOG_FILE = "trainer_log.jsonl"
 
 
 @dataclass
@@ -84,6 +87,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
+        self.add_callback(RunLog())
 
     # ---- batches and steps
 
@@ -362,6 +366,55 @@ def new_figure(rows=1):
     figure = Figure(figsize=(7, 4 if rows == 1 else 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
+
+
+class RunLog(TrainerCallback):
+    """Writes trainer_log.jsonl: one line for every training loss and dev loss, as the run goes on.
+
+    For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
+    resumed run goes on where its checkpoint was: what was logged after that is dropped, and logged again.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.first_step, self.written = time.monotonic(), state.global_step, set()
+        self.file = Path(args.output_dir) / LOG_FILE
+        if not state.is_world_process_zero:
+            return
+        kept = []
+        if state.global_step and self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a killed run
+                    entry = json.loads(line)
+                    if entry["current_steps"] <= state.global_step:
+                        kept.append(line + "\n")
+                        self.written.add((entry["current_steps"], entry["eval_loss"] is not None))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        event = state.global_step, "eval_loss" in logs
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
+            return
+        self.written.add(event)
+        elapsed = time.monotonic() - self.start
+        steps_to_go, steps_done = state.max_steps - state.global_step, state.global_step - self.first_step
+        entry = {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
+            "epoch": state.epoch,
+            "percentage": round(100 * state.global_step / state.max_steps, 2),
+            "elapsed_time": clock(elapsed),
+            "remaining_time": clock(elapsed * steps_to_go / steps_done) if steps_done else None,
+        }
+        with open(self.file, "a", encoding="utf-8") as opened:
+            opened.write(json.dumps(entry) + "\n")
+
+
+def clock(seconds):
+    """1:02:03"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def plot_loss(log_history, file):

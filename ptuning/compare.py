@@ -1,0 +1,287 @@
+"""Several runs side by side: one table of losses and scores, one plot, and one HTML page with sample answers.
+
+    python ptuning/compare.py output/run-a output/run-b
+
+Answers to no official file. A run is a folder that main.py wrote: trained in, predicted in, or both. A folder of
+predictions inside a run shows that run's losses. The page is one file that loads nothing; all text in it is escaped.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from pathlib import Path
+
+import failure
+from arguments import parse_words
+from data import parse_json, read_rows
+
+STATE_FILE, RESULTS_FILE, ANSWERS_FILE = "trainer_state.json", "all_results.json", "generated_predictions.txt"
+# (title, key of all_results.json or of `losses`, how to show it, whether the highest, the lowest or none is the best)
+COLUMNS = (
+    ("steps", "steps", "{:,}", None),
+    ("training loss", "loss", "{:.4f}", None),
+    ("dev loss, start", "first_eval_loss", "{:.4f}", None),
+    ("dev loss, best", "best_eval_loss", "{:.4f}", min),
+    ("dev loss, end", "last_eval_loss", "{:.4f}", min),
+    ("BLEU-4", "predict_bleu-4", "{:.2f}", max),
+    ("ROUGE-1", "predict_rouge-1", "{:.2f}", max),
+    ("ROUGE-2", "predict_rouge-2", "{:.2f}", max),
+    ("ROUGE-L", "predict_rouge-l", "{:.2f}", max),
+    ("rows scored", "predict_samples", "{:,}", None),
+    ("trained", "trained_share", "{:.3%}", None),
+    ("peak memory, GB", "train_peak_memory_gb", "{:.2f}", None),
+    ("samples/s", "train_samples_per_second", "{:.1f}", None),
+)
+STYLE = """
+:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent); }
+body { font: 15px/1.6 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left; vertical-align: top; }
+.figures td { white-space: nowrap; }
+.figures td + td, .figures th + th { text-align: right; font-variant-numeric: tabular-nums; }
+.answers { table-layout: fixed; min-width: 50rem; } .answers th:first-child { width: 6rem; }
+.answers td { overflow-wrap: anywhere; white-space: pre-wrap; }
+.reference { opacity: .75; } .empty { opacity: .5; font-style: italic; }
+img { max-width: 100%; background: white; border-radius: 4px; }
+"""
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="Folders that main.py wrote.")
+    parser.add_argument("--output_dir", default="output/comparison", help="For the page and the plot. [%(default)s]")
+    parser.add_argument("--rows", type=int, default=20, help="Rows whose answers are shown side by side. [%(default)s]")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    args = parse_words(parser, argv)
+    if not args.runs:
+        raise ValueError("Which runs? Give their folders: python ptuning/compare.py output/run-a output/run-b")
+    if args.rows < 0:
+        raise ValueError(f"--rows {args.rows}: expected 0 or more.")
+    return args
+
+
+# ---- reading runs
+
+
+def read_object(file):
+    """A JSON object from a file, {} where there is none; ValueError for anything else."""
+    if not file.is_file():
+        return {}
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}). Was the run cut off there?") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds no JSON object; is it a file that main.py wrote?")
+    return value
+
+
+def read_run(folder):
+    """What is known of a run: {"figures": {key: number}, "curves": {key: [(step, loss)]}, "answers": {place: row}}.
+
+    ValueError and FileNotFoundError where a folder is none of main.py's.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder. Give folders that main.py wrote, such as output/my-run.")
+    trained = next((place for place in (folder, folder.parent) if (place / STATE_FILE).is_file()), folder)
+    history = read_object(trained / STATE_FILE).get("log_history") or []
+    results = {**read_object(trained / RESULTS_FILE), **read_object(folder / RESULTS_FILE)}
+    answers_file = folder / ANSWERS_FILE
+    answers = {}
+    if answers_file.is_file():
+        for number, row in enumerate(read_rows(answers_file), start=1):
+            if not isinstance(row.get("predict"), str) or not isinstance(row.get("labels"), str):
+                raise ValueError(f"{answers_file} line {number} lacks the texts `labels` and `predict`.")
+            answers[str(row.get("dataset", "")), row.get("row", number)] = row
+    if not (history or results or answers):
+        raise ValueError(
+            f"{folder} has none of {STATE_FILE}, {RESULTS_FILE} and {ANSWERS_FILE}. Give a folder that main.py trained "
+            "or predicted in, not one above it or a checkpoint in it."
+        )
+    curves = {
+        key: [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
+        for key in ("loss", "eval_loss")
+    }
+    return {"figures": {**results, **losses(curves), **shares(results)}, "curves": curves, "answers": answers}
+
+
+def losses(curves):
+    """The figures of a run's losses."""
+    figures = {}
+    if curves["loss"]:
+        figures["loss"] = curves["loss"][-1][1]
+    if dev := curves["eval_loss"]:
+        figures.update(
+            first_eval_loss=dev[0][1], last_eval_loss=dev[-1][1], best_eval_loss=min(loss for _, loss in dev)
+        )
+    if points := curves["loss"] + curves["eval_loss"]:
+        figures["steps"] = max(step for step, _ in points)
+    return figures
+
+
+def shares(results):
+    trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
+    return {"trained_share": trained / total} if trained and total else {}
+
+
+def short_names(folders):
+    """A name for each folder: the last parts of its path, as many as tell them apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("The same run is named twice: " + ", ".join(map(str, folders)))
+
+
+def shared_places(runs, limit):
+    """Places, (data set, row), that every run with answers has answered: at most `limit`, spread over all of them."""
+    answered = [run["answers"] for run in runs.values() if run["answers"]]
+    if not answered or not limit:
+        return []
+    places = [place for place in answered[0] if all(place in answers for answers in answered)]
+    step = max(1, len(places) // limit)
+    return places[::step][:limit]
+
+
+# ---- table, plot, page
+
+
+def table(runs):
+    """(titles, {name: texts}, {(name, index)} of the best of a column), for columns of which any run has a figure."""
+    columns = [column for column in COLUMNS if any(is_number(run["figures"].get(column[1])) for run in runs.values())]
+    titles = [title for title, *_ in columns]
+    texts, best = {name: [] for name in runs}, set()
+    for index, (_, key, shown, choose) in enumerate(columns):
+        figures = {name: run["figures"].get(key) for name, run in runs.items()}
+        figures = {name: value for name, value in figures.items() if is_number(value)}
+        for name in runs:
+            texts[name].append(shown.format(figures[name]) if name in figures else "-")
+        finite = [value for value in figures.values() if value == value]
+        if choose and len(finite) > 1:
+            best.update((name, index) for name, value in figures.items() if value == choose(finite))
+    return titles, texts, best
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def text_table(titles, texts):
+    """Lines of a Markdown table, aligned for the terminal."""
+    rows = [["run", *titles], *([name, *figures] for name, figures in texts.items())]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = [
+        "| "
+        + " | ".join(
+            text.rjust(width) if index else text.ljust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def draw(runs):
+    """A PNG of the training and dev losses of all runs over their steps; None where no run has any."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = [
+        (key, title)
+        for key, title in (("loss", "training loss"), ("eval_loss", "dev loss"))
+        if any(run["curves"][key] for run in runs.values())
+    ]
+    if not kinds:
+        return None
+    figure = Figure(figsize=(6 * len(kinds), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, title) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for index, (name, run) in enumerate(runs.items()):  # a run keeps its colour in both
+            if points := run["curves"][key]:
+                marker = "." if len(points) < 50 else None
+                axes.plot(*zip(*points, strict=True), color=f"C{index}", marker=marker, label=name.replace("$", r"\$"))
+        axes.set(title=title, xlabel="step", ylabel="nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    return picture.getvalue()
+
+
+def page(runs, titles, texts, best, picture, places):
+    """The HTML page as text."""
+    escape = html.escape
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("run", *titles))
+    body = "".join(
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(
+            f"<td>{'<b>' if (name, index) in best else ''}{escape(text)}{'</b>' if (name, index) in best else ''}</td>"
+            for index, text in enumerate(figures)
+        )
+        + "</tr>\n"
+        for name, figures in texts.items()
+    )
+    parts = [f'<div class="wide"><table class="figures">\n<tr>{head}</tr>\n{body}</table></div>']
+    if picture:
+        data = base64.b64encode(picture).decode()
+        parts.append(f'<h2>Losses</h2>\n<img alt="Losses over the steps" src="data:image/png;base64,{data}">')
+    if places:
+        answered = {name: run["answers"] for name, run in runs.items() if run["answers"]}
+        head = "".join(f"<th>{escape(title)}</th>" for title in ("row", "reference", *answered))
+        lines = []
+        for dataset, row in places:
+            reference = next(iter(answered.values()))[dataset, row]["labels"]
+            cells = [answer_cell(reference, "reference")]
+            cells += [answer_cell(answers[dataset, row]["predict"]) for answers in answered.values()]
+            lines.append(f"<tr><td>{escape(f'{dataset} {row}'.strip())}</td>{''.join(cells)}</tr>\n")
+        parts.append(
+            f'<h2>Answers</h2>\n<div class="wide"><table class="answers">\n<tr>{head}</tr>\n{"".join(lines)}</table></div>'
+        )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{len(runs)} runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{len(runs)} runs side by side</h1>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def answer_cell(text, kind=""):
+    if not text:
+        return '<td class="empty">(nothing)</td>'
+    return f"<td{f' class={kind!r}' if kind else ''}>{html.escape(text)}</td>"
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    names = short_names(args.runs)
+    runs = {name: read_run(folder) for name, folder in zip(names, args.runs, strict=True)}
+    titles, texts, best = table(runs)
+    print(text_table(titles, texts))
+    places = shared_places(runs, args.rows)
+    counts = {name: len(run["answers"]) for name, run in runs.items() if run["answers"]}
+    if len(set(counts.values())) > 1 or (counts and args.rows and not places):
+        numbers = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        print(f"The runs answered different rows ({numbers}); their scores are not comparable.")
+    picture = draw(runs)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "comparison.html").write_text(page(runs, titles, texts, best, picture, places), encoding="utf-8")
+    if picture:
+        (output_dir / "comparison.png").write_bytes(picture)
+    print(f"Wrote {output_dir / 'comparison.html'}" + (f" and {output_dir / 'comparison.png'}." if picture else "."))
+
+
+if __name__ == "__main__":
+    failure.run(main, sys.argv[1:])
