@@ -47,7 +47,7 @@ from starlette.exceptions import HTTPException
 
 from checkpoint import PREFIX_FILE
 from data import conversation
-from serving import BASE, BodyLimit, Busy, Sampling, check_port, load_server
+from serving import BodyLimit, Busy, Sampling, check_port, load_server
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
@@ -279,7 +279,7 @@ def create_app(server, api_key=None, cors_origins=()):
         return {"id": name, "object": "model", "created": created, "owned_by": server.name}
 
     started = int(time.time())
-    prefix_file = server.checkpoints()[server.default] / PREFIX_FILE if server.default != BASE else None
+    prefix_file = server.checkpoints()[server.default] / PREFIX_FILE if server.default != server.base else None
     digest = hashlib.sha256(prefix_file.read_bytes()).hexdigest() if prefix_file else None
 
     @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)

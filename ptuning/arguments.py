@@ -28,6 +28,7 @@ from data import parse_json
 from failure import refuse
 
 SUPPORTED_BITS = (4, 8)
+LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
 
 
 @dataclass
@@ -39,8 +40,16 @@ class ModelArguments:
     ptuning_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Trained prefix: checkpoint folder, of these or of the official scripts; or a run's folder, for its "
-            "best checkpoint or else the last; or run/best, run/last, or run/all to evaluate each."
+            "help": "What was trained: checkpoint folder, of these or of the official scripts; or a run's folder, for its "
+            "best checkpoint or else the last; or run/best, run/last, or run/all to evaluate each prefix; or several "
+            "LoRA adapters with commas. --checkpoint_dir is the same."
+        },
+    )
+    finetuning_type: Literal["p_tuning", "full", "freeze", "lora", "none"] = field(
+        default=None,
+        metadata={
+            "help": "What trains: p_tuning: a prefix; full: all weights; freeze: some layers; lora: an adapter; none: "
+            "nothing, the untouched base answers. Read from a given checkpoint [p_tuning]."
         },
     )
     pre_seq_len: int | None = field(
@@ -53,6 +62,27 @@ class ModelArguments:
     )
     prefix_dropout: float = field(
         default=0.1, metadata={"help": "Probability of dropping a number of the prefix while training."}
+    )
+    num_layer_trainable: int | None = field(
+        default=None, metadata={"help": "freeze: layers that train, counted from the last; -n: the first n [3]."}
+    )
+    name_module_trainable: Literal["mlp", "qkv"] = field(
+        default=None, metadata={"help": "freeze: what trains of these layers [mlp]."}
+    )
+    lora_rank: int | None = field(default=None, metadata={"help": "lora: inner width of an adapter layer [8]."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "lora: the adapter's output is multiplied by alpha / rank [32]."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "lora: probability of dropping an input of the adapter in training [0.1]."}
+    )
+    lora_target: str | None = field(
+        default=None,
+        metadata={"help": f"lora: layers that get one, with commas, of {', '.join(LORA_TARGETS)} [query_key_value]."},
+    )
+    resume_lora_training: bool = field(
+        default=True,
+        metadata={"help": "lora: train the last of the given adapters on; false: merge all and train a new one."},
     )
     quantization_bit: int | None = field(
         default=None, metadata={"help": "4 or 8: integer weights for the frozen model. Leave out for float."}
@@ -190,6 +220,7 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",  # a value below 1 is a ratio
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "checkpoint_dir": "ptuning_checkpoint",  # ChatGLM-Efficient-Tuning's name
 }
 # Flags of 2023 that change nothing, and why.
 UNREAD = "the official scripts never read it"
@@ -211,7 +242,7 @@ RETIRED = {
         "transformers dropped it",
     ),
     "use_auth_token": "log in with `hf auth login`, or set HF_TOKEN",
-    "save_safetensors": "the prefix is always written as pytorch_model.bin",
+    "save_safetensors": "a prefix is always pytorch_model.bin, an adapter always safetensors",
     "logging_dir": "",  # handled in translate_flags
     "group_by_length": "",
     "adafactor": "",
@@ -530,6 +561,9 @@ RANGES = {
     "eval_steps": POSITIVE,
     "logging_steps": POSITIVE,
     "prefix_dropout": BELOW_ONE,
+    "lora_rank": at_least(1),
+    "lora_alpha": POSITIVE,
+    "lora_dropout": BELOW_ONE,
     "adam_beta1": BELOW_ONE,
     "adam_beta2": BELOW_ONE,
     "label_smoothing_factor": PROBABILITY,
@@ -655,12 +689,86 @@ def split_ratios(text):
     return ratios
 
 
+# Which way of tuning reads a flag.
+METHOD_FLAGS = {
+    "pre_seq_len": "p_tuning",
+    "prefix_projection": "p_tuning",
+    "num_layer_trainable": "freeze",
+    "name_module_trainable": "freeze",
+    "lora_rank": "lora",
+    "lora_alpha": "lora",
+    "lora_dropout": "lora",
+    "lora_target": "lora",
+}
+
+
+def check_method(model_args, training_args):
+    """Raise ValueError for flags that do not go with the way of tuning."""
+    method = model_args.finetuning_type or "p_tuning"
+    for name, owner in METHOD_FLAGS.items():
+        value = getattr(model_args, name)
+        if value not in (None, False) and method not in (owner, "none"):
+            raise ValueError(
+                f"--{name} {value} belongs to --finetuning_type {owner}, but this run's is {method}. "
+                f"Leave the flag out, or give --finetuning_type {owner}."
+            )
+    if method == "none" and training_args.do_train:
+        raise ValueError("--finetuning_type none trains nothing: it is for --do_predict and --do_eval of the base.")
+    if training_args.precision == "official" and method not in ("p_tuning", "none"):
+        raise ValueError(
+            f"--precision official is how the official scripts train a prefix; --finetuning_type {method} trains in "
+            "float32. Leave it out."
+        )
+    check_bits_train(method, model_args.quantization_bit, training_args.do_train)
+    if model_args.num_layer_trainable == 0:
+        raise ValueError("--num_layer_trainable 0 trains nothing. Give n for the last n layers, -n for the first n.")
+    unknown = set((model_args.lora_target or LORA_TARGETS[0]).split(",")) - set(LORA_TARGETS)
+    if unknown:
+        raise ValueError(f"--lora_target {model_args.lora_target}: expected some of {','.join(LORA_TARGETS)}.")
+    check_engines(method, training_args)
+
+
+def check_bits_train(method, bits, do_train):
+    """Raise ValueError for integer weights (`bits` 4 or 8) where a method trains, or has trained, such weights."""
+    if bits and method == "full" and do_train:
+        raise ValueError(
+            f"--finetuning_type full trains the weights themselves, and int{bits} weights cannot be trained. Leave "
+            "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
+        )
+    if bits and method == "freeze":
+        raise ValueError(
+            f"--finetuning_type freeze trains some of the weights themselves, and they are int{bits} here. Leave "
+            "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
+        )
+
+
+def check_engines(method, training_args):
+    """Raise ValueError where --deepspeed or --fsdp cannot be of use."""
+    engines = [name for name in ("deepspeed", "fsdp") if getattr(training_args, name, None)]
+    if not engines:
+        return
+    if len(engines) == 2:
+        raise ValueError("--deepspeed and --fsdp both shard the model over the processes; give one of them.")
+    if method != "full":
+        raise ValueError(
+            f"--{engines[0]} shards what --finetuning_type full trains; {method} trains so little that torchrun alone "
+            f"(one copy of the model for each GPU) serves it. Leave --{engines[0]} out."
+        )
+    if not training_args.do_train or training_args.do_predict or training_args.do_eval:
+        raise ValueError(
+            f"--{engines[0]} is for training only, and cannot generate. Evaluate the checkpoint in a run of its own "
+            f"without it: bash evaluate_finetune.sh."
+        )
+
+
 EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
 
 
 def check_complete(model_args, data_args, training_args):
-    """Raise ValueError where flags and checkpoint together leave out what a run needs."""
-    if training_args.do_train and not model_args.pre_seq_len and not data_args.check_data:
+    """Raise ValueError where flags and checkpoint together leave out what a run needs, or contradict each other."""
+    check_method(model_args, training_args)
+    is_prefix = model_args.finetuning_type in (None, "p_tuning")
+    if training_args.do_train and is_prefix and not model_args.pre_seq_len and not data_args.check_data:
         raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
     if model_args.pre_seq_len and not (training_args.do_train or model_args.ptuning_checkpoint):
         raise ValueError(
@@ -685,7 +793,10 @@ def add_model_arguments(parser):
     """The flags that all three programs share, with the official names."""
     parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
     parser.add_argument(
-        "--ptuning_checkpoint", help="Trained prefix: a checkpoint folder, or a run (its best one, or else the last)."
+        "--ptuning_checkpoint",
+        "--checkpoint_dir",
+        help="What was trained: a checkpoint folder, or a run (its best one, or else the last); several LoRA adapters "
+        "with commas.",
     )
     parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")

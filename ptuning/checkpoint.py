@@ -1,4 +1,4 @@
-"""Weight files: load a base model, save / load / describe a prefix, decide dtypes.
+"""Weight files: load and save a base model, save / load / describe a prefix, decide dtypes.
 
 The only place that knows the names of weight files. Answers to `from_pretrained(..., trust_remote_code=True)`
 and the prefix loading pasted into three of the official scripts. It differs in that no code of the folder
@@ -51,8 +51,21 @@ SIDECAR_KINDS = {
 }
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
 FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
+# Copied with a model, beside its weights. Python files are there for the official code, and never run here.
+COPIED = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "configuration_chatglm.py",
+    "modeling_chatglm.py",
+    "tokenization_chatglm.py",
+    "quantization.py",
+    "*LICENSE*",
+)
 # Stored by the official checkpoints, computed here.
 NOT_NEEDED = "transformer.rotary_pos_emb.inv_freq"
 
@@ -141,6 +154,12 @@ def read_config(folder, **overrides):
         raise ValueError(
             f"{folder} holds {family}; this program trains ChatGLM2 (ChatGLM2-6B and models of its architecture). "
             "Give a ChatGLM2 folder as --model_name_or_path."
+        )
+    trained = finetuning_type(folder)
+    if trained in ("freeze", "lora"):
+        raise ValueError(
+            f"{folder} holds only what --finetuning_type {trained} trained, not a base model. "
+            f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
         )
     if is_prefix_checkpoint(folder):
         raise ValueError(
@@ -263,7 +282,7 @@ def load_model(
     computes with integer weights is one of quantization.BACKENDS, tried before any weight is read.
     `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
     prefix. The prefix encoder is float32 and is the only part with gradients. `model.fingerprint` tells base
-    models apart.
+    models apart; `model.base_folder` is `folder`.
 
     Raises FileNotFoundError and ValueError: missing or unreadable files, and missing, unexpected or
     wrongly shaped tensors, by name.
@@ -277,6 +296,7 @@ def load_model(
         use_backend_(model, choose_backend(quantization_backend, device, bits, dtype))
         config.quantization_bit = bits
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
+    model.base_folder = Path(folder)
     missing, unexpected = set(expected), []
     for file in weight_files(folder):
         for stored_name, stored in read_tensors(file):
@@ -324,14 +344,20 @@ def stored_dtype(folder):
     raise ValueError(f"{folder} has no {FINGERPRINT_TENSOR}. Is it the complete folder of a ChatGLM2 model?")
 
 
-def save_weights(model, folder, max_shard_size="2GB", file_format="safetensors"):
-    """Write a model's weights under their official names, its prefix left out; the names of the files.
+def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format="bin"):
+    """Write a base model's folder in the official layout, the prefix left out; the names of the weight files.
 
-    `file_format` is safetensors or bin. Files of at most `max_shard_size`, with their index if there are several.
+    `tensors` are those of the model by name, by default its own. `file_format` is safetensors or bin. Files of at
+    most `max_shard_size`, with their index if there are several. What is beside the weights is copied from the folder
+    that the model was loaded from.
     """
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
-    # Not needed here, but one of the official names.
-    weights[NOT_NEEDED] = rotary_frequencies(model.config.kv_channels).to(model.transformer.dtype_of_blocks)
+    folder = Path(folder)
+    tensors = model.state_dict() if tensors is None else tensors
+    weights = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(PREFIX_KEY)}
+    dtype = weights[FINGERPRINT_TENSOR].dtype
+    weights[NOT_NEEDED] = rotary_frequencies(model.config.kv_channels).to(
+        dtype
+    )  # not here, but one of the official names
     pattern = "model{suffix}.safetensors" if file_format == "safetensors" else "pytorch_model{suffix}.bin"
     try:
         split = split_torch_state_dict_into_shards(weights, filename_pattern=pattern, max_shard_size=max_shard_size)
@@ -346,6 +372,13 @@ def save_weights(model, folder, max_shard_size="2GB", file_format="safetensors")
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / (pattern.format(suffix="") + ".index.json"), index)
+    settings = read_json(model.base_folder / "config.json")
+    for name in ("dtype", "pre_seq_len", "prefix_projection"):
+        settings.pop(name, None)
+    bits = {"quantization_bit": model.config.quantization_bit} if model.config.quantization_bit else {}
+    write_json(folder / "config.json", {**settings, "torch_dtype": str(dtype).removeprefix("torch."), **bits})
+    for file in (file for pattern in COPIED for file in model.base_folder.glob(pattern)):
+        shutil.copy(file, folder)
     return list(split.filename_to_tensors)
 
 
@@ -435,8 +468,22 @@ def write_json(file, value):
 
 def list_checkpoints(run_folder):
     """The checkpoints of a run that hold weights, by step: {"checkpoint-1000": path, …}."""
-    found = {path.name: path for path in checkpoint_folders(run_folder) if (path / PREFIX_FILE).is_file()}
+    found = {path.name: path for path in checkpoint_folders(run_folder) if (path / trained_file(path)).is_file()}
     return dict(sorted(found.items(), key=lambda item: step_of(item[1])))
+
+
+def trained_file(checkpoint):
+    """Name of the file that tells what a checkpoint holds: an adapter, the index of shards, or all of it."""
+    names = (*ADAPTER_FILES, INDEX_FILES[1])
+    return next((name for name in names if (Path(checkpoint) / name).is_file()), PREFIX_FILE)
+
+
+def trained_files(checkpoint):
+    """Names of all files with trained weights in a checkpoint folder."""
+    name = trained_file(checkpoint)
+    if name != INDEX_FILES[1]:
+        return [name]
+    return [name, *sorted(set(read_json(Path(checkpoint) / name).get("weight_map", {}).values()))]
 
 
 def point_to_best(run_folder, step):
@@ -466,7 +513,8 @@ def find_checkpoints(path):
     run, wanted = path, None
     if path.name in ("best", "last", "all") and not list_checkpoints(path):
         run, wanted = path.parent, path.name
-    if wanted in (None, "best") and (run / BEST_LINK / PREFIX_FILE).is_file():
+    best = run / BEST_LINK
+    if wanted in (None, "best") and (best / trained_file(best)).is_file():
         return [run / (run / BEST_LINK).resolve().name], []
     found = list_checkpoints(run)
     if wanted == "best" and found:
@@ -478,13 +526,13 @@ def find_checkpoints(path):
         damaged = {}
         for name, folder in found.items():
             try:
-                verify_checkpoint(folder, [PREFIX_FILE])
+                verify_checkpoint(folder, trained_files(folder))
             except (ValueError, OSError) as error:
                 damaged[name] = str(error)
         valid = [folder for name, folder in found.items() if name not in damaged]
         damaged = list(damaged.values())
     else:
-        newest, damaged = newest_checkpoint(run, [PREFIX_FILE])
+        newest, damaged = newest_checkpoint(run, whole=False)
         valid = [newest] if newest else []
     if valid:
         return valid, damaged
@@ -501,6 +549,21 @@ def dev_loss_of(checkpoint):
     state = read_json(file)
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     return losses.get(state["global_step"])
+
+
+def finetuning_type(checkpoint):
+    """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
+    checkpoint = Path(checkpoint)
+    if (checkpoint / SIDECAR_FILE).is_file():
+        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", "p_tuning")
+        if kind not in ("p_tuning", "full", "freeze", "lora"):
+            raise ValueError(
+                f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected p_tuning, full, freeze or lora."
+            )
+        return kind
+    if any((checkpoint / name).is_file() for name in ADAPTER_FILES):
+        return "lora"
+    return None
 
 
 def read_prefix(checkpoint):
@@ -533,6 +596,15 @@ def read_prefix(checkpoint):
     return tensors
 
 
+def check_sidecar(settings, file):
+    """Raise ValueError where what the sidecar `file` says has the wrong type."""
+    for name, kind in SIDECAR_KINDS.items():
+        value = settings.get(name)
+        if value is not None and (not isinstance(value, kind) or (kind is int and value < 1)):
+            expected = "text" if kind is str else "a positive integer"
+            raise ValueError(f"{file}: {name} is {value!r}, expected {expected}. Repair or delete that file.")
+
+
 def read_prefix_settings(checkpoint):
     """What a checkpoint says of itself: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
 
@@ -548,11 +620,7 @@ def read_prefix_settings(checkpoint):
             raise ValueError(f"{config_file}: quantization_bit is {bits!r}, expected 4, 8, or 0 for float weights.")
         settings["quantization_bit"] = bits
     settings.update(read_sidecar(checkpoint))
-    for name, kind in SIDECAR_KINDS.items():
-        value = settings.get(name)
-        if value is not None and (not isinstance(value, kind) or (kind is int and value < 1)):
-            expected = "text" if kind is str else "a positive integer"
-            raise ValueError(f"{sidecar_file}: {name} is {value!r}, expected {expected}. Repair or delete that file.")
+    check_sidecar(settings, sidecar_file)
     settings["pre_seq_len"] = tensors["embedding.weight"].shape[0]
     settings["prefix_projection"] = "trans.0.weight" in tensors
     return settings
@@ -564,6 +632,11 @@ def load_prefix(model, checkpoint):
     Warns where the checkpoint remembers another base model of the same shape.
     """
     fill_prefix_encoder(model.transformer.prefix_encoder, checkpoint)
+    warn_of_other_base(model, checkpoint)
+
+
+def warn_of_other_base(model, checkpoint):
+    """Warn where a checkpoint remembers that it was trained on another base model than this one."""
     trained_on = read_sidecar(checkpoint).get("base_fingerprint")
     if trained_on not in (None, getattr(model, "fingerprint", trained_on)):
         warnings.warn(
@@ -667,7 +740,7 @@ def verify_checkpoint(folder, files=None):
             if file_sha256(folder / name) != sha256:
                 raise ValueError(f"{folder} is damaged: {name} is not what was written (its sha256 differs).")
         return
-    for name in (PREFIX_FILE, STATE_FILE) if files is None else files:
+    for name in (trained_file(folder), STATE_FILE) if files is None else files:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is incomplete: {name} is missing.")
     if files is None:
@@ -677,16 +750,16 @@ def verify_checkpoint(folder, files=None):
             raise ValueError(f"{folder} is incomplete: {STATE_FILE} cannot be read.") from error
 
 
-def newest_checkpoint(run_folder, files=None):
+def newest_checkpoint(run_folder, whole=True):
     """(the checkpoint of a run that was written last, what is wrong with each newer one); None where none is valid.
 
-    Valid means that verify_checkpoint(folder, files) finds nothing. Steps do not tell the newest: checkpoints of an
+    Valid means that verify_checkpoint finds nothing, or nothing in the trained weights if not `whole`. Steps do not tell the newest: checkpoints of an
     earlier, longer run may lie in the same folder.
     """
     damaged = []
     for folder in reversed(checkpoints_by_age(run_folder)):
         try:
-            verify_checkpoint(folder, files)
+            verify_checkpoint(folder, None if whole else trained_files(folder))
         except (ValueError, OSError) as error:
             damaged.append(str(error))
         else:

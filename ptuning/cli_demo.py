@@ -30,7 +30,7 @@ def parse_arguments(argv):
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
     run(parse_arguments, sys.argv[1:])
 
-from serving import BASE, Sampling, load_server
+from serving import Sampling, load_server
 
 try:
     import readline  # noqa: F401 - gives input() its history and line editing
@@ -65,9 +65,9 @@ class Terminal:
             self.history = []
             return "A new conversation."
         if len(words) == 2 and words[0] == "prefix" and words[1] in ("on", "off"):
-            if words[1] == "on" and self.tuned == BASE:
+            if words[1] == "on" and self.tuned == self.server.base:
                 return "There is no prefix to switch on; start with --ptuning_checkpoint."
-            return self.use(self.tuned if words[1] == "on" else BASE)
+            return self.use(self.tuned if words[1] == "on" else self.server.base)
         if len(words) == 2 and words[0] == "checkpoint" and words[1].removeprefix("checkpoint-").isdecimal():
             return self.use(f"checkpoint-{words[1].removeprefix('checkpoint-')}")
         return None
@@ -78,7 +78,7 @@ class Terminal:
         except (ValueError, OSError) as error:
             return str(error)
         self.model = model
-        self.tuned = model if model != BASE else self.tuned
+        self.tuned = model if model != self.server.base else self.tuned
         return f"Answering: {model}, {facts['pre_seq_len']} virtual tokens."
 
     def answer(self, question):

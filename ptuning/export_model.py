@@ -58,31 +58,17 @@ from checkpoint import (
     load_tokenizer,
     publish_checkpoint,
     read_config,
-    read_json,
     read_prefix_settings,
     read_sidecar,
     resolve_folder,
+    save_model,
     save_prefix,
-    save_weights,
     stage_checkpoint,
     stored_dtype,
-    write_json,
 )
 from prefix_encoder import PrefixEncoder
 
 PROBE = "请写一段话，介绍一把蓝色的雨伞。"  # the logits of its prompt are compared
-# Beside the weights, as they are. Python files are copied for the official code, and never run here.
-COPIED = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "configuration_chatglm.py",
-    "modeling_chatglm.py",
-    "tokenization_chatglm.py",
-    "quantization.py",
-    "*LICENSE*",
-)
 LOADER = """# Loads this prefix onto its base model and answers. In the project's folder: PYTHONPATH=ptuning python {folder}/load.py
 import torch
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, resolve_folder
@@ -149,15 +135,8 @@ def export_weights(args):
     before = probe(model, tokenizer)
     output_dir = Path(args.output_dir)
     with new_folder(output_dir) as staging:
-        files = save_weights(model, staging, args.max_shard_size, args.format)
+        files = save_model(model, staging, max_shard_size=args.max_shard_size, file_format=args.format)
         del model
-        settings = read_json(source / "config.json")
-        for key in ("dtype", "pre_seq_len", "prefix_projection"):
-            settings.pop(key, None)
-        settings.update({"torch_dtype": name, **({"quantization_bit": bits} if bits else {})})
-        write_json(staging / "config.json", settings)
-        for file in (file for pattern in COPIED for file in source.glob(pattern)):
-            shutil.copy(file, staging)
         written = load_model(staging, dtype=dtype, quantization_backend="torch")
         compare(before, probe(written, load_tokenizer(staging, written.config)), output_dir)
     size = sum((output_dir / file).stat().st_size for file in files) / 1e6

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from arguments import (
     FILES,
+    check_bits_train,
     check_complete,
     check_quantization_bit,
     parse_arguments,
@@ -37,13 +38,10 @@ from transformers.utils import logging
 from checkpoint import (
     choose_dtype,
     dev_loss_of,
-    find_checkpoints,
     generation_config,
     load_model,
-    load_prefix,
     load_tokenizer,
     read_config,
-    read_prefix_settings,
     resolve_folder,
 )
 from data import (
@@ -59,6 +57,15 @@ from data import (
     join,
     load_examples,
     read_dataset_info,
+)
+from finetuning import (
+    DEFAULTS,
+    check_adapters,
+    check_layers,
+    find_trained,
+    in_order,
+    prepare_model,
+    read_settings,
 )
 from memory import count_weights, memory_table, peak_memory_gb, rows_that_fit
 from metrics import metric_table, score_all
@@ -100,17 +107,20 @@ def main():
     set_seed(training_args.seed)
 
     # ------------------------------------------------------------------ 2. What the checkpoint says
-    checkpoints, damaged = (
-        find_checkpoints(model_args.ptuning_checkpoint) if model_args.ptuning_checkpoint else ([], [])
-    )
+    found, damaged = find_trained(model_args.ptuning_checkpoint)
     for problem in damaged:
         say(f"{problem} It is passed over.")
-    if len(checkpoints) > 1 and training_args.do_train:
+    saved = read_settings(found)
+    if len(found) > 1 and training_args.do_train and saved["finetuning_type"] == "p_tuning":
         raise ValueError(f"--ptuning_checkpoint {model_args.ptuning_checkpoint}: a run starts from one checkpoint.")
-    model_args.ptuning_checkpoint = str(checkpoints[-1]) if checkpoints else None
-    saved = read_prefix_settings(model_args.ptuning_checkpoint) if checkpoints else {}
+    model_args.ptuning_checkpoint = str(found[-1]) if found else None
+    model_args.resume_lora_training |= bool(resume_from)
     apply_saved_settings(model_args, data_args, saved)
+    if model_args.finetuning_type == "full" and saved and not resume_from:
+        model_args.model_name_or_path = model_args.ptuning_checkpoint  # a complete model: needs nothing of its base
     check_complete(model_args, data_args, training_args)
+    method = model_args.finetuning_type
+    checkpoints = saved.get("checkpoints", []) if method in ("p_tuning", "freeze", "lora") else []
 
     # ------------------------------------------------------------------ 3. Configuration and tokenizer
     folder = resolve_folder(
@@ -125,7 +135,10 @@ def main():
         prefix_projection=bool(model_args.prefix_projection),
         prefix_dropout=model_args.prefix_dropout,
     )
-    check_quantization_bit(model_args.quantization_bit, config.quantization_bit)
+    bits = check_quantization_bit(model_args.quantization_bit, config.quantization_bit)
+    check_bits_train(method, bits, training_args.do_train)
+    check_layers(model_args.num_layer_trainable, config.num_layers)
+    check_adapters(checkpoints, bits, training_args.do_train, model_args.resume_lora_training)
     tokenizer = load_tokenizer(folder, config)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
@@ -147,8 +160,8 @@ def main():
     for dataset in filter(None, (train_data, eval_data)):
         check_fits(dataset, config.seq_length, data_args)
 
-    # ------------------------------------------------------------------ 5. Model: frozen base, trainable prefix
-    dtype, reason = set_precision(training_args)
+    # ------------------------------------------------------------------ 5. Model: what is frozen, what trains
+    dtype, reason = set_precision(training_args, method)
     official = training_args.precision == "official"
     full = "prefix" if official else "prefix, optimizer, loss and gradient norm"
     say(f"Weights: {str(dtype).removeprefix('torch.')} on {training_args.device} ({reason}); {full}: float32.")
@@ -165,12 +178,17 @@ def main():
         quantization_backend=backend,
     )
     say(f"Loaded {folder} in {time.monotonic() - started:.1f} s.")
+    described = prepare_model(
+        model,
+        method,
+        checkpoints,
+        do_train=training_args.do_train,
+        resume_lora_training=model_args.resume_lora_training,
+        **{name: getattr(model_args, name) for name in DEFAULTS},
+    )
     say(memory_table(model, **largest_batch(model, train_data, data_args, training_args)))
-    if len(checkpoints) == 1 and not resume_from:
-        load_prefix(model, model_args.ptuning_checkpoint)
-        kind = "with projection" if model_args.prefix_projection else "without projection"
-        use = " A new run starts with it, at step 0." if training_args.do_train else ""
-        say(f"Prefix of {model_args.pre_seq_len} tokens, {kind}, from {model_args.ptuning_checkpoint}.{use}")
+    if described and not resume_from and (len(checkpoints) <= 1 or method == "lora"):
+        say(described + (" A new run starts with it, at step 0." if checkpoints and training_args.do_train else ""))
 
     # ------------------------------------------------------------------ 6. Trainer
     if training_args.do_train:  # only now: what is refused leaves no folder behind
@@ -205,6 +223,8 @@ def main():
             **(sampling if data_args.do_sample else {}),
         ),
         sidecar={
+            "finetuning_type": method,
+            **describe_method(model_args, checkpoints, bits),
             "base_model": model_args.model_name_or_path,
             "base_fingerprint": model.fingerprint,
             **{name: getattr(data_args, name) for name in SIDECAR_FIELDS},
@@ -250,7 +270,7 @@ def main():
         if shortened := sum(turns > 0 for turns in dataset["dropped_turns"]):
             say(f"{shortened} of them lose their oldest turns at --max_source_length {data_args.max_source_length}.")
     datasets = {split: dataset for split, (dataset, _) in prompts.items()}
-    if len(checkpoints) > 1:
+    if len(checkpoints) > 1 and method == "p_tuning":
         predict_with_each(checkpoints, trainer, tokenizer, datasets, say)
     else:
         predict(trainer, tokenizer, datasets)
@@ -311,14 +331,22 @@ def prepare_run(model_args, training_args, say):
 
 def apply_saved_settings(model_args, data_args, saved):
     """Fill flags that were not given from the checkpoint, then from the defaults. ValueError on contradictions."""
-    for name in ("pre_seq_len", "prefix_projection"):
+    decided = ["finetuning_type", "pre_seq_len", "prefix_projection", *DEFAULTS]
+    if not model_args.resume_lora_training:  # a new adapter need not be like the given ones
+        decided = [name for name in decided if not name.startswith("lora_")]
+    if model_args.finetuning_type == "none":
+        decided, model_args.pre_seq_len, model_args.prefix_projection = [], None, None
+    if model_args.lora_target:
+        model_args.lora_target = in_order(model_args.lora_target.split(","))
+    for name in decided:
         given = getattr(model_args, name)
-        if saved and given is not None and given != saved[name]:
+        if name in saved and given is not None and given != saved[name]:
             raise ValueError(
                 f"--{name} {given} contradicts {model_args.ptuning_checkpoint}, which was trained with "
                 f"{saved[name]}. Leave the flag out: it is read from the checkpoint."
             )
         setattr(model_args, name, saved.get(name, given))
+    model_args.finetuning_type = model_args.finetuning_type or "p_tuning"
     if model_args.quantization_bit is None:
         model_args.quantization_bit = saved.get("quantization_bit") or None
     if model_args.model_name_or_path is None:
@@ -357,6 +385,17 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     else:
         rows = join(parts.values())
     return rows, sum(rows_skipped.values())
+
+
+def describe_method(model_args, checkpoints, bits):
+    """What a checkpoint's sidecar remembers of the way of tuning; a prefix's is in its weights and config.json."""
+    if model_args.finetuning_type == "freeze":
+        names = ("num_layer_trainable", "name_module_trainable")
+        return {name: getattr(model_args, name) or DEFAULTS[name] for name in names}
+    if model_args.finetuning_type == "lora":
+        merged = checkpoints[:-1] if model_args.resume_lora_training else checkpoints
+        return {"quantization_bit": bits, "merged_checkpoints": [str(Path(folder).resolve()) for folder in merged]}
+    return {}
 
 
 def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled):
@@ -443,15 +482,19 @@ def check_data(data_args, training_args, tokenizer, seq_length, say):
     say("\nNothing is wrong with these files. Without --check_data the run begins.")
 
 
-def set_precision(training_args):
-    """Dtype of the frozen weights and why. Of the Trainer's own mixed precision only loss scaling remains."""
+def set_precision(training_args, method):
+    """Dtype of the weights and why. Of the Trainer's own mixed precision loss scaling remains, and autocast where
+    weights of the model itself train (in float32)."""
     fp16 = training_args.fp16 or training_args.fp16_full_eval
     bf16 = training_args.bf16 or training_args.bf16_full_eval
     official = training_args.precision == "official"
     dtype, reason = choose_dtype(training_args.device, fp16, bf16, official)
     training_args.fp16 = dtype == torch.float16 and training_args.do_train and not official
-    training_args.mixed_precision = "fp16" if training_args.fp16 else "no"
-    training_args.bf16 = training_args.fp16_full_eval = training_args.bf16_full_eval = False
+    training_args.bf16 = dtype == torch.bfloat16 and training_args.do_train and method in ("full", "freeze")
+    training_args.mixed_precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"
+    training_args.fp16_full_eval = training_args.bf16_full_eval = False
+    if method == "full" and training_args.do_train:
+        return torch.float32, f"all of them train; products in {str(dtype).removeprefix('torch.')}"
     return dtype, reason
 
 
@@ -540,7 +583,7 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
     table = {}
     for checkpoint in checkpoints:
         say(f"\n{checkpoint.name} of {checkpoints[-1].name}")
-        load_prefix(trainer.model, checkpoint)
+        prepare_model(trainer.model, "p_tuning", [checkpoint])
         trainer.args.output_dir = str(folder / checkpoint.name)
         with torch.random.fork_rng():  # each starts with the same random numbers
             metrics = predict(trainer, tokenizer, datasets)

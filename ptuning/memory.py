@@ -5,10 +5,13 @@ Answers to nothing in the official scripts; their users learn it from an out-of-
 The estimate, with the shape legend of modeling_chatglm.py, e bytes per number of an activation, U supervised tokens:
 
     weights       as stored, integers, scales and floats
-    prefix        16 bytes a number: weight, gradient and AdamW's two averages, all float32
+    trained       16 bytes a number: weight, gradient and AdamW's two averages, all float32; on a GPU 2 more for
+                  autocast's copy where weights of the model itself train
     activations   a layer keeps for backward, per token: e (4 H + 2 F) (the inputs of its two norms, query and context;
-                  gate and value), and e 2 G D (1 + P / S) for the keys and values. With gradient checkpointing e H
-                  per token, and all of the above for one layer.
+                  gate and value), and e 2 G D (1 + P / S) for the keys and values. A layer whose weights all train
+                  keeps e (4 H + F) more, the inputs of its products above all; one with a trained part e (H + F), one
+                  with an adapter 2 e H. Layers below the first that trains keep nothing. With gradient checkpointing
+                  e H per token, and all of the above for one layer.
     generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
     work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 4 V for each of `loss_rows`
                   tokens, 8 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
@@ -38,7 +41,7 @@ def peak_memory_gb(device) -> float:
 
 
 def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """{kind: (numbers, bytes)} of the model; kinds are "int4", "float32" and so on, and "trained" for the prefix."""
+    """{kind: (numbers, bytes)} of the model; kinds are "int4", "float32" and so on, and "trained" for what has gradients."""
     counts = {}
 
     def add(kind, numbers, size):
@@ -71,12 +74,24 @@ def estimate_peak_bytes(
     tokens = batch_size * length
     keys_values = 2 * config.num_key_value_heads * config.kv_channels * element * batch_size * (prefix_length + length)
     layer = tokens * element * (4 * hidden + 2 * feed_forward) + keys_values
+    own = sum(  # numbers of the model itself that train, neither a prefix's nor an adapter's
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "prefix_encoder" not in name and "lora_" not in name
+    )
+    num_layers = config.num_layers - first_trained_layer(model)
+    if own and model.get_input_embeddings().weight.requires_grad:
+        layer += tokens * element * (4 * hidden + feed_forward)
+    elif own:
+        layer += tokens * element * (hidden + feed_forward)
+    elif prefix_length == 0:
+        layer += tokens * element * 2 * hidden
     if not num_supervised:
         kept = {"keys and values": keys_values * config.num_layers}
     elif checkpointing:
         kept = {"activations": layer + tokens * element * hidden * config.num_layers}
     else:
-        kept = {"activations": layer * config.num_layers}
+        kept = {"activations": layer * num_layers}
     on_cpu = model.device.type == "cpu"
     if num_supervised:
         rows = min(loss_rows(model.device.type), batch_size * num_supervised)
@@ -87,11 +102,21 @@ def estimate_peak_bytes(
     trained, trained_bytes = counts.get("trained", (0, 0))
     return {
         "weights": sum(size for _, size in counts.values()) - trained_bytes,
-        "prefix": 16 * trained if num_supervised else trained_bytes,
+        "trained": 16 * trained + (0 if on_cpu else 2 * own) if num_supervised else trained_bytes,
         **kept,
         "logits and work": max(work, dequantized),
         **({"Python and libraries": PROCESS_BYTES} if on_cpu else {}),
     }
+
+
+def first_trained_layer(model: nn.Module) -> int:
+    """Index of the first layer that backward passes through: 0 unless only weights of later layers train."""
+    if model.transformer.prefix_encoder is not None or model.get_input_embeddings().weight.requires_grad:
+        return 0
+    for number, layer in enumerate(model.transformer.encoder.layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return number
+    return 0
 
 
 def memory_table(model: nn.Module, **batch) -> str:

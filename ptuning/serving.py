@@ -24,11 +24,10 @@ from pathlib import Path
 
 import torch
 
-from arguments import check_ranges
+from arguments import check_bits_train, check_quantization_bit, check_ranges
 from checkpoint import (
     choose_dtype,
     fill_prefix_encoder,
-    find_checkpoints,
     list_checkpoints,
     load_model,
     load_tokenizer,
@@ -37,6 +36,7 @@ from checkpoint import (
     resolve_folder,
 )
 from configuration_chatglm import ChatGLMConfig
+from finetuning import check_adapters, find_trained, prepare_model, read_settings
 from generation import Batch, choose
 from modeling_chatglm import TRAINING_DATE
 from prefix_encoder import PrefixEncoder
@@ -122,17 +122,29 @@ class Memory:
 class ChatServer:
     """A model, the prefixes of a run, and the thread that answers with them. See `submit` and `stream`.
 
+    `base` is what the model is called without a prefix: the checkpoint's name where its weights were tuned.
     `max_batch` answers are computed at once and `max_queue` more wait; `max_sessions` conversations keep
     their cache, the one that was idle longest goes first.
     """
 
-    def __init__(self, model, tokenizer, checkpoints=None, *, default=BASE, max_batch=8, max_queue=64, max_sessions=32):
-        self.model, self.tokenizer, self.default = model, tokenizer, default
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        checkpoints=None,
+        *,
+        default=None,
+        base=BASE,
+        max_batch=8,
+        max_queue=64,
+        max_sessions=32,
+    ):
+        self.model, self.tokenizer, self.default, self.base = model, tokenizer, default or base, base
         self.max_batch, self.max_queue, self.max_sessions = max_batch, max_queue, max_sessions
         self.name = BASE  # of the base model, for people
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
-        self._prefixes = {BASE: []}
+        self._prefixes = {base: []}
         self._memories = OrderedDict()  # session -> Memory
         self._running = []  # rows; row i is row i of the batch
         self._batch = Batch(model, max_batch)
@@ -152,7 +164,7 @@ class ChatServer:
 
     def models(self):
         """Names for `model`: every checkpoint, then the base model."""
-        return [*self.checkpoints(), BASE]
+        return [*self.checkpoints(), self.base]
 
     def prefix(self, name):
         """Key and value (1, G, P, D) of every layer for the prefix `name`; empty for the base model.
@@ -496,27 +508,30 @@ def load_server(args, say=print):
     Raises ValueError and FileNotFoundError as the functions of checkpoint.py do.
     """
     check_ranges(args)
-    checkpoint, saved = None, {}
-    if args.ptuning_checkpoint:
-        found, damaged = find_checkpoints(args.ptuning_checkpoint)
-        checkpoint = found[-1]
-        for problem in damaged:
-            say(f"{problem} Using {checkpoint.name}.")
-        saved = read_prefix_settings(checkpoint)
-        if args.pre_seq_len not in (None, saved["pre_seq_len"]):
-            raise ValueError(
-                f"--pre_seq_len {args.pre_seq_len} contradicts {checkpoint}, which was trained with "
-                f"{saved['pre_seq_len']}. Leave the flag out: it is read from the checkpoint."
-            )
-    elif args.pre_seq_len:
+    found, damaged = find_trained(args.ptuning_checkpoint)
+    checkpoint = Path(found[-1]) if found else None
+    for problem in damaged:
+        say(f"{problem} Using {checkpoint.name}.")
+    saved = read_settings(found)
+    method = saved.get("finetuning_type")
+    if args.pre_seq_len and not checkpoint:
         raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
-    name = args.model_name_or_path or saved.get("base_model")
+    if args.pre_seq_len not in (None, saved.get("pre_seq_len")):
+        raise ValueError(
+            f"--pre_seq_len {args.pre_seq_len} contradicts {checkpoint}, which was trained with "
+            f"{saved.get('pre_seq_len', 'none')}. Leave the flag out: it is read from the checkpoint."
+        )
+    name = str(checkpoint) if method == "full" else args.model_name_or_path or saved.get("base_model")
     if not name:
         raise ValueError("--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny.")
     bits = saved.get("quantization_bit") or None if args.quantization_bit is None else args.quantization_bit
 
     folder = resolve_folder(name)
     config = read_config(folder, pre_seq_len=None)
+    num_bits = check_quantization_bit(bits, config.quantization_bit)
+    if method != "p_tuning":
+        check_bits_train(method, num_bits, do_train=False)
+        check_adapters(saved.get("checkpoints", []), num_bits)
     tokenizer = load_tokenizer(folder, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, reason = choose_dtype(device)
@@ -525,24 +540,31 @@ def load_server(args, say=print):
     )
     model = load_model(folder, config=config, dtype=dtype, device=device, quantization_bit=bits)
     model.requires_grad_(False)
+    tuned = prepare_model(model, method, **saved) if method in ("freeze", "lora") else None
+    prefixes = {checkpoint.name: checkpoint} if method == "p_tuning" else {}
     server = ChatServer(
         model,
         tokenizer,
-        {checkpoint.name: checkpoint} if checkpoint else {},
-        default=checkpoint.name if checkpoint else BASE,
+        prefixes,
+        default=checkpoint.name if checkpoint else None,
+        base=checkpoint.name if checkpoint and not prefixes else BASE,
         max_batch=args.concurrency,
         max_queue=args.max_queue,
         max_sessions=args.max_sessions,
     )
-    server.name = Path(name).name
-    if checkpoint and checkpoint.name in list_checkpoints(checkpoint.parent):
+    server.name = Path(saved.get("base_model") or name).name if method == "full" else Path(name).name
+    if prefixes and checkpoint.name in list_checkpoints(checkpoint.parent):
         server.run_folder = checkpoint.parent
     try:
         length = server.prefix_length(server.default)
     except ValueError:
         server.close()
         raise
-    if checkpoint:
+    if tuned:
+        say(tuned)
+    elif method == "full":
+        say(f"All weights from {checkpoint}.")
+    elif checkpoint:
         say(f"Prefix of {length} tokens from {checkpoint}.")
     else:
         say("No --ptuning_checkpoint: the base model answers.")

@@ -23,16 +23,15 @@ from transformers.trainer_utils import PredictionOutput, speed_metrics
 from arguments import TrainingArguments
 from checkpoint import (
     STATE_FILE,
-    load_prefix,
     newest_checkpoint,
     next_save_number,
     publish_checkpoint,
     read_json,
     rotate_checkpoints,
-    save_prefix,
     stage_checkpoint,
 )
 from data import EvenBatches, WithBlankRow
+from finetuning import load_trained, save_trained
 from generation import answer_prompts
 from memory import rows_that_fit
 from official import OfficialAdamW, official_loss
@@ -182,7 +181,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         if not self.args.should_save:
             return
         output_dir = Path(output_dir or self.args.output_dir)
-        save_prefix(self.accelerator.unwrap_model(self.model), output_dir, self.sidecar)
+        save_trained(self.accelerator.unwrap_model(self.model), output_dir, self.sidecar, state_dict)
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
 
@@ -211,7 +210,8 @@ class PrefixTrainer(Seq2SeqTrainer):
             restore_random_state(state, self.args.device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_prefix(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        model = self.accelerator.unwrap_model(model or self.model)
+        load_trained(model, resume_from_checkpoint, self.sidecar["finetuning_type"])
 
     def _evaluate(self, *args, **kwargs):
         if self.stop.agreed:  # what stops the run may not wait for the dev loss

@@ -212,8 +212,8 @@ class Page:
 
     def models(self, mode, checkpoint):
         """Which model answers in which column."""
-        tuned = checkpoint or self.server.default
-        return {"tuned": {"left": tuned}, "base": {"left": BASE}, "both": {"left": tuned, "right": BASE}}[mode]
+        tuned, base = checkpoint or self.server.default, self.server.base
+        return {"tuned": {"left": tuned}, "base": {"left": base}, "both": {"left": tuned, "right": base}}[mode]
 
     def respond(self, question, turns, mode, checkpoint, max_length, top_p, temperature, request: gr.Request):
         """Answer in every column that is there; yields what `outputs` of `build` names, as the answers grow."""
@@ -321,6 +321,8 @@ class Page:
     def describe(self, model, words):
         facts = self.server.facts(model)
         prefix = words["prefix"].format(**facts) if facts["pre_seq_len"] else words["no_prefix"]
+        if not facts["pre_seq_len"] and model != BASE:  # weights that were tuned themselves
+            prefix = model
         return f"{facts['base_model']} · {prefix} · {facts['weights']} · {facts['device']}"
 
     def choose(self, checkpoint, request: gr.Request):
@@ -362,7 +364,7 @@ def build(server):
     chinese = {code: TEXTS["zh-CN"] for code in ("zh", "zh-CN", "zh-TW", "zh-HK")}
     i18n = gr.I18n(en=TEXTS["en"], **chinese)
     page = Page(server)
-    has_prefix = server.default != BASE
+    has_prefix = server.default != server.base
     longest = min(32768, server.model.config.seq_length)
     with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True) as blocks:
         turns = gr.State({side: [] for side in SIDES})

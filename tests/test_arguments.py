@@ -156,7 +156,6 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
     [
         (f"{MINIMAL} --lerning_rate 1", r"Unknown flag --lerning_rate. Did you mean --learning_rate\?"),
         (f"{MINIMAL} --max_steps many", "--max_steps.*invalid int value: 'many'"),
-        (f"{MINIMAL} --deepspeed deepspeed.json", "needs a package that is not installed"),
         (f"{MINIMAL} --zzz", "Unknown flag --zzz"),
         ("do_train --x", "Stray word 'do_train'"),
         ("--do_train --train_file t.json", "--output_dir is missing"),
@@ -182,6 +181,15 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
 def test_a_mistake_is_named_with_what_to_do(line, message):
     with pytest.raises(ValueError, match=message):
         parse(line)
+
+
+def test_a_flag_that_needs_another_package_names_it(monkeypatch):
+    def refuse(**settings):
+        raise ImportError("Using --optim lomo requires lomo-optim")
+
+    monkeypatch.setattr("trainer.PrefixTrainingArguments", refuse)
+    with pytest.raises(ValueError, match="needs a package that is not installed: .* requires lomo-optim"):
+        parse(MINIMAL)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])

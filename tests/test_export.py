@@ -17,8 +17,8 @@ from checkpoint import (
     read_config,
     read_prefix_settings,
     read_tensors,
+    save_model,
     save_prefix,
-    save_weights,
     weight_files,
 )
 from configuration_chatglm import ChatGLMConfig
@@ -99,7 +99,9 @@ def test_names_and_shards_are_those_of_the_6b(shared, tmp_path):
     golden = json.loads((shared / "golden" / "weight_names.json").read_text())["weight_map"]
     settings = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     small = ChatGLMConfig(**{**settings, "num_layers": 28, "hidden_size": 16, "ffn_hidden_size": 16, "kv_channels": 4})
-    save_weights(ChatGLMForConditionalGeneration(small), tmp_path, "20KB", "bin")
+    model = ChatGLMForConditionalGeneration(small)
+    model.base_folder = TINY
+    save_model(model, tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "pytorch_model.bin.index.json").read_text())
     assert index["weight_map"].keys() == golden.keys()
 

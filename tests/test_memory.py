@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import synthetic_model
 
+from finetuning import prepare_model
 from memory import MOST_ROWS, count_weights, estimate_peak_bytes, free_bytes, memory_table, rows_that_fit
 from quantization import QuantizedLinear, quantize_model_
 
@@ -33,8 +34,8 @@ def test_every_number_is_counted_once_with_the_bytes_it_takes(bits):
 def test_the_trained_prefix_takes_16_bytes_a_number_in_training_and_4_otherwise():
     model = frozen_model()
     numbers = sum(parameter.numel() for parameter in model.transformer.prefix_encoder.parameters())
-    assert estimate_peak_bytes(model, **BATCH)["prefix"] == 16 * numbers
-    assert estimate_peak_bytes(model, **{**BATCH, "num_supervised": 0})["prefix"] == 4 * numbers
+    assert estimate_peak_bytes(model, **BATCH)["trained"] == 16 * numbers
+    assert estimate_peak_bytes(model, **{**BATCH, "num_supervised": 0})["trained"] == 4 * numbers
 
 
 def saved_bytes(model, batch_size, length):
@@ -61,6 +62,15 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(bits):
     length = 64
     parts = estimate_peak_bytes(model, batch_size=2, length=length, num_supervised=8)
     assert parts["activations"] == pytest.approx(saved_bytes(model, 2, length), rel=0.25)
+
+
+@pytest.mark.parametrize("method", ["full", "freeze", "lora"])
+def test_the_estimate_of_activations_is_near_what_the_other_methods_keep(method):
+    model = synthetic_model(pre_seq_len=None)
+    prepare_model(model, method, do_train=True, num_layer_trainable=2, lora_dropout=0)
+    length = 64
+    parts = estimate_peak_bytes(model, batch_size=2, length=length, num_supervised=8)
+    assert parts["activations"] == pytest.approx(saved_bytes(model, 2, length), rel=0.3)
 
 
 def test_gradient_checkpointing_lowers_the_estimate():
