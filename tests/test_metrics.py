@@ -81,13 +81,48 @@ def test_different_numbers_of_predictions_and_labels_are_refused():
         score_all(["a", "b"], ["a"])
 
 
+MANY = (
+    ["简约的白色外套", "蓝色的牛仔裤", "", "a b c", "\ud83d"] * 3,
+    ["白色外套简约大方", "牛仔裤是蓝色的", "好", "a b d", "牛仔裤"] * 3,
+)
+
+
+def with_workers(monkeypatch):
+    """Let three processes score even a few rows; the commands of those that were started."""
+    started = []
+    start = subprocess.Popen
+    monkeypatch.setattr(metrics, "ROWS_WORTH_A_WORKER", 2)
+    monkeypatch.setattr(metrics.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(
+        metrics.subprocess, "Popen", lambda command, **how: started.append(command) or start(command, **how)
+    )
+    return started
+
+
 def test_worker_processes_give_the_same_means(monkeypatch):
-    predictions = ["简约的白色外套", "蓝色的牛仔裤", "", "a b c"] * 3
-    labels = ["白色外套简约大方", "牛仔裤是蓝色的", "好", "a b d"] * 3
+    predictions, labels = MANY
     alone = score_all(predictions, labels)
-    monkeypatch.setattr(metrics, "ROWS_WORTH_WORKERS", 2)
-    monkeypatch.setattr(metrics.os, "cpu_count", lambda: 2)
+    started = with_workers(monkeypatch)
     assert score_all(predictions, labels) == alone
+    assert len(started) == 2
+
+
+def test_the_rows_of_a_worker_that_dies_are_scored_all_the_same(monkeypatch):
+    predictions, labels = MANY
+    alone = score_all(predictions, labels)
+    with_workers(monkeypatch)
+    monkeypatch.setattr(metrics, "__file__", str(Path(metrics.__file__).with_name("no such file")))
+    assert score_all(predictions, labels) == alone
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_longest_common_subsequence_is_that_of_the_usual_table(seed):
+    from rouge_chinese.rouge_score import _len_lcs
+
+    generator = random.Random(seed)
+    for _ in range(100):
+        left, right = (generator.choices("abcdef", k=generator.randrange(80)) for _ in range(2))
+        assert metrics.lcs_length(left, right) == _len_lcs(left, right)
 
 
 def test_scoring_prints_nothing():
