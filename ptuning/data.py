@@ -36,7 +36,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-ROWS_PER_WORKER = 1000  # fewer are encoded sooner than a process starts
+ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
 
 
@@ -676,23 +676,23 @@ def _encode_training_batch(
         "row": examples["row"],
     }
     for source, target, row in zip(sources, targets, examples["row"], strict=True):
-        answer = target[:max_target_length] + [end]
+        answer = learned = target[:max_target_length] + [end]
         features["input_ids"].append(source + answer)
         # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
-        learned = [ignored if index == pad else index for index in answer]
-        labels = [ignored] * len(source) + learned
-        if not any_supervised(labels):
-            raise ValueError(
-                f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
-                f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
-            )
-        features["labels"].append(labels)
+        if pad in answer:
+            learned = [ignored if index == pad else index for index in answer]
+            if not any_supervised([ignored, *learned]):
+                raise ValueError(
+                    f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
+                    f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
+                )
+        features["labels"].append([ignored] * len(source) + learned)
     return features
 
 
 def any_supervised(labels: list[int]) -> bool:
     """Whether a row teaches something; its first token is predicted from nothing and never counts."""
-    return any(label != IGNORED_LABEL for label in labels[1:])
+    return labels[1:].count(IGNORED_LABEL) < len(labels) - 1
 
 
 def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
@@ -707,8 +707,18 @@ def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_leng
     }
 
 
-def _encode(dataset, encode_batch, tokenizer, num_workers, overwrite_cache, settings):
-    """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code."""
+def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, settings):
+    """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code.
+
+    `columns`: what it returns beside the lists `input_ids` and `labels`.
+    """
+    from datasets import Features, List, Value
+
+    # Named, because to find out the types of lists datasets looks at each of their numbers.
+    features = {
+        **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),
+        **dict.fromkeys(columns, Value("int64")),
+    }
     # datasets' own fingerprint would name functions of this file, not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, _code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
@@ -717,6 +727,7 @@ def _encode(dataset, encode_batch, tokenizer, num_workers, overwrite_cache, sett
             partial(encode_batch, tokenizer=tokenizer, **settings),
             batched=True,
             remove_columns=dataset.column_names,
+            features=Features(features),
             num_proc=workers if workers > 1 else None,
             load_from_cache_file=not overwrite_cache,
             new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
@@ -750,7 +761,8 @@ def encode_training(
         "max_target_length": max_target_length,
         "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
     }
-    return _encode(dataset, _encode_training_batch, tokenizer, num_workers, overwrite_cache, settings)
+    columns = ("source_length", "target_length", "dropped_turns", "row")
+    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, settings)
 
 
 def encode_prediction(
@@ -773,7 +785,9 @@ def encode_prediction(
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
     }
-    return _encode(dataset, _encode_prediction_batch, tokenizer, num_workers, overwrite_cache, settings)
+    return _encode(
+        dataset, _encode_prediction_batch, ("row", "dropped_turns"), tokenizer, num_workers, overwrite_cache, settings
+    )
 
 
 def digest(dataset) -> str:
