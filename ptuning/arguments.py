@@ -632,6 +632,11 @@ def check(model_args, data_args, training_args):
 def check_precision(training_args):
     """ValueError for flags that ask for two different precisions, or for a recipe that the official one is not."""
     halves = [name for name in ("fp16", "bf16", "fp16_full_eval", "bf16_full_eval") if getattr(training_args, name)]
+    if training_args.precision == "official" and training_args.auto_find_batch_size:
+        raise ValueError(
+            "--precision official and --auto_find_batch_size contradict each other: in the official recipe another "
+            "batch size is another loss. Leave one of the two out."
+        )
     if training_args.precision == "official" and halves:
         raise ValueError(
             f"--precision official and --{halves[0]} contradict each other: the official recipe is float16 weights "

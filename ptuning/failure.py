@@ -46,6 +46,11 @@ def describe(error):
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         detail = f" ({error})" if str(error) else ""
         return f"This machine has not enough memory{detail}. Lower the batch size or the lengths.", 2
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        message = str(error)
+        if not message.startswith("Out of memory"):  # not memory.py's, which knows the batch
+            message = f"{message.partition(' See documentation')[0]} Lower the batch size or the lengths."
+        return message, 2
     if isinstance(error, OSError) and error.errno in REMEDIES:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}. {REMEDIES[error.errno]}", 2

@@ -19,6 +19,7 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
     process       on a CPU only: Python and the libraries, PROCESS_BYTES
 """
 
+import contextlib
 import os
 import resource
 
@@ -159,3 +160,54 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
     ]
     room = free_bytes(model.device) // 2 // max(1, sizes[1] - sizes[0])
     return min(1 << max(0, room.bit_length() - 1), MOST_ROWS[model.device.type])
+
+
+# ---- when it does not fit
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(model, args, shape, training):
+    """Says inside the block, instead of torch's own words for a full GPU, what of the run did not fit.
+
+    `shape` (rows, tokens) is that of the batch, `args` the flags of training.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = describe_out_of_memory(model, args, shape, training, str(error))
+        raise torch.OutOfMemoryError(message) from None
+
+
+def describe_out_of_memory(model, args, shape, training, reason):
+    """The batch, the dtype, the memory there is, and the flags that would lower what is needed."""
+    rows, tokens = shape
+    device, dtype = model.device, str(model.transformer.dtype_of_blocks).removeprefix("torch.")
+    bits = model.config.quantization_bit
+    weights = f"int{bits} weights, {dtype} activations" if bits else f"{dtype} weights and activations"
+    lines = [
+        f"Out of memory on {device}, at {'a training batch' if training else 'an evaluation batch'} of {rows} rows x "
+        f"{tokens} tokens, {weights}."
+    ]
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allocated, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        lines.append(
+            f"  memory: {total / 1e9:.2f} GB in all, {free / 1e9:.2f} free, {allocated / 1e9:.2f} allocated by this "
+            f"process (peak {peak / 1e9:.2f}); nvidia-smi shows who has the rest"
+        )
+    else:
+        lines.append(f"  {reason.strip().splitlines()[0][:200]}")
+    lower = []
+    if training and rows > 1:
+        lower.append(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size}, with --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} raised by the same factor (--auto_find_batch_size does both)"
+        )
+    elif not training and rows > 1:
+        lower.append(f"--per_device_eval_batch_size {args.per_device_eval_batch_size}")
+    lower.append("--max_source_length and --max_target_length")
+    also = [] if bits == 4 else ["--quantization_bit 4"]
+    if training and not args.gradient_checkpointing:
+        also.append("--gradient_checkpointing true")
+    lines.append(f"  lower {'; or '.join(lower)}{'; or use ' + ' and '.join(also) if also else ''}")
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -33,7 +34,7 @@ from checkpoint import (
 from data import EvenBatches, WithBlankRow
 from finetuning import load_trained, save_trained
 from generation import answer_prompts
-from memory import rows_that_fit
+from memory import explaining_out_of_memory, rows_that_fit
 from official import OfficialAdamW, official_loss
 from resume import (
     StopOnSignal,
@@ -72,6 +73,9 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.generation_config = generation_config
         self.sidecar = sidecar or {}
         self.official = self.args.precision == "official"
+        # The Trainer's own way of it would begin the run again, with another number of rows in a step.
+        self.halve_when_full, self.args.auto_find_batch_size = self.args.auto_find_batch_size, False
+        self.say = say
         if self.official:
             self.model.official_loss = official_loss
             self.model_accepts_loss_kwargs = False  # the mean of the batches' means
@@ -103,9 +107,52 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("row")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = None
+        while loss is None:
+            loss = self._compute_batch(model, inputs, num_items_in_batch)
         self.watch.saw_batch(loss, rows)
         return loss
+
+    batch_parts = 1  # a batch is computed in so many, one after the other
+
+    def _compute_batch(self, model, inputs, num_items_in_batch):
+        """Add the gradient of a batch to that of its step, and return its loss.
+
+        With --auto_find_batch_size, None where it does not fit into memory: the gradient is then as before, and
+        this batch and all later ones are to be computed in twice as many parts. Every part's loss is divided by the
+        supervised tokens of the whole step, so a step is the same in any number of parts.
+        """
+        shape = tuple(inputs["input_ids"].shape)
+        part_rows = -(-shape[0] // self.batch_parts)
+        explained = explaining_out_of_memory(self.model, self.args, (part_rows, shape[1]), training=True)
+        if not self.halve_when_full:
+            with explained:
+                return super().training_step(model, inputs, num_items_in_batch)
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        gradients = [None if weight.grad is None else weight.grad.clone() for weight in weights]
+        starts = range(0, shape[0], part_rows)
+        try:
+            total = 0.0
+            with explained:
+                for start in starts:
+                    part = {name: tensor[start : start + part_rows] for name, tensor in inputs.items()}
+                    last = start == starts[-1]  # only with it are the gradients of the processes brought together
+                    with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                        total = total + super().training_step(model, part, num_items_in_batch)
+            return total
+        except torch.OutOfMemoryError:
+            if part_rows == 1:
+                raise
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        clear_device_cache(garbage_collection=True)
+        self.batch_parts *= 2
+        self.say(
+            f"Out of memory with {part_rows} rows x {shape[1]} tokens at step {self.state.global_step + 1}: from now on "
+            f"{-(-shape[0] // self.batch_parts)} at a time, accumulated {self.batch_parts} times as often; a step keeps "
+            "its rows."
+        )
+        return None
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)  # after the last batch of a step, before the optimizer
@@ -267,9 +314,14 @@ class PrefixTrainer(Seq2SeqTrainer):
         batch_size = self.args.prediction_batch_size or rows_that_fit(model, config.max_length)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         mine = by_length[self.args.process_index :: self.args.world_size]  # equal work for all
-        with tqdm(
-            total=len(mine), desc=metric_key_prefix, disable=self.args.disable_tqdm or self.args.process_index
-        ) as bar:
+        shape = batch_size, config.max_length
+        explained = explaining_out_of_memory(model, self.args, shape, training=False)
+        with (
+            explained,
+            tqdm(
+                total=len(mine), desc=metric_key_prefix, disable=self.args.disable_tqdm or self.args.process_index
+            ) as bar,
+        ):
             answers = answer_prompts(
                 model,
                 [prompts[index] for index in mine],
@@ -327,7 +379,9 @@ class PrefixTrainer(Seq2SeqTrainer):
             inputs.pop("row")
             with torch.no_grad():
                 model = self.accelerator.unwrap_model(model)
-                nats = model(**inputs, logits_to_keep=1, use_cache=False, num_items_in_batch=1).loss
+                shape = tuple(inputs["input_ids"].shape)
+                with explaining_out_of_memory(model, self.args, shape, training=False):
+                    nats = model(**inputs, logits_to_keep=1, use_cache=False, num_items_in_batch=1).loss
             tokens = (inputs["labels"][:, 1:] != -100).sum()
             return None, torch.stack((nats.float(), tokens.float()))[None], None
         prompt_lengths = inputs["attention_mask"].sum(dim=1)

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from conftest import synthetic_model
+from test_main import TRAIN_SETTINGS, losses, run
 
+import failure
 from finetuning import prepare_model
 from memory import MOST_ROWS, count_weights, estimate_peak_bytes, free_bytes, memory_table, rows_that_fit
+from modeling_chatglm import ChatGLMForConditionalGeneration
 from quantization import QuantizedLinear, quantize_model_
 
 BATCH = {"batch_size": 2, "length": 16, "num_supervised": 8}
@@ -100,3 +103,87 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
     alone = free_bytes(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.5)
+
+
+# ---- when it does not fit
+
+FULL = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 15.89 GiB. See documentation for"
+
+
+@pytest.fixture
+def room_for(monkeypatch):
+    """Makes training batches of more rows than it is called with run out of memory in forward or in backward."""
+    honest = ChatGLMForConditionalGeneration.forward
+
+    def limit(rows, where="forward"):
+        def forward(self, input_ids=None, **kwargs):
+            full = self.training and len(input_ids) > rows
+            if full and where == "forward":
+                raise torch.OutOfMemoryError(FULL)
+            output = honest(self, input_ids, **kwargs)
+            if full:  # after the gradient of the prefix has been added up, which must then be taken back
+                weight = self.transformer.prefix_encoder.embedding.weight
+                handle = weight.register_post_accumulate_grad_hook(lambda _: (handle.remove(), fail()))
+            return output
+
+        monkeypatch.setattr(ChatGLMForConditionalGeneration, "forward", forward)
+
+    def fail():
+        raise torch.OutOfMemoryError(FULL)
+
+    return limit
+
+
+PLENTY = {**TRAIN_SETTINGS, "prefix_dropout": 0, "max_steps": 4, "save_steps": 4}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
+    where, room_for, monkeypatch, tmp_path, capsys
+):
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
+    run(monkeypatch, PLENTY, **small, output_dir=tmp_path / "small")
+    room_for(2, where)
+    large = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "auto_find_batch_size": True}
+    capsys.readouterr()
+    run(monkeypatch, PLENTY, **large, output_dir=tmp_path / "large")
+    assert losses(tmp_path / "large") == pytest.approx(losses(tmp_path / "small"), rel=1e-5)
+    output = capsys.readouterr().out
+    assert "Out of memory with 8 rows x" in output and "at step 1: from now on 4 at a time" in output
+    assert output.count("Out of memory with") == 2  # 4 do not fit either, 2 do, and nothing is tried again
+    prefixes = [
+        torch.load(tmp_path / name / "checkpoint-4" / "pytorch_model.bin", weights_only=True)
+        for name in ("small", "large")
+    ]
+    for name in prefixes[0]:
+        assert torch.allclose(prefixes[0][name], prefixes[1][name], atol=1e-4)
+
+
+def test_a_batch_that_is_never_cut_small_enough_ends_in_the_message(room_for, monkeypatch, tmp_path):
+    room_for(0)
+    with pytest.raises(torch.OutOfMemoryError, match="Out of memory on cpu, at a training batch of 1 rows x"):
+        run(monkeypatch, PLENTY, auto_find_batch_size=True, output_dir=tmp_path)
+
+
+def test_out_of_memory_is_one_message_with_batch_dtype_and_what_to_lower(room_for, monkeypatch, tmp_path):
+    room_for(3)
+    with pytest.raises(torch.OutOfMemoryError) as full:
+        run(monkeypatch, PLENTY, quantization_bit=8, output_dir=tmp_path)
+    message, status = failure.describe(full.value)
+    assert status == 2 and len(message.splitlines()) < 8
+    for part in (
+        "a training batch of 4 rows x ",
+        "int8 weights, float32 activations",
+        "Tried to allocate 20.00 MiB",
+        "--per_device_train_batch_size 4, with --gradient_accumulation_steps 2 raised",
+        "--auto_find_batch_size",
+        "--max_target_length",
+        "--quantization_bit 4 and --gradient_checkpointing true",
+    ):
+        assert part in message, part
+
+
+def test_out_of_memory_elsewhere_keeps_the_figures_of_torch():
+    message, status = failure.describe(torch.OutOfMemoryError(FULL))
+    assert status == 2
+    assert message == f"{FULL.partition(' See')[0]} Lower the batch size or the lengths."

@@ -271,7 +271,7 @@ def test_a_gpu_takes_the_same_path(tmp_path):
     assert (args.fp16, args.bf16, args.mixed_precision) == (False, False, "no")
 
 
-@pytest.mark.parametrize("flag", ["fp16", "bf16", "fp16_full_eval"])
+@pytest.mark.parametrize("flag", ["fp16", "bf16", "fp16_full_eval", "auto_find_batch_size"])
 def test_a_second_precision_is_refused(flag, tmp_path):
     words = ["--do_train", "--train_file", "a", "--output_dir", str(tmp_path), "--precision", "official", f"--{flag}"]
     with pytest.raises(ValueError, match=f"--precision official and --{flag} contradict"):
