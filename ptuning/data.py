@@ -38,6 +38,7 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of
 }
 ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
+ROWS_OF_A_DATASET = 2**32  # more than any file has: keeps the row numbers of several data sets apart
 
 
 # ---- bytes -> text
@@ -876,10 +877,18 @@ class EvenBatches:
             yield [self.blank] * self.batch_size
 
 
+def number_rows(dataset, position: int):
+    """The dataset, its row numbers saying that it is data set number `position` of several; for shown_rows."""
+    numbers = [position * ROWS_OF_A_DATASET + row for row in dataset["row"]]
+    return dataset.remove_columns("row").add_column("row", numbers)
+
+
 def shown_rows(rows: list[int], limit: int = 32) -> str:
-    """Row numbers for a message: "3, 17, 40", cut after `limit`."""
-    numbers = sorted(rows)
-    return ", ".join(map(str, numbers[:limit])) + (f" and {len(numbers) - limit} more" if len(numbers) > limit else "")
+    """Row numbers for a message: "3, 17, 40", cut after `limit`; of several data sets "3 of data set 2"."""
+    numbers = []
+    for position, row in (divmod(row, ROWS_OF_A_DATASET) for row in sorted(rows)[:limit]):
+        numbers.append(f"{row} of data set {position}" if position else str(row))
+    return ", ".join(numbers) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
 
 
 def collate_prediction(features, *, pad_token_id: int):

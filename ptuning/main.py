@@ -56,6 +56,7 @@ from data import (
     hold_out,
     join,
     load_examples,
+    number_rows,
     read_dataset_info,
 )
 from finetuning import (
@@ -419,6 +420,8 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
         parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
         if encode is encode_prediction and name:
             parts[name] = parts[name].add_column("dataset", [name] * len(examples))
+        elif len(files) > 1:
+            parts[name] = number_rows(parts[name], len(parts))
     return parts, rows_skipped, notes
 
 

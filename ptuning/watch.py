@@ -117,7 +117,7 @@ class StepWatch:
         return (
             f"Training stopped at step {step.number}: {what}.\n"
             f"  gradient norm {step.gradient_norm.item()}, learning rate {step.learning_rate:g}, weights {self.dtype}\n"
-            f"  rows {shown_rows(sum(suspects, []))} of the training file\n"
+            f"  rows {shown_rows(sum(suspects, []))} of the training data\n"
             + way_out(self.output_dir, step.number, self.dtype)
         )
 

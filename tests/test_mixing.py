@@ -6,10 +6,11 @@ import shlex
 
 import pytest
 from conftest import SAMPLE, TINY
+from datasets import Dataset
 from test_main import PREDICT_SETTINGS, TRAIN_SETTINGS, run
 
 from arguments import parse_flags
-from data import draw_shares, hold_out, join, load_examples, read_dataset_info
+from data import draw_shares, hold_out, join, load_examples, number_rows, read_dataset_info, shown_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,8 +147,6 @@ def test_a_bad_row_is_named_by_file_row_and_entry(folder):
 
 
 def numbers(count, start=0):
-    from datasets import Dataset
-
     return Dataset.from_dict({"number": list(range(start, start + count))})
 
 
@@ -192,6 +191,13 @@ def test_a_small_data_set_keeps_a_training_row(size, share, expected):
 
 def test_joined_rows_stand_in_the_order_of_the_data_sets():
     assert join([numbers(2), numbers(2, start=7)])["number"][:] == [0, 1, 7, 8]
+
+
+def test_rows_of_several_data_sets_are_told_apart_in_messages():
+    rows = [Dataset.from_dict({"row": [3, 17], "input_ids": [[1], [2]]}) for _ in range(2)]
+    mixed = join(number_rows(part, position) for position, part in enumerate(rows, start=1))
+    assert shown_rows(mixed["row"][:]) == "3 of data set 1, 17 of data set 1, 3 of data set 2, 17 of data set 2"
+    assert shown_rows([40, 3, *range(100, 140)], limit=3) == "3, 40, 100 and 39 more"
 
 
 # ---- flags
