@@ -58,6 +58,9 @@ launch() {
   fi
   check_number NUM_GPUS "$NUM_GPUS" 1
   check_number NNODES "$NNODES" 1
+  if [ "$NNODES" -eq 1 ] && [ "$NUM_GPUS" -eq 1 ]; then
+    exec python ptuning/launch.py "$@"
+  fi
   local machines=(--standalone --nnodes=1 --local-addr=127.0.0.1)
   if [ "$NNODES" -gt 1 ]; then
     check_machines

@@ -5,12 +5,19 @@
 The words are torchrun's and so is the work. It differs in how a failure ends: torchrun prints a page of traceback of
 its own below the message of the process that failed, and its exit status is always 1. Here the status is that of the
 process, and only a death without words, such as that of a killed process, is put into words.
+
+    python ptuning/launch.py ptuning/main.py --do_train …
+
+Without words of torchrun's the program is one process, which needs no torchrun: it starts seconds sooner.
 """
 
 import logging
 import os
 import signal
+import subprocess
 import sys
+
+from failure import catch_signals
 
 # What to do about a process that a signal ended, and that could therefore say nothing itself.
 REMEDIES = {
@@ -36,8 +43,21 @@ def describe_death(rank, exitcode):
     return f"process {rank} was ended by {number.name}. {REMEDIES.get(number, CRASHED)}"
 
 
+def run_alone(words):
+    """Run a program as one process; the exit status."""
+    process = subprocess.Popen([sys.executable, *words])
+    catch_signals(lambda number, frame: process.send_signal(number))
+    status = process.wait()
+    message = describe_death(0, status) if status else None
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
+
 def main(words):
     """Run torchrun with these words; the exit status."""
+    if not words[0].startswith("-"):
+        return run_alone(words)
     try:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

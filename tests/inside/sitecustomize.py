@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-RANK = os.environ.get("RANK")
+RANK = os.environ.get("RANK", "0")  # one process alone has none
 import_module = builtins.__import__
 
 
@@ -43,5 +43,4 @@ def watch(trainer_class):
     trainer_class.training_step = watched_step
 
 
-if RANK is not None:
-    builtins.__import__ = watched_import
+builtins.__import__ = watched_import
