@@ -145,15 +145,18 @@ def leave_on_signal(number, frame):
 
 
 def run(main, *arguments):
-    """main(*arguments) as a program: errors, also later ones, end it as this file says, Ctrl-C with status 130."""
+    """main(*arguments) as a program: errors end it as this file says, Ctrl-C with status 130."""
     # Text that the terminal's encoding lacks (GBK has no ⟦) is shown as an escape instead of ending the program.
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.excepthook = end_with
-    main(*arguments)
+    sys.excepthook = end_with  # for what happens after this call, such as imports that fail
+    try:
+        main(*arguments)
+    except (Exception, KeyboardInterrupt) as error:  # not left to the hook: torch.distributed puts its own before it
+        end_with(type(error), error, None)
 
 
 def end_with(kind, error, trace):
-    """sys.excepthook of a program: the end of an exception that nobody caught."""
+    """The end of a program by an exception; the signature is that of sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         flush()
         print("Interrupted.", file=sys.stderr, flush=True)

@@ -69,6 +69,26 @@ def test_what_the_system_refuses_is_said_with_what_to_do(body, says):
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_the_message_is_shown_although_a_library_hooks_the_end():
+    # torch.distributed holds back what is printed until the hook of the program returns, which ours never does.
+    done = end("import sys; sys.excepthook = lambda *words: None; raise ValueError('row 3')")
+    assert (done.returncode, done.stderr) == (2, "error: row 3\n")
+
+
+def test_an_import_that_fails_later_is_one_message():
+    code = "from failure import run\nrun(print)\nimport no_such_package"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: A package is missing") and done.stderr.count("\n") == 1
+    )
+
+
+def test_control_characters_of_the_input_do_not_reach_the_terminal():
+    done = end(r"raise ValueError('a\x1b[2Jb\x07\ud83d')")
+    assert done.stderr == "error: a\\x1b[2Jb\\x07\\ud83d\n"
+
+
 def test_a_long_message_is_cut():
     lines = end("raise ValueError('long ' * 999 + 'line\\n' * 50)").stderr.splitlines()
     assert len(lines) == 8 and max(map(len, lines)) < 520
