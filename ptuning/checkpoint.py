@@ -6,6 +6,7 @@ is run, pickles are read with `weights_only`, nothing is half loaded, and the we
 converted tensor by tensor, so there is never a second copy of them in memory.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -673,6 +674,37 @@ def stage_checkpoint(folder):
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
+
+
+@contextlib.contextmanager
+def nothing_half_written(folder):
+    """Around stage_checkpoint and publish_checkpoint: a failed write leaves nothing behind and says what there is."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
+        staging = hidden(folder, "partial")
+        reason, free = describe_write_error(error, staging)
+        shutil.rmtree(staging, ignore_errors=True)
+        newest, _ = newest_checkpoint(staging.parent)
+        raise OSError(
+            f"{folder} could not be written ({reason}{free}). Nothing half written is left. "
+            + (f"The newest complete checkpoint is {newest.name}" if newest else "There is no complete checkpoint yet")
+            + ". Make room, or let the folder be written to, then run the same command with "
+            "--resume_from_checkpoint last."
+        ) from error
+
+
+def describe_write_error(error, folder):
+    """(the system's reason, the free space in words) for a write that failed in `folder`."""
+    free = ""
+    try:
+        free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
+        if not isinstance(error, OSError):  # torch.save does not tell: ask again
+            with open(folder / "probe", "wb") as probe:
+                probe.write(bytes(1 << 20))
+    except OSError as found:
+        error = found
+    return getattr(error, "strerror", None) or first_line(error), free
 
 
 def publish_checkpoint(staging, folder):

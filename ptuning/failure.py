@@ -94,6 +94,9 @@ def flush():
         sys.stdout.flush()
 
 
+signal_at_hand = 0  # that this process has been told to stop by, and is about to
+
+
 def is_lost_connection(error):
     """Whether this error is how a process learns that another one has died."""
     distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)  # torch need not be loaded here
@@ -104,6 +107,8 @@ def wait_for_others(error):
     """Let the process go first that has to say why; torchrun ends this one meanwhile."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if is_lost_connection(error):
+        if signal_at_hand:  # torchrun is stopping what is left of the job
+            os._exit(128 + signal_at_hand)
         time.sleep(5)
     elif os.environ.get("RANK", "0") != "0":  # every process may have met the same error
         time.sleep(3)
@@ -112,6 +117,7 @@ def wait_for_others(error):
 def exit_with(error):
     """Print one message and exit."""
     wait_for_others(error)
+    sys.stderr = sys.__stderr__  # torch.distributed calls sys.excepthook with another one, which is never shown
     if wants_traceback():
         traceback.print_exception(error)
     message, status = describe(error)
@@ -159,6 +165,6 @@ def end_with(kind, error, trace):
     """The end of a program by an exception; the signature is that of sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         flush()
-        print("Interrupted.", file=sys.stderr, flush=True)
+        print("Interrupted.", file=sys.__stderr__, flush=True)
         os._exit(130)
     exit_with(error)

@@ -20,6 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
+import failure
 from checkpoint import (
     CHECKSUM_FILE,
     STATE_FILE,
@@ -249,13 +250,13 @@ def random_state_file(process, processes):
     return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
 
 
-def read_random_state(checkpoint, process, processes):
-    """What random_state returned in this process; in process 0 where there was no such process. None if not there."""
-    for name in (random_state_file(process, processes), "rng_state.pth", "rng_state_0.pth"):
-        if Path(checkpoint, name).is_file():
-            with safe_globals():  # numpy's arrays
-                return torch.load(Path(checkpoint, name), weights_only=True)
-    return None
+def read_process_states(checkpoint):
+    """What each process of the run had saved of itself, in order; empty where nothing was saved."""
+    files = [Path(checkpoint, "rng_state.pth")]
+    if not files[0].is_file():
+        files = [Path(checkpoint, f"rng_state_{process}.pth") for process in range(len(os.listdir(checkpoint)))]
+    with safe_globals():  # numpy's arrays
+        return [torch.load(file, weights_only=True) for file in files if file.is_file()]
 
 
 def restore_random_state(state, device):
@@ -302,6 +303,7 @@ class StopOnSignal(TrainerCallback):
         name = signal.Signals(number).name
         if not self.signal:
             self.signal, self.arrived = number, time.monotonic()
+            failure.signal_at_hand = number
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                 write_now(f"{name}: finishing this step, then saving and leaving. A second time leaves at once.")
         elif time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS:

@@ -8,7 +8,6 @@ everything that a resumed run needs to go on exactly like one that was never sto
 
 import contextlib
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,8 @@ from transformers.trainer_utils import PredictionOutput, speed_metrics
 from arguments import TrainingArguments
 from checkpoint import (
     STATE_FILE,
-    newest_checkpoint,
     next_save_number,
+    nothing_half_written,
     publish_checkpoint,
     read_json,
     rotate_checkpoints,
@@ -42,7 +41,7 @@ from resume import (
     on_writing_ranks,
     random_state,
     random_state_file,
-    read_random_state,
+    read_process_states,
     restore_random_state,
 )
 from watch import RunWatch, StepWatch
@@ -196,15 +195,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.saved_step = self.state.global_step
 
     def _write_checkpoint(self, folder, processes):
-        try:
+        with nothing_half_written(folder):
             staging = stage_checkpoint(folder)
-            try:
-                self._write_files(staging, folder, processes)
-                publish_checkpoint(staging, folder)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-        except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-            raise OSError(describe_write_error(error, folder)) from error
+            self._write_files(staging, folder, processes)
+            publish_checkpoint(staging, folder)
         if (self.args.save_total_limit or 0) > 0:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, self.args.save_total_limit, newest=folder, best=best)
@@ -243,18 +237,27 @@ class PrefixTrainer(Seq2SeqTrainer):
         return {**random_state(self.args.device), "losses": losses}
 
     def _load_rng_state(self, checkpoint):
-        """Restore _process_state. Called when the first batch of a resumed run is there, before it is computed."""
+        """Restore _process_state. Called when the first batch of a resumed run is there, before it is computed.
+
+        A process that the run did not have before goes on from the state of process 0.
+        """
         if checkpoint is None:
             return
-        state = read_random_state(checkpoint, self.args.process_index, self.args.world_size)
-        losses = state.get("losses") if state else None
-        if losses:
-            self._tr_loss = losses["since_log"].to(self.args.device)
-            self._globalstep_last_logged = losses["last_logged_step"]
-            self._total_loss_scalar = losses["sum"]
-        self.first_loss_step = losses["first_step"] if losses else self.state.global_step
-        if state:
-            restore_random_state(state, self.args.device)
+        states = read_process_states(checkpoint)
+        self.first_loss_step = self.state.global_step
+        if not states:
+            return
+        state = states[self.args.process_index] if self.args.process_index < len(states) else states[0]
+        restore_random_state(state, self.args.device)
+        if "losses" not in state:  # written by transformers' own trainer
+            return
+        losses = state["losses"]
+        if len(states) != self.args.world_size:  # the log shows the mean over the processes
+            losses["since_log"] = torch.stack([other["losses"]["since_log"] for other in states]).mean()
+        self._tr_loss = losses["since_log"].to(self.args.device)
+        self._globalstep_last_logged = losses["last_logged_step"]
+        self._total_loss_scalar = losses["sum"]
+        self.first_loss_step = losses["first_step"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.accelerator.unwrap_model(model or self.model)
@@ -396,20 +399,6 @@ class PrefixTrainer(Seq2SeqTrainer):
         places = torch.arange(answers.shape[1], device=answers.device)
         answers = answers.masked_fill(places[None, :] >= room[:, None], config.pad_token_id)
         return None, answers, inputs["labels"]
-
-
-def describe_write_error(error, folder):
-    """What to tell the user about a checkpoint that could not be written."""
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f"; {shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free there"
-    newest, _ = newest_checkpoint(folder.parent)
-    return (
-        f"{folder} could not be written ({reason}{free}). Nothing half written is left. "
-        + (f"The newest complete checkpoint is {newest.name}" if newest else "There is no complete checkpoint yet")
-        + ". Make room, or let the folder be written to, then run the same command with --resume_from_checkpoint last."
-    )
 
 
 def new_figure(rows=1):
