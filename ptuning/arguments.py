@@ -204,6 +204,13 @@ class TrainingArguments:
         },
     )
     plot_loss: bool = field(default=True, metadata={"help": "Draw training_loss.png when training ends."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep less for the backward pass and compute it again: less memory, a third more time. auto: where "
+            "the estimated memory exceeds what is free [auto]."
+        },
+    )
     early_stopping: bool = field(
         default=False, metadata={"help": "End the run where the dev loss, or else the training loss, keeps rising."}
     )
@@ -295,6 +302,8 @@ def translate_flags(argv, known):
             notes.append(f"--logging_dir: TensorBoard writes to {' '.join(values)}.")
         elif name == "debug" and is_switch(values):  # transformers has a --debug of its own, with a value
             os.environ["PTUNING_TRACEBACK"] = "1" if is_true(values) else ""
+        elif name == "gradient_checkpointing" and values == ["auto"]:
+            pass
         elif name in RENAMED and name not in known:
             translated += [f"--{RENAMED[name]}", *values]
         elif name in RETIRED and name not in known:
@@ -480,8 +489,8 @@ def parse_arguments(argv):
     settings = {"report_to": "all", "ddp_find_unused_parameters": False}  # every parameter of the prefix is always used
     if not torch.cuda.is_available():
         settings["use_cpu"] = True  # without it several processes on a CPU would each train alone
-    elif not given.keys() & {"gradient_checkpointing", "activation_checkpointing"}:
-        settings["gradient_checkpointing"] = True  # as the official scripts; memory is scarce on GPUs
+    checkpointing = given.pop("gradient_checkpointing", None)
+    checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
     try:
         training_args = PrefixTrainingArguments(**{**settings, **given})
     except ImportError as error:  # --deepspeed, an --optim of another package, …
@@ -490,6 +499,8 @@ def parse_arguments(argv):
         suspects = [f"--{name} {value}" for name, value in given.items() if str(value) and str(value) in str(error)]
         raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
     training_args.prediction_batch_size = given.get("per_device_eval_batch_size")
+    # None: main.py decides, once it knows the model and the free memory.
+    training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointing
     if training_args.eval_strategy == "no":
         training_args.eval_on_start = False
     if "do_eval" not in given:

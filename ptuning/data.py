@@ -673,12 +673,14 @@ def _encode_training_batch(
         "labels": [],
         "source_length": source_lengths,
         "target_length": [len(target) for target in targets],
+        "length": [],
         "dropped_turns": dropped_turns,
         "row": examples["row"],
     }
     for source, target, row in zip(sources, targets, examples["row"], strict=True):
         answer = learned = target[:max_target_length] + [end]
         features["input_ids"].append(source + answer)
+        features["length"].append(len(source) + len(answer))
         # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
         if pad in answer:
             learned = [ignored if index == pad else index for index in answer]
@@ -762,7 +764,7 @@ def encode_training(
         "max_target_length": max_target_length,
         "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
     }
-    columns = ("source_length", "target_length", "dropped_turns", "row")
+    columns = ("source_length", "target_length", "length", "dropped_turns", "row")
     return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, settings)
 
 
@@ -799,6 +801,44 @@ def digest(dataset) -> str:
             sha256.update(ids.value_lengths().to_numpy().tobytes())
             sha256.update(ids.flatten().to_numpy().tobytes())
     return sha256.hexdigest()[:16]
+
+
+# ---- rows -> the order in which they are read
+
+
+class RowOrder:
+    """The rows of an epoch in random order, those of a step then grouped by length; a sampler for a DataLoader.
+
+    `batches_per_step` batches of `batch_size` rows, those of all processes and accumulated ones, make a step. It gets
+    the rows that plain random sampling with this seed gives it, so its gradient is the same; but rows of one batch are
+    of like length, and so are the batches that `num_processes` processes compute at the same time. With `window` > 1
+    rows are grouped within so many steps, which then differ in length; the batches of a window come in random order.
+
+    `epoch()` is asked at the start of every pass. Every process must read the same order and keep every
+    `num_processes`-th batch.
+    """
+
+    def __init__(self, lengths, *, batch_size, batches_per_step, num_processes=1, seed=0, epoch=lambda: 0, window=1):
+        self.lengths = lengths
+        self.together = batch_size * num_processes
+        self.rows_per_window = batch_size * batches_per_step * window
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.rows_per_window):
+            rows = sorted(order[start : start + self.rows_per_window], key=self.lengths.__getitem__)
+            groups = [rows[first : first + self.together] for first in range(0, len(rows), self.together)]
+            whole = len(rows) // self.together  # an incomplete group stays last, or batches would straddle groups
+            for group in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(groups))]:
+                yield from groups[group]
 
 
 # ---- features -> batches

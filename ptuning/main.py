@@ -68,7 +68,7 @@ from finetuning import (
     prepare_model,
     read_settings,
 )
-from memory import count_weights, memory_table, peak_memory_gb, rows_that_fit
+from memory import count_weights, memory_table, needs_checkpointing, peak_memory_gb, rows_that_fit
 from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
 from resume import (
@@ -187,7 +187,12 @@ def main():
         resume_lora_training=model_args.resume_lora_training,
         **{name: getattr(model_args, name) for name in DEFAULTS},
     )
-    say(memory_table(model, **largest_batch(model, train_data, data_args, training_args)))
+    batch = largest_batch(model, train_data, data_args, training_args)
+    if train_data is not None and training_args.gradient_checkpointing is None:
+        batch["checkpointing"], decision = needs_checkpointing(model, **batch)
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = batch["checkpointing"]
+        say(decision)
+    say(memory_table(model, **batch))
     if described and not resume_from and (len(checkpoints) <= 1 or method == "lora"):
         say(described + (" A new run starts with it, at step 0." if checkpoints and training_args.do_train else ""))
 
@@ -517,7 +522,7 @@ def largest_batch(model, train_data, data_args, training_args):
             "batch_size": training_args.per_device_train_batch_size,
             "length": -(-length // 8) * 8,  # as collate_training pads
             "num_supervised": min(length, data_args.max_target_length + 1),
-            "checkpointing": training_args.gradient_checkpointing,
+            "checkpointing": bool(training_args.gradient_checkpointing),
         }
     length = data_args.max_source_length + data_args.max_target_length + 1
     if (data_args.num_beams or 1) > 1:

@@ -150,6 +150,19 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
+    """Whether training on the batch without gradient checkpointing exceeds nine tenths of the free memory, and a line
+    that says so. `batch` as in `estimate_peak_bytes`; the model is in memory already."""
+    parts = estimate_peak_bytes(model, **{**batch, "checkpointing": False})
+    needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+    free = free_bytes(model.device)
+    too_much = needed > 0.9 * free
+    return too_much, (
+        f"Gradient checkpointing: {'on' if too_much else 'off'}, because a step without it takes about "
+        f"{in_words(needed)} and {in_words(free)} are free (--gradient_checkpointing true|false decides otherwise)."
+    )
+
+
 def rows_that_fit(model: nn.Module, length: int) -> int:
     """How many rows of `length` tokens, prompt and answer together, to generate for at once: a power of two.
 

@@ -30,7 +30,7 @@ from checkpoint import (
     rotate_checkpoints,
     stage_checkpoint,
 )
-from data import EvenBatches, WithBlankRow
+from data import EvenBatches, RowOrder, WithBlankRow
 from finetuning import load_trained, save_trained
 from generation import answer_prompts
 from memory import explaining_out_of_memory, rows_that_fit
@@ -47,6 +47,7 @@ from resume import (
 from watch import RunWatch, StepWatch
 
 LOG_FILE = "trainer_log.jsonl"
+STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
 
 
 @dataclass
@@ -103,6 +104,25 @@ class PrefixTrainer(Seq2SeqTrainer):
         shard = loader.batch_sampler  # accelerate's: it deals the batches of another batch sampler out
         shard.batch_sampler = EvenBatches(shard.batch_sampler, self.args.world_size, blank=len(dataset))
         return loader
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy, batches_per_step = self.args.train_sampling_strategy, self.args.gradient_accumulation_steps
+        batches_per_step *= self.args.world_size
+        if strategy == "random" and (batches_per_step == 1 or self.official):
+            return super()._get_train_sampler(train_dataset)
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        return RowOrder(
+            dataset["length"][:],
+            batch_size=self.args.train_batch_size,
+            batches_per_step=batches_per_step,
+            num_processes=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            # Not through set_epoch, which does not reach a sampler behind the wrappers of a resumed epoch.
+            epoch=lambda: int(self.state.epoch or 0),
+            window=STEPS_GROUPED if strategy == "group_by_length" else 1,
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("row")

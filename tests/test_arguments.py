@@ -82,6 +82,20 @@ def test_a_renamed_flag_is_mapped(old, name, value):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("", None),
+        ("--gradient_checkpointing auto", None),
+        ("--gradient_checkpointing true", True),
+        ("--gradient_checkpointing False", False),
+        ("--activation_checkpointing", True),
+    ],
+)
+def test_gradient_checkpointing_is_left_open_unless_the_user_decides(flag, value):
+    assert parse(f"{MINIMAL} {flag}")[2].gradient_checkpointing is value
+
+
+@pytest.mark.parametrize(
     "old",
     [
         "--use_fast_tokenizer true",

@@ -17,6 +17,7 @@ import data
 from data import (
     BLANK_ROW,
     EvenBatches,
+    RowOrder,
     WithBlankRow,
     collate_prediction,
     collate_training,
@@ -690,6 +691,69 @@ def test_prediction_batch_is_padded_on_the_left_and_its_labels_on_the_right():
     assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert batch["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, 2, 3, 4]]
+
+
+# ---- the order of the rows
+
+LENGTHS = [random.Random(row).randrange(20, 193) for row in range(103)]
+
+
+def chunks(sequence, size):
+    return [sequence[start : start + size] for start in range(0, len(sequence), size)]
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_an_epoch_reads_every_row_once_in_an_order_of_seed_and_epoch(window):
+    settings = {"batch_size": 4, "batches_per_step": 4, "window": window}
+    orders = {
+        (seed, epoch): list(RowOrder(LENGTHS, **settings, seed=seed, epoch=lambda epoch=epoch: epoch))
+        for seed, epoch in ((1, 0), (1, 1), (5, 0))
+    }
+    assert all(sorted(order) == list(range(103)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert list(RowOrder(LENGTHS, **settings, seed=1)) == orders[1, 0]
+
+
+def test_a_step_gets_the_rows_of_plain_random_sampling():
+    import torch
+
+    plain = torch.randperm(103, generator=torch.Generator().manual_seed(7 + 2)).tolist()
+    grouped = list(RowOrder(LENGTHS, batch_size=4, batches_per_step=4, seed=7, epoch=lambda: 2))
+    assert [set(step) for step in chunks(grouped, 16)] == [set(step) for step in chunks(plain, 16)]
+    assert list(RowOrder([9] * 103, batch_size=1, batches_per_step=1, seed=7, epoch=lambda: 2)) == plain
+
+
+def test_rows_of_one_batch_are_of_like_length():
+    for step in chunks(list(RowOrder(LENGTHS, batch_size=4, batches_per_step=4)), 16)[:-1]:
+        batches = sorted(sorted(LENGTHS[row] for row in batch) for batch in chunks(step, 4))
+        assert all(shorter[-1] <= longer[0] for shorter, longer in zip(batches, batches[1:], strict=False))
+
+
+def test_two_processes_and_one_that_accumulates_make_steps_of_the_same_rows():
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    alone = list(RowOrder(LENGTHS, batch_size=4, batches_per_step=4))
+    together = RowOrder(LENGTHS, batch_size=4, batches_per_step=4, num_processes=2)
+    shards = [list(BatchSamplerShard(BatchSampler(together, 4, False), 2, process)) for process in range(2)]
+    for step, rows in enumerate(chunks(alone, 16)[:-1]):
+        batches = [shard[2 * step : 2 * step + 2] for shard in shards]
+        assert sorted(rows) == sorted(row for shard in batches for batch in shard for row in batch)
+        for first, second in zip(*batches, strict=True):  # computed at the same time
+            others = set(rows) - set(first) - set(second)
+            longest, shortest = (pick(LENGTHS[row] for row in first + second) for pick in (max, min))
+            assert all(LENGTHS[row] <= shortest or LENGTHS[row] >= longest for row in others)
+
+
+def test_a_window_of_steps_pads_less_and_mixes_short_and_long_steps():
+    def padded(order):
+        return sum(max(LENGTHS[row] for row in batch) * len(batch) for batch in chunks(order, 4))
+
+    step = list(RowOrder(LENGTHS, batch_size=4, batches_per_step=1))
+    window = list(RowOrder(LENGTHS, batch_size=4, batches_per_step=1, window=25))
+    assert padded(window) < 1.06 * sum(LENGTHS) < padded(step)
+    means = [sum(LENGTHS[row] for row in batch) for batch in chunks(window, 4)[:25]]
+    assert means != sorted(means)
 
 
 # ---- what the user sees

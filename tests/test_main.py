@@ -153,6 +153,21 @@ def test_an_interrupted_run_resumes_bit_for_bit(trained, monkeypatch, tmp_path):
         (tmp_path / "run" / "checkpoint-3").rename(folder / "checkpoint-3")
 
 
+def test_a_run_resumes_bit_for_bit_in_its_second_epoch(monkeypatch, tmp_path, capsys):
+    settings = {**TRAIN_SETTINGS, "max_train_samples": 24, "max_steps": 6, "save_steps": 4}
+    run(monkeypatch, settings, output_dir=tmp_path / "whole")
+    assert "Gradient checkpointing: off, because" in capsys.readouterr().out
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "whole" / "checkpoint-4").rename(tmp_path / "resumed" / "checkpoint-4")
+    run(monkeypatch, settings, output_dir=tmp_path / "resumed", resume_from_checkpoint="True")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+
+
+def test_gradient_checkpointing_changes_no_loss(trained, monkeypatch, tmp_path):
+    run(monkeypatch, TRAIN_SETTINGS, gradient_checkpointing="true", output_dir=tmp_path)
+    assert losses(tmp_path) == losses(trained[0])
+
+
 def test_a_new_run_can_start_from_a_trained_prefix(trained, monkeypatch, tmp_path, capsys):
     settings = {**TRAIN_SETTINGS, "pre_seq_len": None, "max_steps": 1}
     run(monkeypatch, settings, output_dir=tmp_path, ptuning_checkpoint=trained[0] / "checkpoint-5")

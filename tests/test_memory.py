@@ -7,7 +7,15 @@ from test_main import TRAIN_SETTINGS, losses, run
 
 import failure
 from finetuning import prepare_model
-from memory import MOST_ROWS, count_weights, estimate_peak_bytes, free_bytes, memory_table, rows_that_fit
+from memory import (
+    MOST_ROWS,
+    count_weights,
+    estimate_peak_bytes,
+    free_bytes,
+    memory_table,
+    needs_checkpointing,
+    rows_that_fit,
+)
 from modeling_chatglm import ChatGLMForConditionalGeneration
 from quantization import QuantizedLinear, quantize_model_
 
@@ -80,6 +88,18 @@ def test_gradient_checkpointing_lowers_the_estimate():
     model = frozen_model()
     without, with_it = (estimate_peak_bytes(model, **BATCH, checkpointing=value) for value in (False, True))
     assert with_it["activations"] < without["activations"]
+
+
+def test_gradient_checkpointing_is_for_batches_that_do_not_fit(monkeypatch):
+    model = frozen_model()
+    parts = estimate_peak_bytes(model, **BATCH)
+    needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+    for free, on in ((2 * needed, False), (needed, True)):
+        monkeypatch.setattr("memory.free_bytes", lambda device, free=free: free)
+        decided, text = needs_checkpointing(model, **BATCH)
+        assert decided == on
+        assert text.startswith(f"Gradient checkpointing: {'on' if on else 'off'}, because")
+        assert "--gradient_checkpointing true|false decides otherwise" in text
 
 
 def test_the_table_names_kinds_bits_batch_and_the_total():
