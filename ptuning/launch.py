@@ -11,11 +11,20 @@ process, and only a death without words, such as that of a killed process, is pu
 Without words of torchrun's the program is one process, which needs no torchrun: it starts seconds sooner.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
+
+import psutil
 
 from failure import catch_signals
 
@@ -27,6 +36,7 @@ REMEDIES = {
 }
 # How main.py ends when a signal stops it.
 STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
+FAILED = "a machine has failed"  # key in the store that the machines share
 CRASHED = "A library crashed in it: check that torch fits the GPU driver, then report it."
 
 
@@ -54,6 +64,72 @@ def run_alone(words):
     return status if status >= 0 else 128 - status
 
 
+# ---- several machines
+
+
+def network_interface(address):
+    """Name of the network interface that leads to `address`, IPv4, or None; it may be an address of this machine.
+
+    Gloo takes the one that this machine's own name resolves to, which often is no other machine's business.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing
+        except OSError:
+            return None
+        own_address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                found = fcntl.ioctl(probe, 0x8915, request)[20:24]  # SIOCGIFADDR
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found) == own_address:
+                return name
+    return None
+
+
+def connect(arguments):
+    """Connect to the store that torchrun of machine 0 keeps for all; waits for it."""
+    from torch.distributed import TCPStore
+
+    patience = timedelta(minutes=15)  # torchrun's
+    return TCPStore(arguments.master_addr, arguments.master_port, is_master=False, timeout=patience)
+
+
+def report_failure(arguments):
+    """Tell the other machines that this one has failed. That machine 0 has, they see by themselves."""
+    if arguments.node_rank > 0:
+        with contextlib.suppress(RuntimeError):
+            connect(arguments).set(FAILED, f"machine {arguments.node_rank}")
+
+
+def follow_other_machines(arguments, told):
+    """In a thread: end this machine's processes and this program within seconds when another machine fails.
+
+    torchrun leaves that to the processes; but they may wait for the lost ones for half an hour. `told` is set before.
+    """
+    try:
+        store = connect(arguments)
+        while not store.check([FAILED]):
+            time.sleep(1)
+        culprit = store.get(FAILED).decode()
+    except RuntimeError:
+        culprit = "machine 0"
+        time.sleep(3)  # it may have ended as all do
+    processes = psutil.Process().children()
+    if not processes or culprit == f"machine {arguments.node_rank}":
+        return
+    told.set()
+    print(f"error: {culprit} has failed; its own messages tell why.", file=sys.stderr, flush=True)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        _, processes = psutil.wait_procs(processes, timeout=5)
+    os._exit(1)  # torchrun would wait for the machine that is lost
+
+
 def main(words):
     """Run torchrun with these words; the exit status."""
     if not words[0].startswith("-"):
@@ -68,9 +144,21 @@ def main(words):
     logging.disable(logging.CRITICAL)  # torchrun's own; the processes are programs of their own
     # Seconds that the processes have to finish a step and save it after Ctrl-C or SIGTERM.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    arguments = parse_args(words)
+    several_machines = arguments.nnodes not in ("1", "1:1")
+    told = threading.Event()  # that another machine has failed
+    if several_machines:
+        interface = network_interface(arguments.master_addr)
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        threading.Thread(target=follow_other_machines, args=(arguments, told), daemon=True).start()
     try:
-        run(parse_args(words))
+        run(arguments)
     except ChildFailedError as error:
+        if told.is_set():  # by what the thread has just done
+            return 1
+        if several_machines:
+            report_failure(arguments)
         rank, failure = error.get_first_failure()
         message = describe_death(rank, failure.exitcode)
         if message:

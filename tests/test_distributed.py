@@ -1,8 +1,13 @@
 """train.sh and main.py with several processes on a CPU, which talk through gloo. On GPUs the same code talks
 through NCCL; that cannot be seen here."""
 
+import contextlib
 import json
+import os
 import re
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, SAMPLE, TINY
@@ -109,12 +114,105 @@ def test_metrics_are_those_of_one_process(one, many):
     assert scores(many) == scores(one)
 
 
+# ---- two machines
+
+
+def namespaces_allowed():
+    """Whether this system lets us make a network namespace; the answer costs one."""
+    name = f"ptuning-probe-{os.getpid()}"
+    try:
+        allowed = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+        return allowed and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+NETWORK = "two network namespaces" if namespaces_allowed() else "two agents on loopback"
+
+
+@contextlib.contextmanager
+def network():
+    """(what to put before a command of machine 0, of machine 1, address and port of machine 0)."""
+    if NETWORK == "two agents on loopback":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        yield "", "", "127.0.0.1", port
+        return
+    names = [f"ptuning-{os.getpid()}-{machine}" for machine in (0, 1)]
+    ends = [f"pt{os.getpid()}-{machine}" for machine in (0, 1)]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        words = f"ip link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}"
+        subprocess.run(words.split(), check=True)
+        for machine in (0, 1):
+            for words in (
+                f"addr add 10.77.0.{machine + 1}/24 dev {ends[machine]}",
+                f"link set {ends[machine]} up",
+                "link set lo up",
+            ):
+                subprocess.run(["ip", "-n", names[machine], *words.split()], check=True)
+        yield f"ip netns exec {names[0]}", f"ip netns exec {names[1]}", "10.77.0.1", 29500
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def train_on_two_machines(folder, **more):
+    """[(exit status, output) of machine 0, of machine 1], with one process each."""
+    with network() as (*prefixes, address, port), contextlib.ExitStack() as stack:
+        variables = {**os.environ, "WANDB_MODE": "disabled", **VARIABLES, **cut(2), "NUM_GPUS": 1, "RECORD": folder}
+        variables |= {"NNODES": 2, "MASTER_ADDR": address, "MASTER_PORT": port, **more}
+        machines = [
+            stack.enter_context(
+                subprocess.Popen(
+                    ["timeout", "300", *prefix.split(), "bash", "train.sh", *WORDS.split()],
+                    cwd=ROOT,
+                    env={key: str(value) for key, value in {**variables, "NODE_RANK": machine}.items()},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            for machine, prefix in enumerate(prefixes)
+        ]
+        with ThreadPoolExecutor() as pool:
+            outputs = list(pool.map(lambda machine: machine.communicate()[0], machines))
+        return [(machine.returncode, output) for machine, output in zip(machines, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("network", [NETWORK])
+def test_two_machines_train_like_one_process_and_the_first_writes(network, one, tmp_path):
+    (status, output), (other_status, other_output) = train_on_two_machines(tmp_path)
+    assert (status, other_status) == (0, 0), output[-3000:] + other_output[-3000:]
+    both = Run(tmp_path, 2, output)
+    assert both.rows == one.rows
+    assert losses(both.run_folder) == pytest.approx(losses(one.run_folder), rel=1e-4)
+    assert predictions(both.run_folder) == predictions(one.run_folder)
+    assert not list((tmp_path / "rank-1").iterdir())
+
+
+# The one that is left waits, and notices nothing by itself.
+HALF_DEAD = "if RANK == '{}': os._exit(7)\nelse: import time; time.sleep(1000)"
+
+
+@pytest.mark.parametrize("network", [NETWORK])
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_machine_that_fails_ends_the_others(network, dead, tmp_path):
+    machines = train_on_two_machines(tmp_path, BREAK=HALF_DEAD.format(dead))
+    (status, output), (other_status, other_output) = machines[dead], machines[1 - dead]
+    assert (status, other_status) == (7, 1), output[-3000:] + other_output[-3000:]
+    assert f"error: process {dead} ended with status 7 and without a message." in output
+    assert f"error: machine {dead} has failed; its own messages tell why." in other_output
+
+
 # ---- a process that dies
 
 
 def broken(command, code, **more):
     """(exit status, output lines from the first error on) of a run whose process 1 runs `code` before step 3."""
-    environment = {**VARIABLES, **cut(2), "MAX_STEPS": 100_000, "BREAK": code, **more}
+    environment = {**VARIABLES, **cut(2), "MAX_STEPS": 100_000, "BREAK": f"if RANK == '1': {code}", **more}
     done = bash(f"timeout 300 {command} 2>&1", **environment)  # far less than 100,000 steps take
     match = re.search(r"^error: .*", done.stdout, re.DOTALL | re.MULTILINE)
     assert match and "Traceback" not in done.stdout[: match.start()], done.stdout[-3000:]
