@@ -1,12 +1,14 @@
-"""Write a model as a folder of its own: re-sharded, in safetensors, in int4 or int8; or a prefix, ready to use.
+"""Write a model as a folder of its own: what was tuned merged, re-sharded, in int4 or int8; or a prefix, ready to use.
 
 Answers to no official file. What comes out is in the official layout: weights under their official names, config.json,
-tokenizer; it loads as MODEL here, and in the official code. A prefix is no weight of the model: it stands in front of
+tokenizer; it loads as MODEL here, and in the official code. LoRA adapters are added to the weights, those that freeze
+or full have trained replace them. A prefix is no weight of the model: it stands in front of
 every layer's keys and values, so no folder of weights can contain it. It is written as those keys and values instead
 (projection computed, dropout gone), in the form of an official checkpoint, with the name of its base model and a
 program of ten lines that loads both.
 
     python ptuning/export_model.py --model_name_or_path THUDM/chatglm2-6b --quantization_bit 4 --output_dir chatglm2-6b-int4
+    python ptuning/export_model.py --ptuning_checkpoint output/my-lora --output_dir chatglm2-6b-tuned
     python ptuning/export_model.py --ptuning_checkpoint output/my-run/checkpoint-3000 --output_dir my-prefix
 """
 
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from arguments import check_quantization_bit, parse_words
@@ -23,7 +26,12 @@ from failure import run
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="export_model.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from a given checkpoint.")
-    parser.add_argument("--ptuning_checkpoint", help="Write this trained prefix instead of weights.")
+    parser.add_argument(
+        "--ptuning_checkpoint",
+        "--checkpoint_dir",
+        dest="ptuning_checkpoint",
+        help="What was tuned: a checkpoint or a run's folder; several LoRA adapters with commas.",
+    )
     parser.add_argument("--output_dir", help="New folder for the result.")
     parser.add_argument("--quantization_bit", type=int, help="4 or 8: write integer weights. [as they are]")
     parser.add_argument("--max_shard_size", default="2GB", help="Largest weight file: a number and KB, MB or GB. [2GB]")
@@ -38,11 +46,6 @@ def parse_arguments(argv):
         raise ValueError(f"--output_dir {args.output_dir} exists already and is not empty. Give a new folder.")
     if not args.model_name_or_path and not args.ptuning_checkpoint:
         raise ValueError("--model_name_or_path is missing: the model to write, such as THUDM/chatglm2-6b.")
-    if args.ptuning_checkpoint and (args.quantization_bit or args.format == "bin"):
-        raise ValueError(
-            "A prefix is always written as pytorch_model.bin in float32, apart from the base model. To quantize the "
-            "base model, export it without --ptuning_checkpoint."
-        )
     return args
 
 
@@ -65,7 +68,9 @@ from checkpoint import (
     save_prefix,
     stage_checkpoint,
     stored_dtype,
+    warn_of_other_base,
 )
+from finetuning import add_adapter, find_trained, load_adapters, prepare_model, read_adapter, read_settings
 from prefix_encoder import PrefixEncoder
 
 PROBE = "请写一段话，介绍一把蓝色的雨伞。"  # the logits of its prompt are compared
@@ -79,14 +84,22 @@ tokenizer = load_tokenizer(base, config)
 device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 model = load_model(base, config=config, dtype=dtype, device=device, quantization_bit={bits})
 load_prefix(model, {folder!r})
-print(model.chat(tokenizer, {probe!r}, do_sample=False)[0])
+print(model.chat(tokenizer, {probe!r}, max_length=256, do_sample=False)[0])
 """
 
 
 def main(argv):
     args = parse_arguments(argv)
     logging.set_verbosity_error()
-    (export_prefix if args.ptuning_checkpoint else export_weights)(args)
+    found, damaged = find_trained(args.ptuning_checkpoint)
+    for problem in damaged:
+        print(problem)
+    saved = read_settings(found)
+    if saved.get("finetuning_type") != "p_tuning":
+        return export_weights(args, saved)
+    if len(found) > 1:
+        raise ValueError(f"--ptuning_checkpoint {args.ptuning_checkpoint}: one prefix is written at a time. Give one.")
+    export_prefix(args, found[0])
 
 
 @contextlib.contextmanager
@@ -122,59 +135,114 @@ def compare(before, after, what):
 # ---- a folder of weights
 
 
-def export_weights(args):
-    """Write the weights of a model in the official layout, read them again, and compare."""
-    source = resolve_folder(args.model_name_or_path)
+def export_weights(args, saved):
+    """Write the weights of a model in the official layout, what was tuned merged; read them again, and compare."""
+    kind, checkpoints = saved.get("finetuning_type"), saved.get("checkpoints", [])
+    base = checkpoints[-1] if kind == "full" else args.model_name_or_path or saved.get("base_model")
+    if not base:
+        raise ValueError(f"{checkpoints[-1]} does not say its base model; give --model_name_or_path.")
+    source = resolve_folder(str(base))
     config = read_config(source, pre_seq_len=None)
-    dtype = stored_dtype(source)
-    bits = check_quantization_bit(args.quantization_bit, config.quantization_bit)
-    name = str(dtype).removeprefix("torch.")
-    print(f"Reading {source}: {f'int{bits} and ' if bits else ''}{name}.")
-    model = read_tuned_model(args, source, config, dtype)
     tokenizer = load_tokenizer(source, config)
-    before = probe(model, tokenizer)
+    bits = check_quantization_bit(args.quantization_bit, config.quantization_bit)
+    dtype = stored_dtype(source)
     output_dir = Path(args.output_dir)
-    with new_folder(output_dir) as staging:
-        files = save_model(model, staging, max_shard_size=args.max_shard_size, file_format=args.format)
-        del model
-        written = load_model(staging, dtype=dtype, quantization_backend="torch")
-        compare(before, probe(written, load_tokenizer(staging, written.config)), output_dir)
+    print(
+        f"Reading {source}: {f'int{config.quantization_bit} and ' if config.quantization_bit else ''}{dtype_name(dtype)}."
+    )
+    with contextlib.ExitStack() as stack:
+        model = merge(source, config, dtype, tokenizer, saved) if kind in ("lora", "freeze") else None
+        if model and bits:  # quantized as it is read: through float files
+            output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix=".export-", dir=output_dir.absolute().parent)
+            source = Path(stack.enter_context(folder))
+            save_model(model, source)
+            model = None
+        if model is None:
+            model = load_model(
+                source, dtype=dtype, quantization_bit=args.quantization_bit, quantization_backend="torch"
+            )
+        before = probe(model, tokenizer)
+        with new_folder(output_dir) as staging:
+            files = save_model(model, staging, max_shard_size=args.max_shard_size, file_format=args.format)
+            del model
+            written = load_model(staging, dtype=dtype, quantization_backend="torch")
+            compare(before, probe(written, load_tokenizer(staging, written.config)), output_dir)
     size = sum((output_dir / file).stat().st_size for file in files) / 1e6
-    print(f"Wrote {output_dir}: {size:,.1f} MB of weights in {len(files)} file{'s' if len(files) > 1 else ''}.")
+    print(
+        f"Wrote {output_dir}: {size:,.1f} MB of weights in {len(files)} file{'s' if len(files) > 1 else ''}, "
+        f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}."
+    )
     if not (output_dir / "modeling_chatglm.py").is_file():
         print(
             "It loads here as it is. The official code also needs its own .py files in it, which were not in the source."
         )
 
 
-def read_tuned_model(args, folder, config, dtype):
-    """The model to write, all that was tuned merged into its weights."""
-    return load_model(
-        folder, config=config, dtype=dtype, quantization_bit=args.quantization_bit, quantization_backend="torch"
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def merge(folder, config, dtype, tokenizer, saved):
+    """The float model in `folder` with what a freeze checkpoint or LoRA adapters hold in its weights."""
+    if config.quantization_bit:
+        raise ValueError(
+            f"{folder} holds int{config.quantization_bit} weights, into which nothing can be merged. Give the folder of "
+            "the float model as --model_name_or_path; --quantization_bit makes the result integer again."
+        )
+    model = load_model(folder, config=config, dtype=dtype)
+    if saved["finetuning_type"] == "freeze":
+        settings = {name: saved.get(name) for name in ("num_layer_trainable", "name_module_trainable")}
+        print(prepare_model(model, "freeze", saved["checkpoints"], **settings))
+        return model
+    *earlier, last = saved["checkpoints"]
+    load_adapters(model, earlier, do_train=False)
+    adapter, tensors = read_adapter(last)
+    tuner = add_adapter(model.eval(), adapter, tensors)
+    warn_of_other_base(model, last)
+    beside = probe(model.eval(), tokenizer)
+    tuner.merge_and_unload()
+    merged = probe(model, tokenizer)
+    difference, largest = (beside - merged).abs().max().item(), beside.abs().max().item()
+    if not difference <= 0.1 * largest:
+        raise ValueError(f"Merged, {last} gives other logits than beside the weights (difference {difference:g}).")
+    print(
+        f"Merged {', '.join(map(str, saved['checkpoints']))}: logits differ by at most {difference:.2g} of {largest:.2g} "
+        f"from those with the adapter beside the weights, by the rounding of {dtype_name(dtype)}."
     )
+    if trained_bits := saved.get("quantization_bit"):
+        print(
+            f"It was trained on int{trained_bits} weights; here it is merged into the float ones, which differ a little."
+        )
+    return model
 
 
 # ---- a prefix
 
 
-def export_prefix(args):
+def export_prefix(args, checkpoint):
     """Write the keys and values of a trained prefix as a checkpoint without projection; read it again and compare."""
-    saved = read_prefix_settings(args.ptuning_checkpoint)
+    if args.quantization_bit or args.format == "bin":
+        raise ValueError(
+            "A prefix is always written as pytorch_model.bin in float32, apart from the base model. To quantize the "
+            "base model, export it without --ptuning_checkpoint."
+        )
+    saved = read_prefix_settings(checkpoint)
     base = args.model_name_or_path or saved.get("base_model")
     if not base:
-        raise ValueError(f"{args.ptuning_checkpoint} does not say its base model; give --model_name_or_path.")
+        raise ValueError(f"{checkpoint} does not say its base model; give --model_name_or_path.")
     source = resolve_folder(base)
     config = read_config(source, pre_seq_len=saved["pre_seq_len"], prefix_projection=saved["prefix_projection"])
     tokenizer = load_tokenizer(source, config)
     bits = saved.get("quantization_bit") or None
     model = load_model(source, config=config, quantization_bit=bits, quantization_backend="torch")
-    load_prefix(model, args.ptuning_checkpoint)
+    load_prefix(model, checkpoint)
     before = probe(model, tokenizer)
     model.transformer.prefix_encoder = computed_prefix(model.transformer.prefix_encoder, config)
     config.prefix_projection = False
     output_dir = Path(args.output_dir)
     with new_folder(output_dir) as staging:
-        sidecar = {**read_sidecar(args.ptuning_checkpoint), "base_model": base, "base_fingerprint": model.fingerprint}
+        sidecar = {**read_sidecar(checkpoint), "base_model": base, "base_fingerprint": model.fingerprint}
         save_prefix(model, staging, sidecar)
         tokenizer.save_pretrained(staging)
         facts = {"base": base, "folder": str(output_dir), "pre_seq_len": saved["pre_seq_len"], "bits": bits}

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY
+from test_finetuning import METHODS, TRAIN
+from test_finetuning import run as train
 
 import export_model
 from checkpoint import (
@@ -148,7 +150,7 @@ def test_logits_that_are_no_number_are_not_kept(tmp_path, monkeypatch):
         (["--output_dir", "new"], "--model_name_or_path is missing"),
         (["--output_dir", str(TINY), "--model_name_or_path", "m"], "exists already and is not empty"),
         (["--output_dir", "new", "--model_name_or_path", "m", "--quantization_bit", "5"], "5 is not supported"),
-        (["--output_dir", "new", "--ptuning_checkpoint", "c", "--format", "bin"], "A prefix is always written as"),
+        (["--output_dir", "new", "--ptuning_checkpoint", "c"], "c: there is no"),
         (
             ["--output_dir", "new", "--model_name_or_path", str(TINY), "--max_shard_size", "2"],
             "expected a size such as",
@@ -157,9 +159,97 @@ def test_logits_that_are_no_number_are_not_kept(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_meant_is_refused(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         export_model.main(words)
     assert not (tmp_path / "new").exists()
+
+
+# ---- what was tuned, merged
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{method: checkpoint of a run of 2 steps}"""
+    done = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for method, flags in METHODS.items():
+            folder = tmp_path_factory.mktemp(method.replace(" ", "-"))
+            train(patch, {**TRAIN, "learning_rate": 1e-2, "max_steps": 2}, output_dir=folder, **flags)
+            done[method] = folder / "checkpoint-2"
+    return done
+
+
+def export_tuned(output_dir, checkpoint, *words):
+    export_model.main(["--ptuning_checkpoint", str(checkpoint), "--output_dir", str(output_dir), *words])
+    return tensors_of(output_dir)
+
+
+def lora_change(checkpoint):
+    """{name of a weight: what its adapter adds to it}, float32."""
+    tensors = dict(read_tensors(checkpoint / "adapter_model.safetensors"))
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    changes = {}
+    for name, down in tensors.items():
+        if "lora_A" in name:
+            weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
+            changes[weight] = tensors[name.replace("lora_A", "lora_B")] @ down * config["lora_alpha"] / config["r"]
+    return changes
+
+
+@pytest.mark.parametrize("method", ["lora", "int4 lora"])
+def test_a_merged_adapter_is_added_to_its_weights_and_to_no_other(method, runs, tmp_path, capsys):
+    exported = export_tuned(tmp_path / "out", runs[method])
+    changes = lora_change(runs[method])
+    for name, tensor in tensors_of(TINY).items():
+        if name in changes:
+            assert changes[name].count_nonzero()
+            assert torch.equal(exported[name], (tensor.float() + changes[name]).half()), name
+        else:
+            assert torch.equal(exported[name], tensor), name
+    output = capsys.readouterr().out
+    assert "from those with the adapter beside the weights, by the rounding of float16." in output
+    assert ("It was trained on int4 weights" in output) == (method == "int4 lora")
+
+
+def test_several_adapters_are_merged_in_order(runs, tmp_path):
+    exported = export_tuned(tmp_path / "out", f"{runs['lora']},{runs['int4 lora']}")
+    first, second = lora_change(runs["lora"]), lora_change(runs["int4 lora"])
+    base = tensors_of(TINY)
+    assert second.keys() < first.keys()
+    for name in first:
+        expected = (base[name].float() + first[name]).half()
+        if name in second:
+            expected = (expected.float() + second[name]).half()
+        assert torch.equal(exported[name], expected), name
+
+
+def test_a_merged_adapter_can_be_quantized(runs, tmp_path):
+    export_tuned(tmp_path / "merged", runs["lora"])
+    exported = export_tuned(tmp_path / "int4", runs["lora"], "--quantization_bit", "4")
+    quantized = load_model(tmp_path / "merged", dtype=torch.float16, quantization_bit=4).state_dict()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in quantized.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int4", "merged"]
+
+
+def test_an_adapter_is_not_merged_into_integer_weights(runs, tmp_path):
+    base = export(tmp_path / "int4", "--quantization_bit", "4")
+    with pytest.raises(ValueError, match="holds int4 weights, into which nothing can be merged"):
+        export_tuned(tmp_path / "out", runs["int4 lora"], "--model_name_or_path", str(base))
+
+
+def test_layers_that_freeze_trained_replace_those_of_the_base(runs, tmp_path):
+    exported = export_tuned(tmp_path / "out", runs["freeze"])
+    trained = dict(read_tensors(runs["freeze"] / "pytorch_model.bin"))
+    assert len(trained) == 4
+    for name, tensor in {**tensors_of(TINY), **trained}.items():
+        assert torch.equal(exported[name], tensor.half()), name
+
+
+def test_a_full_checkpoint_is_exported_as_it_is(runs, tmp_path):
+    exported = export_tuned(tmp_path / "out", runs["full"].parent)  # the run's folder: its last checkpoint
+    saved = tensors_of(runs["full"])
+    assert exported.keys() == saved.keys() and all(torch.equal(exported[name], saved[name]) for name in saved)
+    assert not torch.equal(*(each["transformer.output_layer.weight"].float() for each in (saved, tensors_of(TINY))))
 
 
 # ---- a prefix
@@ -203,7 +293,16 @@ def test_the_ten_lines_beside_a_prefix_load_it_and_answer(checkpoint, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, env=environment, timeout=120)
     tokenizer = load_tokenizer(TINY, trained.config)
-    assert done.stdout == trained.chat(tokenizer, export_model.PROBE, do_sample=False)[0] + "\n", done.stderr
+    assert done.stdout == trained.chat(tokenizer, export_model.PROBE, max_length=256, do_sample=False)[0] + "\n", (
+        done.stderr
+    )
+
+
+def test_a_prefix_has_one_format(checkpoint, tmp_path):
+    words = ["--ptuning_checkpoint", str(checkpoint[0]), "--output_dir", str(tmp_path / "out")]
+    for more in (["--quantization_bit", "4"], ["--format", "bin"]):
+        with pytest.raises(ValueError, match="A prefix is always written as pytorch_model.bin in float32"):
+            export_model.main([*words, *more])
 
 
 def test_a_prefix_that_does_not_know_its_base_needs_the_flag(checkpoint, tmp_path):
