@@ -211,6 +211,10 @@ class TrainingArguments:
             "the estimated memory exceeds what is free [auto]."
         },
     )
+    eval_with_generate: bool = field(
+        default=False,
+        metadata={"help": "Besides every dev loss, answer the dev rows and score BLEU-4 and ROUGE. Takes its time."},
+    )
     early_stopping: bool = field(
         default=False, metadata={"help": "End the run where the dev loss, or else the training loss, keeps rising."}
     )

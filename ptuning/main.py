@@ -156,6 +156,9 @@ def main():
             elif (data_args.validation_file or data_args.dev_ratio) and not training_args.do_eval:
                 unread = "--validation_file is" if data_args.validation_file else "The rows of --dev_ratio are"
                 say(f"{unread} not read: --eval_strategy steps gives a dev loss, --do_eval metrics.")
+        dev_prompts = None
+        if eval_data is not None and training_args.eval_with_generate:
+            dev_prompts, _ = read_rows_of("eval", encode=encode_prediction)
         splits = [name for name in ("eval", "predict") if getattr(training_args, f"do_{name}")]
         prompts = {name: read_rows_of(name, encode=encode_prediction) for name in splits}
     for dataset in filter(None, (train_data, eval_data)):
@@ -238,6 +241,9 @@ def main():
         },
         say=say,
     )
+
+    if dev_prompts is not None:
+        trainer.score_dev_rows = partial(dev_scores, trainer, tokenizer, dev_prompts)
 
     # ------------------------------------------------------------------ 7. Train
     if resume_from and (differences := describe_differences(saved.get("training", {}), record)):
@@ -631,16 +637,30 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
             for label, prediction, place in zip(labels, predictions, places, strict=True):
                 line = {"labels": label, "predict": prediction, **place}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    labelled = [(prediction, label) for prediction, label in zip(predictions, labels, strict=True) if label]
-    if len(labelled) < len(labels):
-        print(f"{len(labels) - len(labelled)} rows have no response to compare with; they are not scored.")
-    scores = score_all(*zip(*labelled, strict=True)) if labelled else {}
+    if unlabelled := labels.count(""):
+        print(f"{unlabelled} rows have no response to compare with; they are not scored.")
+    scores = score_labelled(predictions, labels)
     runtime = {name: value for name, value in answers.metrics.items() if "preparation" not in name}
     metrics = {**runtime, **{f"{split}_{name}": value for name, value in scores.items()}}
     metrics[f"{split}_samples"] = len(dataset)
     trainer.save_metrics(split, metrics)
     print(metric_table(metrics))
     return metrics
+
+
+def score_labelled(predictions, labels):
+    """BLEU-4 and ROUGE over the rows that have a label; nothing without any."""
+    labelled = [(prediction, label) for prediction, label in zip(predictions, labels, strict=True) if label]
+    return score_all(*zip(*labelled, strict=True)) if labelled else {}
+
+
+def dev_scores(trainer, tokenizer, dataset):
+    """The same of the answers to the dev rows, during training, on the process that writes."""
+    answers = trainer.predict(dataset, metric_key_prefix="eval").predictions
+    if not trainer.args.should_save:
+        return {}
+    scores = score_labelled(decode(tokenizer, answers), decode(tokenizer, dataset["labels"]))
+    return {f"eval_{name}": value for name, value in scores.items()}
 
 
 def decode(tokenizer, rows):

@@ -376,6 +376,16 @@ class PrefixTrainer(Seq2SeqTrainer):
             self.data_collator, self.gather_function, self.args.train_sampling_strategy = training
 
     generating = False
+    score_dev_rows = None  # with --eval_with_generate, a function that gives metrics of the answers to the dev rows
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        if self.score_dev_rows is not None:
+            with torch.random.fork_rng():  # training draws the same numbers with and without it
+                scores = self.score_dev_rows()
+            self.log(dict(scores))
+            metrics.update(scores)
+        return metrics
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         """As the Trainer's. The dev loss is the mean over all supervised tokens, however they are cut into batches."""

@@ -199,6 +199,23 @@ def test_the_dev_loss_does_not_depend_on_the_batch_size(monkeypatch, tmp_path):
     assert dev_losses[0] == pytest.approx(dev_losses[1], rel=1e-5)
 
 
+def test_dev_rows_are_answered_and_scored_beside_the_dev_loss_when_asked(monkeypatch, tmp_path):
+    dev = {"validation_file": SAMPLE / "dev.json", "eval_strategy": "steps", "eval_steps": 3, "max_eval_samples": 3}
+    run(monkeypatch, {**TRAIN_SETTINGS, **dev}, output_dir=tmp_path / "without")
+    run(monkeypatch, {**TRAIN_SETTINGS, **dev}, eval_with_generate=True, output_dir=tmp_path / "with")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    history = json.loads((tmp_path / "with" / "trainer_state.json").read_text())["log_history"]
+    scored = [entry for entry in history if "eval_bleu-4" in entry]
+    assert [entry["step"] for entry in scored] == [3, 5]
+    # the last ones are what evaluating the last checkpoint gives
+    settings = {**PREDICT_SETTINGS, "do_predict": None, "test_file": None, "do_eval": True, "max_eval_samples": 3}
+    settings |= {"validation_file": SAMPLE / "dev.json", "max_target_length": 32}
+    run(monkeypatch, settings, ptuning_checkpoint=tmp_path / "with" / "checkpoint-5", output_dir=tmp_path)
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    names = [f"eval_{name}" for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l")]
+    assert [scored[-1][name] for name in names] == [results[name] for name in names]
+
+
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_batches(monkeypatch, tmp_path):
     curves = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
