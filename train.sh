@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tune a prefix for ChatGLM2-6B on ADGEN. Change a variable here, or in front of the command:
 #   MODEL=THUDM/chatglm2-6b NUM_GPUS=8 bash train.sh --seed 1
+grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh

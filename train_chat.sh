@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tune a prefix on dialogues: rows of prompt, response, and history (a list of [question, answer] pairs).
 #   MODEL=THUDM/chatglm2-6b DATA=my-dialogues bash train_chat.sh
+grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A page to talk to the tuned model. Change a variable here, or in front of the command:
 #   MODEL=THUDM/chatglm2-6b STEP=2000 bash web_demo.sh --auth user:password
+grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,10 +261,34 @@ RETIRED = {
 }
 
 
+def check_word(word, flag):
+    """ValueError for what only a broken line of the user's script can have made; `flag` is the one before, or None."""
+    place = f"behind --{flag}" if flag else "before the first flag"
+    if "\r" in word:
+        raise ValueError(
+            f"{word!r} ({place}) ends in \\r: your script has Windows line ends. Remove them: sed -i 's/\\r$//' train.sh"
+        )
+    if flag == "source_prefix":  # any text
+        return
+    if word.startswith(("#", " #")) or (word and not word.strip()):
+        kind = "comment" if "#" in word else "space"
+        raise ValueError(
+            f"A {kind} stands {place}, where the \\ must be the last of its line: what follows it is lost. Remove the "
+            f"{kind}, or put it on a line of its own above the command."
+        )
+    if word.startswith(("–", "—", "−", "－")):
+        raise ValueError(f"{word!r} ({place}) begins with a dash of prose. Write --{word.lstrip('–—−－')}")
+    if (unquoted := word.strip("“”‘’＂")) != word:
+        raise ValueError(f'{word!r} ({place}): the quotation marks of prose are part of it. Write "{unquoted}"')
+    if re.fullmatch("-[a-z_]{2,}", word):
+        raise ValueError(f"{word!r} ({place}): a flag begins with two dashes. Write -{word}")
+
+
 def split_flags(argv):
     """[--a 1 2 --b] -> [("a", ["1", "2"]), ("b", [])]; `-` in names reads as `_`. ValueError for stray words."""
     flags = []
     for word in argv:
+        check_word(word, flags[-1][0] if flags else None)
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             flags.append((name.replace("-", "_"), [value] if equals else []))
@@ -443,7 +468,14 @@ def parse_flags(argv):
         "data": own_flags(DataTrainingArguments),
         "training": {**library_flags(), **own_flags(TrainingArguments)},
     }
-    argv, notes = translate_flags(argv, {name for group in flags.values() for name in group})
+    known = {name: flag for group in flags.values() for name, flag in group.items()}
+    argv, notes = translate_flags(argv, known.keys())
+    for name, values in split_flags(argv):
+        if len(values) > 1 and name in known and "list" not in known[name].type:
+            raise ValueError(
+                f"--{name} takes one value, but has {len(values)}: {', '.join(values)}. A value with a space in it must "
+                f'stand in quotes: --{name} "{" ".join(values)}"'
+            )
     parser = argparse.ArgumentParser(
         prog="main.py", usage="python ptuning/main.py --flag value … (or settings.json)", allow_abbrev=False
     )

@@ -100,3 +100,47 @@ check_machines() {
     exit 2
   fi
 }
+
+# Stop where editing has broken a line of the script that is running: bash would name another line, or none.
+check_script() {
+  local unbalanced=0
+  bash -n "$1" 2>/dev/null || unbalanced=1
+  awk -v script="$1" -v unbalanced="$unbalanced" '
+    function stop(number, line, problem) {
+      printf "error: %s, line %d: %s\n  %s\n", script, number, problem, line
+      failed = 1
+      exit
+    }
+    {
+      code = $0 # without its comment
+      if (code ~ /^[ \t]*#/) code = ""
+      bare = code # likewise, and without what stands in quotation marks
+      gsub(/"[^"]*"/, "\"\"", bare)
+      sub(/[ \t]#.*/, "", bare)
+      sub(/[ \t]#.*/, "", code)
+
+      if (bare ~ /\\[ \t]*$/ && $0 !~ /\\$/)
+        stop(NR, $0, "a " ($0 ~ /\\[ \t]*$/ ? "space" : "comment") " stands behind the \\, which must be the last of its line.")
+      if (last ~ /\\$/ && last_code != "" && code == "")
+        stop(NR, $0, ($0 ~ /#/ ? "a comment" : "an empty line") " in the middle of the command ends it. Move it above the command.")
+      if (bare ~ /^[ \t]*(--[a-z]|[A-Z_]+=)/ && bare ~ /“|”|‘|’|＂/)
+        stop(NR, $0, "quotation marks of prose are part of the value. Write \" instead.")
+      if (bare ~ /^[ \t]*(–|—|－)/)
+        stop(NR, $0, "a dash of prose. A flag begins with --.")
+      if (unbalanced && gsub(/"/, "\"", code) % 2 && gsub(/"/, "\"") % 2)
+        stop(NR, $0, "a quotation mark without its partner.")
+      if (bare ~ /<</) free = 1 # text, or a list in parentheses, needs no \ at the end of a line
+      if (bare ~ /\([ \t]*$/) list = 1
+      if (bare ~ /^[ \t]*\)/) list = 0
+      if (!free && !list && $0 ~ /^[ \t]+(--[a-z]|"\$@"|\$\{[A-Z_]+:\+--)/ && last !~ /\\$/)
+        stop(NR - 1, last, "a \\ is missing at its end: the command goes on in the next line.")
+      last = $0
+      last_code = code
+    }
+    END { exit failed ? 2 : 0 }
+  ' "$1" >&2 || exit 2
+}
+
+if [ -f "${0##*/}" ]; then
+  check_script "${0##*/}"
+fi

@@ -1,0 +1,124 @@
+"""train.sh after the edits of users: every slip ends in a message that says where, and nothing is trained."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, SAMPLE, TINY
+
+from arguments import parse_flags
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the scripts' folder, with a program in main.py's place that prints its words."""
+    shutil.copytree(ROOT / "ptuning", tmp_path / "ptuning", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
+    (tmp_path / "ptuning" / "main.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    return tmp_path
+
+
+def run_edited(folder, edit, script="train.sh"):
+    """The finished process of a script whose text went through `edit`."""
+    (folder / script).write_bytes(edit((ROOT / script).read_text("utf-8")).encode("utf-8"))
+    environment = {"PATH": subprocess.os.environ["PATH"], "MODEL": str(TINY), "DATA": str(SAMPLE), "NUM_GPUS": "1"}
+    return subprocess.run(["bash", script], cwd=folder, capture_output=True, text=True, timeout=60, env=environment)
+
+
+def line_of(text, part):
+    return next(number for number, line in enumerate(text.splitlines(), start=1) if part in line)
+
+
+def replaced(old, new):
+    def edit(text):
+        assert text.count(old) == 1
+        return text.replace(old, new)
+
+    return edit
+
+
+SEED_LINE = '  --max_steps "$MAX_STEPS" \\\n'
+# What is written in place of the line of --max_steps, on which of its lines the mistake is, and what is said of it.
+SLIPS = {
+    "a comment behind the \\": ('  --max_steps "$MAX_STEPS" \\ # more\n', 0, "a comment stands behind the \\"),
+    "a space behind the \\": ('  --max_steps "$MAX_STEPS" \\ \n', 0, "a space stands behind the \\"),
+    "no \\": ('  --max_steps "$MAX_STEPS"\n', 0, "a \\ is missing at its end"),
+    "a comment instead of the \\": ('  --max_steps "$MAX_STEPS" # more\n', 0, "a \\ is missing at its end"),
+    "a flag commented out": ('  # --max_steps "$MAX_STEPS" \\\n', 0, "a comment in the middle of the command"),
+    "an empty line": (SEED_LINE + "\n", 1, "an empty line in the middle of the command"),
+    "no second quotation mark": ('  --max_steps "$MAX_STEPS \\\n', 0, "a quotation mark without its partner"),
+    "quotation marks of prose": ("  --max_steps “$MAX_STEPS” \\\n", 0, "quotation marks of prose"),
+    "a dash of prose": ('  —max_steps "$MAX_STEPS" \\\n', 0, "a dash of prose"),
+}
+
+
+@pytest.mark.parametrize(("lines", "offset", "problem"), SLIPS.values(), ids=SLIPS.keys())
+def test_a_slip_in_the_command_is_said_with_its_line(lines, offset, problem, folder):
+    done = run_edited(folder, replaced(SEED_LINE, lines))
+    number = line_of((ROOT / "train.sh").read_text(), "--max_steps") + offset
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: train.sh, line {number}: {problem}")
+    assert len(done.stderr.splitlines()) == 2 and done.stdout == ""
+
+
+def test_a_variable_without_its_second_quotation_mark_is_said_with_its_line(folder):
+    done = run_edited(folder, replaced("LR=${LR:-2e-2} ", 'LR="2e-2 '))
+    number = line_of((ROOT / "train.sh").read_text(), "LR=${LR:-2e-2}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: train.sh, line {number}: a quotation mark without its partner.\n")
+
+
+@pytest.mark.parametrize("script", ["train.sh", "train_chat.sh", "evaluate.sh", "web_demo.sh"])
+def test_windows_line_ends_are_one_message(script, folder):
+    done = run_edited(folder, lambda text: text.replace("\n", "\r\n"), script)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {script} has Windows line ends. Remove them: sed -i 's/\\r$//' {script}\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("script", ["train.sh", "train_chat.sh", "evaluate.sh"])
+def test_a_script_without_slips_starts_the_program_with_all_its_flags(script, folder):
+    done = run_edited(folder, lambda text: text, script)
+    assert done.returncode == 0, done.stderr
+    expected = re.findall(r"^  --(\w+)", (ROOT / script).read_text(), re.MULTILINE)
+    assert [name for name in expected if f"'--{name}'" not in done.stdout] == []
+
+
+HARMLESS = {
+    "text in quotes": (SEED_LINE, SEED_LINE + '  --source_prefix "“写” — # 1" \\\n'),
+    "an apostrophe in a comment": ("LR=${LR:-2e-2} ", 'LR=${LR:-2e-2} # don\'t raise it; "2e-2" is '),
+    "a list": ("launch ptuning", "more=(\n  --seed\n  1\n)\nlaunch ptuning"),
+    "a string of two lines": ("launch ptuning", 'echo "one\ntwo"\nlaunch ptuning'),
+    "text of several lines": ("launch ptuning", "cat <<TEXT\n  --seed 1\n  --seed 2\nTEXT\nlaunch ptuning"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), HARMLESS.values(), ids=HARMLESS.keys())
+def test_what_is_no_slip_is_let_through(old, new, folder):
+    done = run_edited(folder, replaced(old, new))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "'--pre_seq_len'" in done.stdout
+
+
+# ---- main.py, which has only the words, called by a script of 2023
+
+
+WORDS = {
+    "Windows line ends": (["--do_train\r"], r"'--do_train\\r' \(before the first flag\) ends in \\r: .*sed -i"),
+    "nothing but a line end": (["\r"], r"Windows line ends"),
+    "a comment behind the \\": (["--do_train", " #", "more"], "A comment stands behind --do_train, where"),
+    "a space behind the \\": (["--do_train", "--max_steps", "5", " "], "A space stands behind --max_steps, where"),
+    "one dash": (["--do_train", "-max_steps", "5"], "begins with two dashes. Write --max_steps"),
+    "a dash of prose": (["—do_train"], "Write --do_train"),
+    "quotation marks of prose": (["--output_dir", "“o”"], 'Write "o"'),
+    "a path with a space": (
+        ["--do_train", "--train_file", "my", "rows.json"],
+        '--train_file takes one value, but has 2: my, rows.json. .* --train_file "my rows.json"',
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WORDS.values(), ids=WORDS.keys())
+def test_a_word_that_only_a_slip_makes_is_explained(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_flags(words)
