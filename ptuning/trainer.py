@@ -84,8 +84,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         frozen += [name for name, _ in self.model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
         dtype = self.model.transformer.dtype_of_blocks
-        self.watch = StepWatch(dtype=dtype, output_dir=self.args.output_dir, loss_scaling=self.args.fp16, say=say)
-        self.add_callback(RunWatch(dtype=dtype, early_stopping=self.args.early_stopping, say=say))
+        run_watch = RunWatch(dtype=dtype, early_stopping=self.args.early_stopping, say=say)
+        self.add_callback(run_watch)
+        last_checkpoint = run_watch.last_checkpoint
+        self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
         if self.args.metric_for_best_model is None and self.args.eval_strategy != "no":
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         self.stop = StopOnSignal()

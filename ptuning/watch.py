@@ -48,13 +48,13 @@ class StepWatch:
     step has touched. On a CPU the flags are read at once, before the optimizer moves the prefix.
 
     `loss_scaling`: fp16 with a factor that is found by trial; steps whose gradient overflows are skipped by the
-    optimizer, and are an error only when they do not end.
+    optimizer, and are an error only when they do not end. `last_checkpoint` gives the run's newest, or None.
     """
 
-    def __init__(self, *, dtype, output_dir, loss_scaling, say):
+    def __init__(self, *, dtype, loss_scaling, last_checkpoint, say):
         self.dtype = str(dtype).removeprefix("torch.")
-        self.output_dir = output_dir
         self.loss_scaling = loss_scaling
+        self.last_checkpoint = last_checkpoint
         self.say = say
         self.losses, self.rows = [], []  # of the batches since the last step
         self.unread = None  # (Step, flags on the host, event after which they are there)
@@ -118,16 +118,13 @@ class StepWatch:
             f"Training stopped at step {step.number}: {what}.\n"
             f"  gradient norm {step.gradient_norm.item()}, learning rate {step.learning_rate:g}, weights {self.dtype}\n"
             f"  rows {shown_rows(sum(suspects, []))} of the training data\n"
-            + way_out(self.output_dir, step.number, self.dtype)
+            + way_out(self.last_checkpoint(), self.dtype)
         )
 
 
-def way_out(output_dir, bad_step, dtype):
+def way_out(checkpoint, dtype):
     """The end of a message that stops training: the last good checkpoint and what to do, in two lines."""
-    steps = [int(name.removeprefix("checkpoint-")) for name in list_checkpoints(output_dir)]
-    good = [step for step in steps if step < bad_step]
-    checkpoint = Path(output_dir) / f"checkpoint-{max(good)}" if good else None
-    start = f"start from it (--ptuning_checkpoint {checkpoint})" if good else "start again"
+    start = f"start from it (--ptuning_checkpoint {checkpoint})" if checkpoint else "start again"
     return (
         f"  last good checkpoint: {checkpoint or 'none was saved before this step'}\n"
         f"  what to do: {start} with a lower --learning_rate{', or --bf16' if dtype == 'float16' else ''}"
@@ -196,6 +193,7 @@ class RunWatch(TrainerCallback):
         self.say = say
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.output_dir, self.saved_step = args.output_dir, state.global_step  # where a resumed run goes on, or 0
         self.key = "loss" if args.eval_strategy == "no" else "eval_loss"
         self.trend = LossTrend(smooth=args.eval_strategy == "no")
         self.rise_said = any([self.trend.add(entry["step"], entry[self.key]) for entry in self.entries(state)])
@@ -218,7 +216,7 @@ class RunWatch(TrainerCallback):
         if not math.isfinite(loss):  # of the dev rows; a bad training loss has not come so far
             raise ValueError(
                 f"Training stopped at step {state.global_step}: the dev loss is {loss} ({self.dtype} weights).\n"
-                + way_out(args.output_dir, state.global_step, self.dtype)
+                + way_out(self.last_checkpoint(), self.dtype)
             )
         if not self.trend.add(state.global_step, loss) or self.rise_said:
             return
@@ -233,14 +231,23 @@ class RunWatch(TrainerCallback):
         if self.early_stopping:
             control.should_training_stop = control.should_save = True
 
+    def last_checkpoint(self):
+        """The folder that this run has saved last, or has been resumed from; None without one."""
+        folder = Path(self.output_dir) / f"checkpoint-{self.saved_step}"
+        return folder if folder.is_dir() else None
+
     def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
         if state.is_world_process_zero and state.best_global_step == state.global_step:
             point_to_best(args.output_dir, state.global_step)
 
 
 def describe_checkpoints(state, output_dir):
     """One line on where the run's best and last checkpoints are; empty without checkpoints."""
-    names = list(list_checkpoints(output_dir))
+    # An earlier, longer run may have left others there.
+    names = [
+        name for name in list_checkpoints(output_dir) if int(name.removeprefix("checkpoint-")) <= state.global_step
+    ]
     if not names:
         return ""
     dev_losses = {

@@ -17,9 +17,9 @@ from trainer import PrefixTrainer
 from watch import SKIPPED_STEPS, ZERO_STEPS, LossTrend, StepWatch
 
 
-def make_watch(folder, said=None, dtype=torch.float32, loss_scaling=False):
+def make_watch(said=None, dtype=torch.float32, loss_scaling=False, checkpoint=None):
     say = (lambda line: None) if said is None else said.append
-    return StepWatch(dtype=dtype, output_dir=folder, loss_scaling=loss_scaling, say=say)
+    return StepWatch(dtype=dtype, loss_scaling=loss_scaling, last_checkpoint=lambda: checkpoint, say=say)
 
 
 def step(watch, number, *losses, norm=1.0, first_row=1):
@@ -34,37 +34,27 @@ def step(watch, number, *losses, norm=1.0, first_row=1):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_finite_number_stops_with_the_rows_of_its_own_batch(loss, tmp_path):
+def test_a_loss_that_is_no_finite_number_stops_with_the_rows_of_its_own_batch(loss):
     with pytest.raises(ValueError, match=rf"(?s)stopped at step 7: the loss is {loss}\..* rows 13, 14 of the training"):
-        step(make_watch(tmp_path), 7, 1.0, loss, 2.0, first_row=11)
+        step(make_watch(), 7, 1.0, loss, 2.0, first_row=11)
 
 
-def test_a_gradient_that_is_no_finite_number_stops_with_the_rows_of_the_step(tmp_path):
+def test_a_gradient_that_is_no_finite_number_stops_with_the_rows_of_the_step():
     with pytest.raises(ValueError, match=r"(?s)the loss is finite\..*gradient norm inf, .* rows 1, 2, 3, 4 of"):
-        step(make_watch(tmp_path), 7, 1.0, 2.0, norm=math.inf)
+        step(make_watch(), 7, 1.0, 2.0, norm=math.inf)
 
 
-def test_the_message_names_dtype_learning_rate_last_good_checkpoint_and_what_to_do(tmp_path):
-    for number in (5, 20):  # one before the step, and one of another run after it
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}" / "pytorch_model.bin").touch()
+def test_the_message_names_dtype_learning_rate_last_good_checkpoint_and_what_to_do():
     with pytest.raises(ValueError) as stopped:
-        step(make_watch(tmp_path, dtype=torch.float16), 12, math.nan)
-    good = tmp_path / "checkpoint-5"
+        step(make_watch(dtype=torch.float16, checkpoint="output/run/checkpoint-5"), 12, math.nan)
     message = str(stopped.value)
-    for part in (
-        "learning rate 0.02",
-        "weights float16",
-        f"last good checkpoint: {good}\n",
-        "--bf16",
-        "--learning_rate",
-    ):
-        assert part in message
-    assert f"--ptuning_checkpoint {good}" in message and "checkpoint-20" not in message
+    assert "learning rate 0.02, weights float16\n" in message
+    assert "last good checkpoint: output/run/checkpoint-5\n" in message
+    assert "(--ptuning_checkpoint output/run/checkpoint-5) with a lower --learning_rate, or --bf16" in message
 
 
-def test_with_loss_scaling_skipped_steps_are_normal_until_they_do_not_end(tmp_path):
-    watch = make_watch(tmp_path, loss_scaling=True)
+def test_with_loss_scaling_skipped_steps_are_normal_until_they_do_not_end():
+    watch = make_watch(loss_scaling=True)
     for number in range(SKIPPED_STEPS - 1):
         step(watch, number, 1.0, norm=math.inf)
     step(watch, 100, 1.0)  # one good step in between starts the count again
@@ -74,9 +64,9 @@ def test_with_loss_scaling_skipped_steps_are_normal_until_they_do_not_end(tmp_pa
         step(watch, 200, 1.0, norm=math.nan)
 
 
-def test_with_loss_scaling_a_bad_loss_stops_at_once(tmp_path):
+def test_with_loss_scaling_a_bad_loss_stops_at_once():
     with pytest.raises(ValueError, match="the loss is nan"):
-        step(make_watch(tmp_path, loss_scaling=True), 3, math.nan, norm=math.nan)
+        step(make_watch(loss_scaling=True), 3, math.nan, norm=math.nan)
 
 
 def test_a_run_that_blows_up_stops_before_it_saves_and_names_rows_of_the_file(monkeypatch, tmp_path):
@@ -90,6 +80,14 @@ def test_a_run_that_blows_up_stops_before_it_saves_and_names_rows_of_the_file(mo
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
     rows = message.split("rows ")[1].split(" of the")[0].split(", ")
     assert rows and {int(row) for row in rows} <= set(range(1, 9))
+
+
+def test_a_checkpoint_of_an_earlier_run_in_the_same_folder_is_not_the_last_good_one(monkeypatch, tmp_path):
+    run(monkeypatch, TRAIN_SETTINGS, max_steps=1, output_dir=tmp_path)
+    settings = {**TRAIN_SETTINGS, "learning_rate": 1e38, "overwrite_output_dir": True}
+    with pytest.raises(ValueError, match="last good checkpoint: none was saved before this step"):
+        run(monkeypatch, settings, output_dir=tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
 @pytest.mark.slow
@@ -129,9 +127,9 @@ def test_a_bad_loss_on_one_process_stops_all_with_one_message(tmp_path):
 # ---- exactly 0
 
 
-def test_a_gradient_of_exactly_0_over_several_steps_is_said_once(tmp_path):
+def test_a_gradient_of_exactly_0_over_several_steps_is_said_once():
     said = []
-    watch = make_watch(tmp_path, said)
+    watch = make_watch(said)
     for number in range(1, ZERO_STEPS):
         step(watch, number, 1.0, norm=0.0)
     step(watch, ZERO_STEPS, 1.0, norm=1e-30)
