@@ -525,6 +525,9 @@ def parse_arguments(argv):
     settings = {"report_to": "all", "ddp_find_unused_parameters": False}  # every parameter of the prefix is always used
     if not torch.cuda.is_available():
         settings["use_cpu"] = True  # without it several processes on a CPU would each train alone
+        wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if wanted not in ("", "-1"):
+            notes.append(f"CUDA_VISIBLE_DEVICES={wanted}, but no GPU can be used here: computing on the CPU, slowly.")
     checkpointing = given.pop("gradient_checkpointing", None)
     checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
     try:
@@ -533,6 +536,8 @@ def parse_arguments(argv):
         raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error
     except ValueError as error:  # transformers names the value, seldom the flag
         suspects = [f"--{name} {value}" for name, value in given.items() if str(value) and str(value) in str(error)]
+        if not suspects:
+            raise
         raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
     training_args.prediction_batch_size = given.get("per_device_eval_batch_size")
     # None: main.py decides, once it knows the model and the free memory.

@@ -409,7 +409,17 @@ def load_tokenizer(folder, config):
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (Path(folder) / name).is_file():
             read_json(Path(folder) / name)
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # bytes at random in either file make transformers raise anything
+        if str(folder) in str(error):
+            raise
+        raise ValueError(
+            f"{folder}: tokenizer.model or tokenizer_config.json is damaged ({first_line(error)}). Copy both again "
+            "from the ChatGLM2-6B model folder."
+        ) from error
     if tokenizer.vocab_size > config.padded_vocab_size:
         raise ValueError(
             f"{folder}: tokenizer.model has {tokenizer.vocab_size} tokens, but config.json says padded_vocab_size "

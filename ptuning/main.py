@@ -292,6 +292,9 @@ def main():
 # ---------------------------------------------------------------------- before training
 
 
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+
+
 def silent(*args):
     """What ranks other than 0 do instead of printing."""
 
@@ -299,7 +302,8 @@ def silent(*args):
 def prepare_reports(training_args):
     """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set.
 
-    Raises ValueError for a --report_to that cannot be, and a TensorBoard folder that is a file.
+    Raises ValueError for a --report_to that cannot be, a TensorBoard folder that is a file, and a WANDB_MODE that
+    does not exist or needs an account that is not there.
     """
     if not training_args.do_train:
         training_args.report_to = []
@@ -315,7 +319,15 @@ def prepare_reports(training_args):
     os.environ.setdefault("WANDB_DIR", training_args.output_dir)
     os.environ.setdefault("WANDB_PROJECT", "chatglm2-ptuning")
     logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")
-    if "WANDB_MODE" not in os.environ and not logged_in:
+    mode = os.environ.get("WANDB_MODE")
+    if mode is not None and "wandb" in training_args.report_to:
+        if mode not in WANDB_MODES:
+            raise ValueError(f"WANDB_MODE={mode}: expected one of {', '.join(WANDB_MODES)}.")
+        if mode in ("online", "run") and not logged_in:
+            raise ValueError(
+                f"WANDB_MODE={mode} needs an account: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline."
+            )
+    if mode is None and not logged_in:
         os.environ["WANDB_MODE"] = "offline"
         os.environ.setdefault("WANDB_SILENT", "true")  # nobody asked for its page of text
 

@@ -223,6 +223,13 @@ def test_a_dev_loss_during_training_does_not_turn_on_the_generation_at_the_end()
     assert parse(f"{MINIMAL} --eval_strategy steps --validation_file d.json")[2].do_eval is False
 
 
+@pytest.mark.parametrize(("devices", "said"), [("7", True), ("-1", False), ("", False)])
+def test_gpus_that_are_not_there_are_said(devices, said, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert any(f"CUDA_VISIBLE_DEVICES={devices}" in note for note in parse(MINIMAL)[3]) == said
+
+
 def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all():
     training_args = parse(MINIMAL)[2]
     training_args._n_gpu = 4

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -940,11 +941,79 @@ def test_a_line_too_long_in_a_pipe_is_refused_by_its_number(forks, here):
     assert "error: Line 2: The prompt has" in done.stderr and "Traceback" not in done.stderr
 
 
+# ---------------------------------------------------------------------- environments
+
+WANDB = {"report_to": "wandb"}
+# What is wrong, variables, what the message says[, flags].
+ENVIRONMENTS = [
+    (
+        "a WANDB_MODE that does not exist",
+        {"WANDB_MODE": "sometimes"},
+        "WANDB_MODE=sometimes: expected one of online",
+        WANDB,
+    ),
+    (
+        "wandb online without an account",
+        {"WANDB_MODE": "online", "HOME": "/nowhere"},
+        "WANDB_MODE=online needs an",
+        WANDB,
+    ),
+    (
+        "TensorBoard into a file",
+        {"TENSORBOARD_LOGGING_DIR": "train.json"},
+        "train.json is a file",
+        {"report_to": "tensorboard"},
+    ),
+    ("processes without an address", {"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ("processes that are not counted", {"RANK": "0", "WORLD_SIZE": "two"}, "'two'"),
+]
+
+
+@table(ENVIRONMENTS)
+def test_an_environment_is_refused(case, forks, here):
+    environment, says, *more = case
+    refuse(forks, here, train_flags(here, **(more[0] if more else {})), says, environment=environment)
+
+
+def test_an_output_folder_that_may_not_be_written_is_refused(forks, trained, here):
+    (here / "locked").mkdir()
+    (here / "locked").chmod(0o500)
+    words = train_flags(here, output_dir=here / "locked" / "run")
+    refuse(forks, here, words, ("locked/run: Permission denied", "ls -l"), as_root=False)
+
+
+# As a user starts them: the command, what it is given, what the message says.
+PROCESSES = [
+    ("an empty batch", "bash train.sh", {"BATCH_SIZE": "0"}, "--per_device_train_batch_size 0"),
+    ("processes of text", "bash train.sh", {"NUM_GPUS": "some"}, "NUM_GPUS=some"),
+    ("a run that is not there", "bash evaluate.sh", {"CHECKPOINT": "no-such-run", "STEP": "99"}, "no-such-run/checkpoint-99"),
+    ("a port of text", "bash web_demo.sh", {"PORT": "http"}, "--server_port"),
+    ("a hub that does not answer", "python ptuning/main.py --do_predict --test_file AdvertiseGen/sample/dev.json "
+     "--prompt_column content --response_column summary --model_name_or_path THUDM/chatglm2-6b --output_dir {output}",
+     {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}, "HF_ENDPOINT"),
+    ("a cache below a file", "python ptuning/main.py --do_predict --test_file AdvertiseGen/sample/dev.json "
+     "--prompt_column content --response_column summary --model_name_or_path ptuning/tiny --output_dir {output}",
+     {"HF_DATASETS_CACHE": "README.md/cache"}, "README.md"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@table(PROCESSES)
+def test_a_program_is_refused_as_a_user_starts_it(case, tmp_path):
+    command, variables, says = case
+    environment = {**os.environ, "MODEL": "tiny", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub"), **variables}
+    words = command.format(output=tmp_path / "output").split()
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert_refused(done, says)
+    assert not (tmp_path / "output").exists()
+
+
 # ---------------------------------------------------------------------- how many
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
 def test_there_are_as_many_bad_inputs_as_the_readme_says(readme):
     tables = (DATA, CSV, PATHS, FLAGS, COMMANDS, SETTINGS, MODELS, CHECKPOINTS, RESUMES, DEMOS)
+    tables += (ENVIRONMENTS, PROCESSES)
     said = re.search(r"(\d+) (bad inputs|种错误输入)", (ROOT / readme).read_text(encoding="utf-8"))
     assert sum(map(len, tables)) >= int(said[1]) >= 120
