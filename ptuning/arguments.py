@@ -712,6 +712,8 @@ def check_mixture(data_args, training_args):
     """Raise ValueError where the flags of data sets contradict each other."""
     ratios = split_ratios(data_args.mix_ratios)
     names = [name for name in (data_args.dataset or "").split(",") if name.strip()]
+    if ratios and not names:
+        raise ValueError(f"--mix_ratios {data_args.mix_ratios} mixes data sets: name them with --dataset a,b.")
     if ratios and len(ratios) != len(names):
         raise ValueError(
             f"--mix_ratios {data_args.mix_ratios} has {len(ratios)} numbers for {len(names)} data sets "

@@ -212,7 +212,7 @@ TRAIN_LINE = "--do_train --model_name_or_path m --pre_seq_len 8 --output_dir o "
         ("--dataset a,b --mix_ratios 0.7", "has 1 numbers for 2 data sets"),
         ("--dataset a,b --mix_ratios 0.7,0", "--mix_ratios 0.7,0: expected a positive number for each"),
         ("--dataset a,b --mix_ratios 0.7,x", "--mix_ratios 0.7,x: expected a positive number"),
-        ("--train_file t --mix_ratios 0.7,0.3", "has 2 numbers for 0 data sets"),
+        ("--train_file t --mix_ratios 0.7,0.3", "mixes data sets: name them with --dataset"),
         ("--dataset a --dev_ratio 1", "--dev_ratio 1.0: expected a share from 0 up to 1"),
         ("--dataset a --dev_ratio 0.1 --validation_file v", "both name dev rows"),
         ("--dataset a --split validation", "--split validation: a data file has one split"),
