@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -276,38 +277,62 @@ def restore_random_state(state, device):
 class StopOnSignal(TrainerCallback):
     """On SIGINT, SIGTERM or SIGHUP: finish the step, save, and end the training; the second time leave at once.
 
-    `signal` is what arrived in this process, `agreed` what arrived in any, known to all at the end of a step.
+    `signal` is what arrived in this process, `agreed` what arrived in any, known to all at the end of a step. Python
+    runs signal handlers between two of its own operations, which may be a whole backward pass away; so a thread that
+    reads signal numbers from a pipe answers the user.
     """
 
     def __init__(self):
         self.signal = self.agreed = 0
-        self.arrived = 0.0
-        self.process = os.getpid()
+        self.arrived = None
         self.group = None
         self.before = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.signal = self.agreed = 0
-        self.process = os.getpid()
+        self.arrived = None
         if distributed.is_initialized() and distributed.get_backend() != "gloo":
             self.group = distributed.new_group(backend="gloo")  # the CPUs agree, without waiting for the GPUs
+        reader, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self.listen, args=(reader,), daemon=True).start()
         self.before = catch_signals(self.note)
+        os.register_at_fork(after_in_child=self.forget)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.restore_handlers()
+        os.close(self.pipe)  # ends the thread
+
+    def restore_handlers(self):
+        signal.set_wakeup_fd(-1)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before = {}
+
+    def forget(self):
+        """In a process that loads data: its parent ends it, and Ctrl-C is the parent's."""
+        if self.before:
+            self.restore_handlers()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def note(self, number, frame):
-        if os.getpid() != self.process:  # a process that loads data; its parent ends it
-            return
-        name = signal.Signals(number).name
-        if not self.signal:
-            self.signal, self.arrived = number, time.monotonic()
-            failure.signal_at_hand = number
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-                write_now(f"{name}: finishing this step, then saving and leaving. A second time leaves at once.")
-        elif time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS:
-            leave(128 + number, f"{name}, the second time: left at once, without saving.")
+        self.signal = failure.signal_at_hand = self.signal or number
+
+    def listen(self, reader):
+        while number := os.read(reader, 1):
+            name = signal.Signals(number[0]).name
+            if name not in ("SIGINT", "SIGTERM", "SIGHUP"):
+                continue
+            if self.arrived is None:
+                self.arrived = time.monotonic()
+                if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                    line = f"\n{name}: finishing this step, then saving and leaving. A second time leaves at once.\n"
+                    os.write(2, line.encode())
+            elif time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS:
+                leave(128 + number[0], f"{name}, the second time: left at once, without saving.")
+        os.close(reader)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.signal
@@ -333,8 +358,3 @@ def describe_stop(number, state, training_args):
         f"{name}: stopped after step {state.global_step} of {state.max_steps}; {folder} is complete. To go on, run the "
         "same command with --resume_from_checkpoint last."
     )
-
-
-def write_now(line):
-    """Write a line from a signal handler, which may have interrupted a print."""
-    os.write(2, f"\n{line}\n".encode())

@@ -1,5 +1,6 @@
 """Nothing is lost: checkpoints that are whole or not there, runs that go on as if never stopped, kills, full disks."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -535,6 +537,8 @@ first = trainer.PrefixTrainer.training_step
 def training_step(self, *args, **kwargs):
     result = first(self, *args, **kwargs)
     if sent:
+        while self.stop.arrived is None:
+            time.sleep(0.01)
         time.monotonic = lambda: real() + 60
         os.kill(os.getpid(), {int(signal.SIGTERM)})
     return result
@@ -658,3 +662,51 @@ def test_a_second_run_on_one_folder_is_refused_at_once_and_disturbs_nothing(run,
     assert "Loaded" not in done[0].stdout
     assert statuses == [0], output
     assert_same_end(tmp_path, whole())
+
+
+def stopped(command, number, group, log):
+    """(exit status, output) of a command that gets a signal, with all its group or alone, once it has trained a step."""
+    with open(log, "w") as output:
+        program = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MODEL": "tiny", "NUM_GPUS": "2", "BATCH_SIZE": "2"},
+        )
+    try:
+        while "'loss'" not in log.read_text() and program.poll() is None:
+            time.sleep(0.1)
+        (os.killpg if group else os.kill)(program.pid, number)
+        return program.wait(timeout=120), log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+LONG = {**RUN, "max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False)], ids=["Ctrl-C", "TERM"])
+def test_train_sh_saves_when_stopped_and_ends_with_the_signals_status(number, group, tmp_path):
+    # Ctrl-C goes to the whole group of processes, a scheduler's SIGTERM to the one it has started.
+    words = flags({**LONG, "output_dir": tmp_path / "run", "eval_strategy": "no", "eval_on_start": "false"})
+    status, output = stopped(["bash", "train.sh", *words], number, group, tmp_path / "log")
+    assert status == 128 + number, output
+    stop = re.search(
+        r"stopped after step (\d+) of 100000; .* run the same command with --resume_from_checkpoint last", output
+    )
+    assert saved(tmp_path / "run") == [f"checkpoint-{stop[1]}"]
+    assert output.count("finishing this step") == 1 and "Traceback" not in output and "error" not in output
+
+
+@pytest.mark.slow
+def test_plain_torchrun_lets_the_processes_save(tmp_path):
+    words = [ROOT / "ptuning" / "main.py", *flags({**LONG, "output_dir": tmp_path / "run"})]
+    launch = ["torchrun", "--standalone", "--nproc-per-node=2"]
+    status, output = stopped([*launch, *words], signal.SIGTERM, False, tmp_path / "log")
+    stop = re.search(r"stopped after step (\d+) of 100000", output)
+    assert stop and saved(tmp_path / "run") == [f"checkpoint-{stop[1]}"], output
+    verify_checkpoint(tmp_path / "run" / f"checkpoint-{stop[1]}")
