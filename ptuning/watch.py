@@ -74,15 +74,10 @@ class StepWatch:
         flags = step_flags(step)
         if torch.distributed.is_initialized():  # a loss of one process only
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-        if flags.device.type != "cuda":
-            self.unread = step, flags, None
+        flags, event = to_host(flags)
+        self.unread = step, flags, event
+        if event is None:
             self.read()
-            return
-        on_host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        on_host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.unread = step, on_host, event
 
     def read(self):
         """Judge the step that was not read yet, if there is one. Raises ValueError where training must stop."""
@@ -136,6 +131,17 @@ def step_flags(step):
     norm = step.gradient_norm.detach().float()
     finite = torch.stack([loss.detach().float() for loss in step.losses]).isfinite().all()
     return torch.stack((~finite, ~norm.isfinite(), norm == 0)).to(torch.int32)
+
+
+def to_host(flags):
+    """(flags on the host, None), or for a GPU (flags that will be there, the event after which they are)."""
+    if flags.device.type != "cuda":
+        return flags, None
+    on_host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    on_host.copy_(flags, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return on_host, event
 
 
 def gather_batches(step):

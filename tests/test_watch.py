@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,23 @@ def test_with_loss_scaling_skipped_steps_are_normal_until_they_do_not_end():
 def test_with_loss_scaling_a_bad_loss_stops_at_once():
     with pytest.raises(ValueError, match="the loss is nan"):
         step(make_watch(loss_scaling=True), 3, math.nan, norm=math.nan)
+
+
+def test_on_a_gpu_a_step_is_judged_when_the_next_one_is_queued_or_something_is_saved(monkeypatch):
+    # There is no GPU here: this stands for its copy to the host, which ends some time later.
+    waits = []
+    event = SimpleNamespace(synchronize=lambda: waits.append(1))
+    monkeypatch.setattr(watch, "to_host", lambda flags: (flags, event))
+    watched = make_watch()
+    step(watched, 1, 1.0)
+    step(watched, 2, math.nan)
+    assert len(waits) == 1  # for step 1, while step 2 is being computed
+    with pytest.raises(ValueError, match="stopped at step 2: the loss is nan"):
+        step(watched, 3, 1.0)
+    watched = make_watch()
+    step(watched, 1, math.nan)
+    with pytest.raises(ValueError, match="stopped at step 1: the loss is nan"):
+        watched.read()  # the trainer does so before it logs, evaluates or saves
 
 
 def test_a_run_that_blows_up_stops_before_it_saves_and_names_rows_of_the_file(monkeypatch, tmp_path):
