@@ -20,7 +20,6 @@ import os
 import resource
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 60
 MAX_MEMORY = 4 * 2**30  # bytes that the child may ask for
 EXAMPLES_PER_BATCH = 200
-COUNTERS = struct.Struct("qqqd")  # inputs, accepted, refused, time of the last one
+INPUTS, ACCEPTED, REFUSED, LAST = range(4)  # places in the memory that both processes see; LAST is a time
 
 
 # ---- changes to a sound file
@@ -372,7 +371,6 @@ def search(examples, attempt, folder, shared, deadline, first_seed):
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
-    counts = {"inputs": 0, True: 0, False: 0}
     current = folder.with_name(folder.name + ".current")
 
     def judge(example):
@@ -386,9 +384,9 @@ def search(examples, attempt, folder, shared, deadline, first_seed):
             message = str(error)
             assert str(folder) in message, f"the message does not name the file: {message!r}"
             accepted = False
-        counts["inputs"] += 1
-        counts[accepted] += 1
-        COUNTERS.pack_into(shared, 0, counts["inputs"], counts[True], counts[False], time.monotonic())
+        shared[INPUTS] += 1
+        shared[ACCEPTED if accepted else REFUSED] += 1
+        shared[LAST] = time.monotonic()
 
     for number in itertools.count(first_seed):
         if time.monotonic() > deadline:
@@ -414,9 +412,8 @@ def fuzz(target, seconds, first_seed):
         folder = Path(place, "files")
         folder.mkdir()
         examples, attempt = TARGETS[target](folder)
-        shared = mmap.mmap(-1, COUNTERS.size)
-        COUNTERS.pack_into(shared, 0, 0, 0, 0, time.monotonic())
-        started = time.monotonic()
+        shared = memoryview(mmap.mmap(-1, 4 * 8)).cast("d")
+        started = shared[LAST] = time.monotonic()
         child = os.fork()
         if child == 0:
             status = 1
@@ -430,10 +427,9 @@ def fuzz(target, seconds, first_seed):
                 sys.stderr.flush()
                 os._exit(status)
         problem = watch(child, shared)
-        inputs, accepted, refused, _ = COUNTERS.unpack_from(shared, 0)
         print(
-            f"{target}: {inputs:,} inputs in {time.monotonic() - started:.0f} s, {accepted:,} accepted, {refused:,} refused, "
-            f"{problem or 'no finding'}"
+            f"{target}: {shared[INPUTS]:,.0f} inputs in {time.monotonic() - started:.0f} s, "
+            f"{shared[ACCEPTED]:,.0f} accepted, {shared[REFUSED]:,.0f} refused, {problem or 'no finding'}"
         )
         if problem:
             print(f"the input: {folder.with_name(folder.name + '.current').read_text(encoding='utf-8')[:4000]}")
@@ -449,7 +445,7 @@ def watch(child, shared):
             if code < 0:
                 return f"a crash ({signal.Signals(-code).name})"
             return "a finding, see above" if code else None
-        if time.monotonic() - COUNTERS.unpack_from(shared, 0)[3] > HANG_SECONDS:
+        if time.monotonic() - shared[LAST] > HANG_SECONDS:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return f"a hang of more than {HANG_SECONDS} s"
