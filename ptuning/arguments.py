@@ -232,6 +232,7 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",  # a value below 1 is a ratio
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "activation_checkpointing": "gradient_checkpointing",  # the other way round: newer than transformers 5.17
     "checkpoint_dir": "ptuning_checkpoint",  # ChatGLM-Efficient-Tuning's name
 }
 # Flags of 2023 that change nothing, and why.
