@@ -531,6 +531,13 @@ def parse_arguments(argv):
             notes.append(f"CUDA_VISIBLE_DEVICES={wanted}, but no GPU can be used here: computing on the CPU, slowly.")
     checkpointing = given.pop("gradient_checkpointing", None)
     checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
+    if given.get("fsdp"):  # saved in shards, so that a run can go on with another number of processes
+        settings["fsdp_config"] = {
+            "state_dict_type": "SHARDED_STATE_DICT",
+            **read_settings_of(given.pop("fsdp_config", "")),
+        }
+    elif given.get("deepspeed") and torch.cuda.is_available() and not given.keys() & {"fp16", "bf16"}:
+        settings["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"] = True
     try:
         training_args = PrefixTrainingArguments(**{**settings, **given})
     except ImportError as error:  # --deepspeed, an --optim of another package, …
@@ -540,6 +547,10 @@ def parse_arguments(argv):
         if not suspects:
             raise
         raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
+    if training_args.fsdp and training_args.parallel_mode.value != "distributed":
+        raise ValueError("--fsdp needs processes to shard over: torchrun --nproc-per-node=8 ptuning/main.py …")
+    if training_args.fsdp and training_args.distributed_state.distributed_type == "MULTI_CPU":
+        raise ValueError("--fsdp shards on GPUs only; on CPUs accelerate would train whole copies. Leave the flag out.")
     training_args.prediction_batch_size = given.get("per_device_eval_batch_size")
     # None: main.py decides, once it knows the model and the free memory.
     training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointing
@@ -550,6 +561,16 @@ def parse_arguments(argv):
     notes += use_one_device(training_args)
     training_args.remove_unused_columns = False  # the collators pick what they need
     return model_args, data_args, training_args, notes
+
+
+def read_settings_of(text):
+    """The object that a flag spells out in JSON, or that is in the JSON file it names; {} of an empty flag."""
+    if not text:
+        return {}
+    try:
+        return json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{text} is not valid JSON: {error}") from error
 
 
 def use_one_device(training_args):

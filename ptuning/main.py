@@ -65,6 +65,7 @@ from finetuning import (
     check_layers,
     find_trained,
     in_order,
+    load_trained,
     prepare_model,
     read_settings,
 )
@@ -120,6 +121,12 @@ def main():
     if model_args.finetuning_type == "full" and saved and not resume_from:
         model_args.model_name_or_path = model_args.ptuning_checkpoint  # a complete model: needs nothing of its base
     check_complete(model_args, data_args, training_args)
+    if resume_from and saved.get("engine") != engine_of(training_args):
+        raise ValueError(
+            f"{resume_from} was written {'with --' + saved['engine'] if saved.get('engine') else 'without an engine'}, "
+            f"and its optimizer is continued the same way only. This run has "
+            f"{'--' + engine_of(training_args) if engine_of(training_args) else 'neither --deepspeed nor --fsdp'}."
+        )
     method = model_args.finetuning_type
     checkpoints = saved.get("checkpoints", []) if method in ("p_tuning", "freeze", "lora") else []
 
@@ -177,7 +184,7 @@ def main():
         folder,
         config=config,
         dtype=dtype,
-        device=training_args.device,
+        device="cpu" if engine_of(training_args) else training_args.device,  # an engine gives each its part
         quantization_bit=model_args.quantization_bit,
         quantization_backend=backend,
     )
@@ -190,6 +197,13 @@ def main():
         resume_lora_training=model_args.resume_lora_training,
         **{name: getattr(model_args, name) for name in DEFAULTS},
     )
+    if resume_from and engine_of(training_args):
+        load_trained(model, resume_from, method)  # before it is divided
+    if (
+        engine_of(training_args) and training_args.gradient_checkpointing is None
+    ):  # the model is not where it will train
+        on_gpu = training_args.device.type == "cuda"
+        training_args.gradient_checkpointing = training_args.activation_checkpointing = on_gpu
     batch = largest_batch(model, train_data, data_args, training_args)
     if train_data is not None and training_args.gradient_checkpointing is None:
         batch["checkpointing"], decision = needs_checkpointing(model, **batch)
@@ -233,7 +247,7 @@ def main():
         ),
         sidecar={
             "finetuning_type": method,
-            **describe_method(model_args, checkpoints, bits),
+            **describe_method(model_args, checkpoints, bits, engine_of(training_args)),
             "base_model": model_args.model_name_or_path,
             "base_fingerprint": model.fingerprint,
             **{name: getattr(data_args, name) for name in SIDECAR_FIELDS},
@@ -411,7 +425,12 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     return rows, sum(rows_skipped.values())
 
 
-def describe_method(model_args, checkpoints, bits):
+def engine_of(training_args):
+    """What divides weights and optimizer over the processes: deepspeed, fsdp, or None."""
+    return next((name for name in ("deepspeed", "fsdp") if getattr(training_args, name)), None)
+
+
+def describe_method(model_args, checkpoints, bits, engine):
     """What a checkpoint's sidecar remembers of the way of tuning; a prefix's is in its weights and config.json."""
     if model_args.finetuning_type == "freeze":
         names = ("num_layer_trainable", "name_module_trainable")
@@ -419,7 +438,7 @@ def describe_method(model_args, checkpoints, bits):
     if model_args.finetuning_type == "lora":
         merged = checkpoints[:-1] if model_args.resume_lora_training else checkpoints
         return {"quantization_bit": bits, "merged_checkpoints": [str(Path(folder).resolve()) for folder in merged]}
-    return {}
+    return {"engine": engine} if engine else {}
 
 
 def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled):
@@ -515,6 +534,8 @@ def set_precision(training_args, method):
     bf16 = training_args.bf16 or training_args.bf16_full_eval
     official = training_args.precision == "official"
     dtype, reason = choose_dtype(training_args.device, fp16, bf16, official)
+    if training_args.deepspeed:  # it keeps the float32 weights itself
+        return dtype, f"{reason}; DeepSpeed trains float32 copies"
     training_args.fp16 = dtype == torch.float16 and training_args.do_train and not official
     training_args.bf16 = dtype == torch.bfloat16 and training_args.do_train and method in ("full", "freeze")
     training_args.mixed_precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "no"

@@ -328,6 +328,68 @@ class Embedding(nn.Module):
         return embeddings.float() if self.fp32_residual_connection else embeddings
 
 
+def loss_rows(device_type):
+    """Supervised tokens whose logits exist at a time; 256 take 67 MB in float32. Larger products pay on a GPU."""
+    return 256 if device_type == "cpu" else 1024
+
+
+class SupervisedLoss(torch.autograd.Function):
+    """Sum of the cross-entropies, float32, of targets (U,) under the logits hidden_states (U, H) @ weight (V, H)ᵀ.
+
+    The logits of all U tokens never exist: a few rows at a time are multiplied out, and while they are there their
+    gradient, softmax - onehot, is multiplied back into that of the hidden states (and of the weight, if it trains).
+    Each logit is thus computed once and kept nowhere. A run of ADGEN with 8 x 78 supervised tokens would otherwise
+    hold 162 MB of float32 logits, and as much again twice for log-softmax and gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets):
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        factor = FLOAT16_SCALE if weight.dtype == torch.float16 else 1
+        rows = loss_rows(weight.device.type)
+        for start in range(0, len(targets), rows):
+            hidden, target = hidden_states[start : start + rows], targets[start : start + rows, None]
+            logits = F.linear(hidden, weight).float()  # (rows, V)
+            highest = logits.amax(dim=-1, keepdim=True)
+            chosen = logits.gather(1, target) - highest
+            odds = logits.sub_(highest).exp_()
+            odds_sum = odds.sum(dim=-1, keepdim=True)
+            total += (odds_sum.log() - chosen).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            gradient = odds.mul_(factor / odds_sum)  # softmax
+            gradient.scatter_add_(1, target, torch.full_like(target, -factor, dtype=torch.float32))
+            gradient = gradient.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = gradient @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(gradient.t(), hidden)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.factor = factor
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient / ctx.factor
+        return *(None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
+class OutputLayer(nn.Linear):
+    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
+
+    The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
+    for the module that it belongs to.
+    """
+
+    def forward(self, hidden_states, targets=None):
+        if targets is None:
+            return super().forward(hidden_states)
+        return SupervisedLoss.apply(hidden_states, self.weight, targets)
+
+
 class ChatGLMPreTrainedModel(PreTrainedModel):
     config_class = ChatGLMConfig
     base_model_prefix = "transformer"
@@ -355,7 +417,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding = Embedding(config)
         self.encoder = GLMTransformer(config)
         # Lies here and not beside the transformer, because the official parameter names say so.
-        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=False)
         self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len else None
         self.post_init()
 
@@ -445,55 +507,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return self.encoder.layers[0].input_layernorm.weight.dtype
 
 
-def loss_rows(device_type):
-    """Supervised tokens whose logits exist at a time; 256 take 67 MB in float32. Larger products pay on a GPU."""
-    return 256 if device_type == "cpu" else 1024
-
-
-class SupervisedLoss(torch.autograd.Function):
-    """Sum of the cross-entropies, float32, of targets (U,) under the logits hidden_states (U, H) @ weight (V, H)ᵀ.
-
-    The logits of all U tokens never exist: a few rows at a time are multiplied out, and while they are there their
-    gradient, softmax - onehot, is multiplied back into that of the hidden states (and of the weight, if it trains).
-    Each logit is thus computed once and kept nowhere. A run of ADGEN with 8 x 78 supervised tokens would otherwise
-    hold 162 MB of float32 logits, and as much again twice for log-softmax and gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, targets):
-        total = hidden_states.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        factor = FLOAT16_SCALE if weight.dtype == torch.float16 else 1
-        rows = loss_rows(weight.device.type)
-        for start in range(0, len(targets), rows):
-            hidden, target = hidden_states[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(hidden, weight).float()  # (rows, V)
-            highest = logits.amax(dim=-1, keepdim=True)
-            chosen = logits.gather(1, target) - highest
-            odds = logits.sub_(highest).exp_()
-            odds_sum = odds.sum(dim=-1, keepdim=True)
-            total += (odds_sum.log() - chosen).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            gradient = odds.mul_(factor / odds_sum)  # softmax
-            gradient.scatter_add_(1, target, torch.full_like(target, -factor, dtype=torch.float32))
-            gradient = gradient.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + rows] = gradient @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(gradient.t(), hidden)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.factor = factor
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        gradient = gradient / ctx.factor
-        return *(None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors), None
-
-
 def supervised_loss(hidden_states, labels, output_layer, num_items_in_batch=None, packing=None):
     """Mean cross-entropy, float32, of predicting labels (B, S) from the hidden states one place before.
 
@@ -508,7 +521,7 @@ def supervised_loss(hidden_states, labels, output_layer, num_items_in_batch=None
         targets = targets[packing.places]
     supervised = (targets != -100).nonzero()[:, 0]
     hidden_states, targets = hidden_states.index_select(0, supervised), targets[supervised]
-    total = SupervisedLoss.apply(hidden_states, output_layer.weight, targets)
+    total = output_layer(hidden_states, targets)
     return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 

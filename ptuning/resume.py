@@ -36,6 +36,7 @@ from checkpoint import (
 from failure import catch_signals, leave
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
+SHARD_FOLDERS = ("optimizer_*", "global_step*")  # what FSDP and DeepSpeed write instead
 SAME_SIGNAL_SECONDS = 2.0  # torchrun hands a signal on that the terminal has sent to every process already
 
 
@@ -165,7 +166,8 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             f"--resume_from_checkpoint {folder} was written by the official scripts of 2023; its optimizer cannot "
             f"be continued. Start a new run from its prefix: --ptuning_checkpoint {folder}"
         )
-    missing = [name for name in RESUME_FILES if not (folder / name).is_file()]
+    shards = any(path.is_dir() for name in SHARD_FOLDERS for path in folder.glob(name))
+    missing = [] if shards else [name for name in RESUME_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"--resume_from_checkpoint {folder} has no {' and no '.join(missing)}, so it cannot be continued. Start a "
@@ -174,7 +176,8 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
     if not isinstance(state.get("global_step"), int):
         raise ValueError(f"{folder / STATE_FILE}: global_step is {state.get('global_step')!r}, expected a number.")
     if not (folder / CHECKSUM_FILE).is_file():  # so nobody knows yet whether these are whole
-        for file in sorted(folder.glob("rng_state*.pth")) + [folder / name for name in RESUME_FILES]:
+        files = [folder / name for name in RESUME_FILES if (folder / name).is_file()]
+        for file in sorted(folder.glob("rng_state*.pth")) + files:
             check_readable(file)
     lines.append(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
     return str(folder), lines

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from accelerate.utils.memory import clear_device_cache
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -38,6 +40,7 @@ from official import OfficialAdamW, official_loss
 from resume import (
     StopOnSignal,
     gather,
+    on_first_rank,
     on_writing_ranks,
     random_state,
     random_state_file,
@@ -177,6 +180,8 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)  # after the last batch of a step, before the optimizer
+        if isinstance(grad_norm, DTensor):  # FSDP's, a sum that is still to be made
+            grad_norm = grad_norm.full_tensor()
         self.watch.saw_gradient(self.state.global_step + 1, self._get_learning_rate(), grad_norm)
         return grad_norm
 
@@ -192,6 +197,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     # ---- checkpoints
+
+    @property
+    def sharded(self):
+        """Whether every process holds only a part of the weights and the optimizer."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _determine_best_metric(self, metrics, trial):
         # Only a step that is saved can be the best one: `best` has to point to a checkpoint.
@@ -213,24 +223,41 @@ class PrefixTrainer(Seq2SeqTrainer):
             if best == folder or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         processes = gather(self._process_state())
-        on_writing_ranks(self.args.should_save, self._write_checkpoint, folder, processes)
+        shards = self._write_shards(folder) if self.sharded else ()
+        on_writing_ranks(self.args.should_save, self._write_checkpoint, folder, processes, *shards)
         self.saved_step = self.state.global_step
 
-    def _write_checkpoint(self, folder, processes):
+    def _write_shards(self, folder):
+        """What all processes must do together: (staging folder with the optimizer's shards, the complete weights)."""
+        staging = on_first_rank(stage_checkpoint, folder)
+        weights = self.accelerator.get_state_dict(self.model_wrapped)  # on the first process
+        if self.args.save_only_model:
+            pass
+        elif self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(staging)
+        else:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, staging)
+        return staging, weights
+
+    def _write_checkpoint(self, folder, processes, staging=None, weights=None):
         with nothing_half_written(folder):
-            staging = stage_checkpoint(folder)
-            self._write_files(staging, folder, processes)
+            staging = staging or stage_checkpoint(folder)
+            self._write_files(staging, folder, processes, weights)
             publish_checkpoint(staging, folder)
         if (self.args.save_total_limit or 0) > 0:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, self.args.save_total_limit, newest=folder, best=best)
 
-    def _write_files(self, staging, folder, processes):
+    def _write_files(self, staging, folder, processes, weights):
         number = next_save_number(folder.parent)
         self.sidecar["training"] = {**self.sidecar.get("training", {}), "save_number": number}
-        self._save(staging)
+        self._save(staging, weights)
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(staging)
+            if self.sharded:
+                torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
+            else:
+                self._save_optimizer_and_scheduler(staging)
             self._save_scaler(staging)
             for process, state in enumerate(processes):
                 torch.save(state, staging / random_state_file(process, len(processes)))
@@ -282,6 +309,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.first_loss_step = losses["first_step"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.sharded:  # main.py has loaded the weights before they were divided
+            return
         model = self.accelerator.unwrap_model(model or self.model)
         load_trained(model, resume_from_checkpoint, self.sidecar["finetuning_type"])
 

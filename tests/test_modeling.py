@@ -13,6 +13,7 @@ from configuration_chatglm import ChatGLMConfig
 from modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     NormProduct,
+    OutputLayer,
     SupervisedLoss,
     SwiGLU,
     apply_rotary,
@@ -387,7 +388,7 @@ def test_float16_keeps_the_gradient_of_small_probabilities():
 def test_a_frozen_output_layer_gets_no_gradient_and_a_trained_one_does(model):
     input_ids, labels = batch()
     hidden_states = model.transformer(input_ids).last_hidden_state.detach().requires_grad_()
-    layer = torch.nn.Linear(hidden_states.shape[-1], model.config.padded_vocab_size, bias=False)
+    layer = OutputLayer(hidden_states.shape[-1], model.config.padded_vocab_size, bias=False)
     for trained in (False, True):
         layer.weight.requires_grad_(trained)
         supervised_loss(hidden_states, labels, layer).backward()
