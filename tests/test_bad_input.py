@@ -703,6 +703,7 @@ MODELS = [
     ("safetensors with a broken header", as_safetensors(lambda content: content[:8] + b"}" + content[9:]),
      "model.safetensors cannot be read"),
     ("empty safetensors", as_safetensors(lambda content: b""), "model.safetensors cannot be read"),
+    ("a piece that is no UTF-8", flip("tokenizer.model", 4), "tokenizer.model or tokenizer_config.json is damaged"),
 ]  # fmt: skip
 
 
@@ -805,7 +806,6 @@ def test_the_demos_refuse_a_checkpoint_that_would_run_code(forks, trained, here)
     [
         ("another length", {"pre_seq_len": 5}, ("--pre_seq_len 5 contradicts", "4")),
         ("a projection", {"prefix_projection": True}, "--prefix_projection True contradicts"),
-        ("the run instead of a checkpoint", {"ptuning_checkpoint": "run"}, "has checkpoint-1, checkpoint-2"),
         ("the checkpoint as base model", {"ptuning_checkpoint": None, "model_name_or_path": "run/checkpoint-2",
          **COLUMNS}, ("holds only a trained prefix", "--ptuning_checkpoint")),
     ]
