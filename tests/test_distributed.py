@@ -10,9 +10,12 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from conftest import ROOT, SAMPLE, TINY
 from test_main import losses, predictions
 from test_scripts import bash
+
+from checkpoint import load_model, read_config
 
 pytestmark = pytest.mark.slow
 
@@ -242,3 +245,42 @@ def test_under_plain_torchrun_the_error_of_the_process_that_died_comes_first(tmp
     assert returncode == 1
     assert lines[0] == "error: [rank 1] RuntimeError: broken wire"
     assert not any("Another process is gone" in line for line in lines)
+
+
+# ---- what processes share, and what they send each other
+
+
+def test_four_processes_hold_one_copy_of_weights_that_need_no_conversion(tmp_path):
+    from benchmarks.shared_weights import measure, write_folder
+
+    size = write_folder(
+        tmp_path, torch.float32, hidden_size=256, ffn_hidden_size=684, num_layers=8, padded_vocab_size=65024
+    )
+    after, _ = measure(tmp_path, 4)
+    assert 0.9 * size < after < 1.3 * size
+
+
+def test_processes_send_each_other_the_gradient_of_the_prefix_and_nothing_else(tmp_path):
+    from trainer import PrefixTrainer, PrefixTrainingArguments
+
+    model = load_model(TINY, config=read_config(TINY, pre_seq_len=8)).train()
+    PrefixTrainer(model=model, args=PrefixTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        sent = []
+
+        def count(state, bucket):
+            sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        parallel.register_comm_hook(None, count)
+        ids = torch.arange(16)[None]
+        parallel(input_ids=ids, labels=ids).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    prefix = model.transformer.prefix_encoder.embedding.weight
+    assert sum(sent) == prefix.numel() * 4
+    assert parallel.modules_buffers == []
