@@ -529,6 +529,8 @@ def parse_arguments(argv):
         wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if wanted not in ("", "-1"):
             notes.append(f"CUDA_VISIBLE_DEVICES={wanted}, but no GPU can be used here: computing on the CPU, slowly.")
+    elif not given.get("use_cpu"):
+        check_gpu(torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)))
     checkpointing = given.pop("gradient_checkpointing", None)
     checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
     if given.get("fsdp"):  # saved in shards, so that a run can go on with another number of processes
@@ -573,13 +575,24 @@ def read_settings_of(text):
         raise ValueError(f"{text} is not valid JSON: {error}") from error
 
 
+def check_gpu(num_gpus, process):
+    """ValueError where there are more processes on this machine than GPUs; `process` counts from 0."""
+    if process >= num_gpus:
+        raise ValueError(
+            f"There is no GPU for process {process + 1} of this machine: {num_gpus} can be used (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Give NUM_GPUS={num_gpus}, or --nproc-per-node."
+        )
+
+
 def use_one_device(training_args):
     """Keep the Trainer from splitting batches over GPUs in one process, which a prefix does not survive."""
     num_gpus = training_args.n_gpu
     if num_gpus < 2:
         return []
     training_args._n_gpu = 1
-    return [f"Using 1 of {num_gpus} GPUs. To use all: torchrun --nproc-per-node={num_gpus} ptuning/main.py …"]
+    return [
+        f"Using 1 of {num_gpus} GPUs. To use all: NUM_GPUS={num_gpus} bash train.sh, or torchrun --nproc-per-node={num_gpus} ptuning/main.py …"
+    ]
 
 
 # ---- values that contradict each other

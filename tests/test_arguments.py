@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from transformers import Seq2SeqTrainingArguments
 
@@ -236,6 +237,17 @@ def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all():
     assert "torchrun --nproc-per-node=4" in use_one_device(training_args)[0]
     assert training_args.n_gpu == 1
     assert use_one_device(training_args) == []
+
+
+def test_more_processes_than_gpus_are_one_message(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(
+        ValueError, match=r"no GPU for process 3 .*: 2 can be used \(CUDA_VISIBLE_DEVICES=4,5\). Give NUM_GPUS=2"
+    ):
+        parse(MINIMAL)
 
 
 def test_a_flag_that_transformers_still_has_is_left_alone():
