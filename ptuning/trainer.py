@@ -308,6 +308,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         self._total_loss_scalar = losses["sum"]
         self.first_loss_step = losses["first_step"]
 
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # a run in fp16 may go on in another dtype
+            super()._load_scaler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:  # main.py has loaded the weights before they were divided
             return
@@ -322,6 +326,7 @@ class PrefixTrainer(Seq2SeqTrainer):
     def _finalize_training(self, *args, **kwargs):
         """Save the last step where nothing else did; and keep the library from deleting it for save_total_limit."""
         if self.args.save_strategy != "no" and self.state.global_step > self.saved_step:
+            self.watch.read()
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         limit, self.args.save_total_limit = self.args.save_total_limit, None

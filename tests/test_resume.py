@@ -390,6 +390,31 @@ def test_a_run_stopped_twice_ends_like_one_never_stopped(more, run, whole, tmp_p
     assert_same_end(tmp_path, whole(**{name: value for name, value in more.items() if "resume" not in name}))
 
 
+# What fp16 on a GPU brings with it: gradients scaled by a factor that grows every 3 steps.
+SCALER = """
+import torch, trainer
+prepare = trainer.PrefixTrainer._prepare_for_training
+def _prepare_for_training(self, *args):
+    self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    return prepare(self, *args)
+trainer.PrefixTrainer._prepare_for_training = _prepare_for_training
+"""
+
+
+@pytest.mark.slow
+def test_loss_scaling_goes_on_where_it_was_and_can_be_left(run, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, before=SCALER)
+    run(two, before=SCALER + signals(signal.SIGTERM, 7))
+    statuses, output = run(two, before=SCALER, resume_from_checkpoint="last")
+    assert statuses == [0], output
+    assert_same_end(two, one)
+    states = [torch.load(folder / "checkpoint-12" / "scaler.pt", weights_only=True) for folder in (one, two)]
+    assert states[0] == states[1] and states[0]["scale"] == 64 * 2**4
+    statuses, output = run(two, resume_from_checkpoint=two / "checkpoint-8", overwrite_output_dir=True)
+    assert statuses == [0], output
+
+
 # Kills the process at a given call of a Python or C function, counted from the start of the training.
 KILL = """
 import os, signal, sys, trainer
