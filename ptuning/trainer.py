@@ -308,6 +308,13 @@ class PrefixTrainer(Seq2SeqTrainer):
         self._total_loss_scalar = losses["sum"]
         self.first_loss_step = losses["first_step"]
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        # By way of the CPU: transformers 5.17 cannot load for several processes on one.
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+            part.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # a run in fp16 may go on in another dtype
             super()._load_scaler(checkpoint)
