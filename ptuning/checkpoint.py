@@ -404,6 +404,13 @@ def check_finite(tensor, name, file):
                 )
 
 
+def check_trained(tensor, name, file):
+    """Raise ValueError for a tensor that no training can have written: empty, of integers, or not finite."""
+    if tensor.ndim == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
+        raise ValueError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float numbers.")
+    check_finite(tensor, name, file)
+
+
 def load_tokenizer(folder, config):
     """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings."""
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -494,7 +501,7 @@ def trained_files(checkpoint):
     name = trained_file(checkpoint)
     if name != INDEX_FILES[1]:
         return [name]
-    return [name, *sorted(set(read_json(Path(checkpoint) / name).get("weight_map", {}).values()))]
+    return [name, *(file.name for file in weight_files(checkpoint))]
 
 
 def point_to_best(run_folder, step):
@@ -599,11 +606,7 @@ def read_prefix(checkpoint):
             f"{file} holds no prefix ({PREFIX_KEY}embedding.weight is missing). Give a checkpoint of P-Tuning v2."
         )
     for name, tensor in tensors.items():
-        if tensor.ndim == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float numbers. It is no prefix."
-            )
-        check_finite(tensor, name, file)
+        check_trained(tensor, name, file)
     return tensors
 
 

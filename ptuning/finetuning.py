@@ -14,6 +14,7 @@ autocast (full, freeze), or the adapter computes in float32 (lora).
 """
 
 import copy
+import math
 import re
 import warnings
 from pathlib import Path
@@ -26,10 +27,11 @@ from checkpoint import (
     ADAPTER_FILES,
     PREFIX_FILE,
     SIDECAR_FILE,
-    check_finite,
     check_sidecar,
+    check_trained,
     find_checkpoints,
     finetuning_type,
+    first_line,
     load_prefix,
     read_json,
     read_prefix_settings,
@@ -53,6 +55,7 @@ DEFAULTS = {
     "lora_dropout": 0.1,
     "lora_target": "query_key_value",
 }
+ADAPTER_SETTINGS = "adapter_config.json"
 ADAPTER_KEY = "base_model.model."  # what PEFT puts before the names of a model's tensors
 
 
@@ -101,7 +104,7 @@ def read_settings(checkpoints):
         verify_checkpoint(folder, trained_files(folder))
     settings = {}
     if kind == "lora":
-        adapter = read_json(Path(checkpoint) / "adapter_config.json")
+        adapter = read_adapter_settings(checkpoint)
         settings = {
             "base_model": adapter.get("base_model_name_or_path"),
             "lora_rank": adapter.get("r"),
@@ -163,7 +166,7 @@ def load_tensors(model, checkpoint):
     parameters = dict(model.named_parameters())
     tensors = dict(read_tensors(file))
     for name, tensor in tensors.items():
-        check_finite(tensor, name, file)
+        check_trained(tensor, name, file)
         if name not in parameters or parameters[name].shape != tensor.shape:
             found = tuple(parameters[name].shape) if name in parameters else "nothing of that name"
             raise ValueError(
@@ -177,20 +180,46 @@ def load_tensors(model, checkpoint):
 # ---- LoRA
 
 
+def read_adapter_settings(checkpoint):
+    """The object in an adapter's adapter_config.json. ValueError for another kind than LoRA, and for odd settings."""
+    file = Path(checkpoint) / ADAPTER_SETTINGS
+    settings = read_json(file)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: an adapter of type {settings.get('peft_type')}; only LoRA's can be used here.")
+    targets = settings.get("target_modules")
+    numbers = {name: settings.get(name) for name in ("r", "lora_alpha", "lora_dropout")}
+    numbers = {name: value if isinstance(value, int | float) else math.nan for name, value in numbers.items()}
+    fits = {
+        "r": numbers["r"] >= 1 and isinstance(settings["r"], int),
+        "lora_alpha": 0 < numbers["lora_alpha"] < math.inf,
+        "lora_dropout": 0 <= numbers["lora_dropout"] < 1,
+        "target_modules": isinstance(targets, str)
+        or (isinstance(targets, list) and all(isinstance(name, str) for name in targets)),
+    }
+    for name, right in fits.items():
+        if not right:
+            raise ValueError(f"{file}: {name} is {settings.get(name)!r}, which no LoRA adapter has. Copy it again.")
+    return settings
+
+
 def read_adapter(checkpoint):
     """(PEFT's LoraConfig, {name: tensor}) of an adapter folder, names as in the base model. ValueError for others."""
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
     checkpoint = Path(checkpoint)
     files = [checkpoint / name for name in ADAPTER_FILES if (checkpoint / name).is_file()]
     if not files:
         raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {ADAPTER_FILES[0]} in it.")
-    config = PeftConfig.from_pretrained(str(checkpoint))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{checkpoint} holds an adapter of type {config.peft_type}; only LoRA's can be used here.")
+    read_adapter_settings(checkpoint)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about settings of another version of PEFT
+            config = LoraConfig.from_pretrained(str(checkpoint))
+    except Exception as error:  # settings of any type make PEFT raise anything
+        raise ValueError(f"{checkpoint / ADAPTER_SETTINGS} cannot be used ({first_line(error)}).") from error
     tensors = {name.removeprefix(ADAPTER_KEY): tensor for name, tensor in read_tensors(files[0])}
     for name, tensor in tensors.items():
-        check_finite(tensor, name, files[0])
+        check_trained(tensor, name, files[0])
     return config, tensors
 
 

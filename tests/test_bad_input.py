@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLE, TINY
 from forked import Forks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from checkpoint import CHECKSUM_FILE
 
@@ -397,6 +397,9 @@ FLAGS = [
     ),
     ("a missing accelerator file", "--accelerator_config nowhere.json", "nowhere.json"),
     ("the best model without a dev loss", "--load_best_model_at_end", "--load_best_model_at_end"),
+    ("no such method", "--finetuning_type magic", ("--finetuning_type", "magic")),
+    ("a rank without LoRA", "--lora_rank 4", ("--lora_rank 4", "--finetuning_type lora")),
+    ("a rank of 0", "--finetuning_type lora --lora_rank 0", "--lora_rank 0"),
     ("a dev loss without a file", "--eval_strategy steps", "--eval_strategy steps needs --validation_file"),
     ("metrics without a file", "--do_eval", "--do_eval needs --validation_file"),
     ("predictions without a file", "--do_predict", "--do_predict needs --test_file"),
@@ -442,6 +445,9 @@ COMMANDS = [
      "--prompt_column content --response_column summary --model_name_or_path {tiny}", "random prefix"),
     ("no model", "--do_predict --test_file train.json --output_dir o --prompt_column content --response_column summary",
      "--model_name_or_path is missing"),
+    ("an unknown layer for LoRA", "--do_train --train_file train.json --output_dir o --model_name_or_path {tiny} "
+     "--prompt_column content --response_column summary --finetuning_type lora --lora_target q_proj",
+     "--lora_target q_proj: expected some of"),
     ("no file of flags", "settings.json", "settings.json: there is no such file"),
 ]  # fmt: skip
 
@@ -816,6 +822,68 @@ def test_flags_that_contradict_a_checkpoint_are_refused(case, forks, trained, he
     refuse(forks, here, predict_flags(here, **{"ptuning_checkpoint": "run/checkpoint-2", **more}), says)
 
 
+ADAPTER, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapter(**changes):
+    return lambda folder: edit_json(folder / ADAPTER_SETTINGS, **changes)
+
+
+def edit_adapter(edit):
+    def damage(folder):
+        tensors = load_file(folder / ADAPTER)
+        save_file({name: edit(tensor).contiguous() for name, tensor in tensors.items()}, folder / ADAPTER)
+
+    return damage
+
+
+# What is wrong, how a copy of a LoRA checkpoint is damaged, what the message says.
+ADAPTERS = [
+    ("no weights", remove(ADAPTER), "adapter is incomplete"),
+    ("truncated weights", cut(ADAPTER, 900), f"{ADAPTER} cannot be read as model weights"),
+    ("weights of NaN", edit_adapter(lambda tensor: tensor * float("nan")), (ADAPTER, "nan")),
+    ("weights of another size", edit_adapter(lambda tensor: tensor[:, :3]), "does not fit this base model"),
+    ("weights of integers", edit_adapter(torch.Tensor.int), (ADAPTER, "int32")),
+    ("broken settings", write(ADAPTER_SETTINGS, "{"), f"{ADAPTER_SETTINGS} is not valid JSON"),
+    ("settings that are a list", write(ADAPTER_SETTINGS, "[]"), f"{ADAPTER_SETTINGS} holds a list"),
+    ("another kind of adapter", adapter(peft_type="PROMPT_TUNING"), (ADAPTER_SETTINGS, "PROMPT_TUNING", "only LoRA")),
+    ("an unknown kind of adapter", adapter(peft_type="MAGIC"), (ADAPTER_SETTINGS, "MAGIC")),
+    ("a rank of text", adapter(r="eight"), (ADAPTER_SETTINGS, "r is 'eight'")),
+    ("a rank of 0", adapter(r=0), (ADAPTER_SETTINGS, "r is 0")),
+    ("another rank", adapter(r=3), "does not fit this base model"),
+    ("an alpha of text", adapter(lora_alpha="a lot"), (ADAPTER_SETTINGS, "lora_alpha is 'a lot'")),
+    ("a dropout of 7", adapter(lora_dropout=7), (ADAPTER_SETTINGS, "lora_dropout is 7")),
+    ("layers that are not there", adapter(target_modules=["q_proj"]), "q_proj"),
+    ("layers that are a number", adapter(target_modules=7), (ADAPTER_SETTINGS, "target_modules is 7")),
+]
+
+
+@pytest.fixture(scope="module")
+def trained_adapter(forks, tmp_path_factory):
+    """A LoRA checkpoint, as PEFT alone would leave it: no checksums."""
+    here = tmp_path_factory.mktemp("adapter")
+    lora = {"finetuning_type": "lora", "pre_seq_len": None, "max_train_samples": 8, "max_steps": 1}
+    words = flags({**TRAIN, **lora}, train_file=SAMPLE / "train.json", output_dir=here / "run")
+    done = forks.run("main.py", words, cwd=here)
+    assert done.returncode == 0, done.stderr
+    copy_run(here / "run" / "checkpoint-1", here / "adapter")
+    return here / "adapter"
+
+
+@table(ADAPTERS)
+def test_an_adapter_is_refused(case, forks, trained_adapter, here):
+    damage, says = case
+    copy_run(trained_adapter, here / "adapter")
+    damage(here / "adapter")
+    words = predict_flags(here, ptuning_checkpoint=here / "adapter", model_name_or_path=TINY, **COLUMNS)
+    refuse(forks, here, words, says)
+
+
+def test_a_good_adapter_is_taken(forks, trained_adapter, here):
+    words = predict_flags(here, ptuning_checkpoint=trained_adapter)
+    assert forks.run("main.py", words, cwd=here).returncode == 0
+
+
 # What is wrong, how a run is damaged before it is continued, what the message says.
 RESUMES = [
     ("the run is there and nothing is said", None, {}, "already has checkpoint-2"),
@@ -1014,6 +1082,6 @@ def test_a_program_is_refused_as_a_user_starts_it(case, tmp_path):
 @pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
 def test_there_are_as_many_bad_inputs_as_the_readme_says(readme):
     tables = (DATA, CSV, PATHS, FLAGS, COMMANDS, SETTINGS, MODELS, CHECKPOINTS, RESUMES, DEMOS)
-    tables += (ENVIRONMENTS, PROCESSES)
+    tables += (ADAPTERS, ENVIRONMENTS, PROCESSES)
     said = re.search(r"(\d+) (bad inputs|种错误输入)", (ROOT / readme).read_text(encoding="utf-8"))
     assert sum(map(len, tables)) >= int(said[1]) >= 120
