@@ -127,6 +127,13 @@ def main():
             f"and its optimizer is continued the same way only. This run has "
             f"{'--' + engine_of(training_args) if engine_of(training_args) else 'neither --deepspeed nor --fsdp'}."
         )
+    if resume_from and training_args.deepspeed:
+        written_by = len(list(Path(resume_from).glob("rng_state*.pth")))
+        if written_by != training_args.world_size:
+            raise ValueError(
+                f"{resume_from} was written by {written_by} processes, and DeepSpeed divides its optimizer anew for no "
+                f"other number; these are {training_args.world_size}. Resume with {written_by}, or train with --fsdp."
+            )
     method = model_args.finetuning_type
     checkpoints = saved.get("checkpoints", []) if method in ("p_tuning", "freeze", "lora") else []
 

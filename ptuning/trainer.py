@@ -182,6 +182,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm)  # after the last batch of a step, before the optimizer
         if isinstance(grad_norm, DTensor):  # FSDP's, a sum that is still to be made
             grad_norm = grad_norm.full_tensor()
+        grad_norm = torch.as_tensor(grad_norm, device=self.args.device)  # DeepSpeed's is a number
         self.watch.saw_gradient(self.state.global_step + 1, self._get_learning_rate(), grad_norm)
         return grad_norm
 

@@ -68,7 +68,10 @@ def test_a_variable_without_its_second_quotation_mark_is_said_with_its_line(fold
     assert done.stderr.startswith(f"error: train.sh, line {number}: a quotation mark without its partner.\n")
 
 
-@pytest.mark.parametrize("script", ["train.sh", "train_chat.sh", "evaluate.sh", "web_demo.sh"])
+SCRIPTS = ["train.sh", "train_chat.sh", "finetune.sh", "evaluate.sh", "evaluate_finetune.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS + ["web_demo.sh"])
 def test_windows_line_ends_are_one_message(script, folder):
     done = run_edited(folder, lambda text: text.replace("\n", "\r\n"), script)
     assert done.returncode == 2
@@ -76,7 +79,7 @@ def test_windows_line_ends_are_one_message(script, folder):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("script", ["train.sh", "train_chat.sh", "evaluate.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_without_slips_starts_the_program_with_all_its_flags(script, folder):
     done = run_edited(folder, lambda text: text, script)
     assert done.returncode == 0, done.stderr

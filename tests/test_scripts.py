@@ -54,12 +54,29 @@ def test_train_and_evaluate_on_the_tiny_model_learn(tmp_path):
     assert results[0] >= 2 * results[1]
 
 
-def test_the_scripts_defaults_find_each_others_run():
+@pytest.mark.parametrize("scripts", [("train.sh", "evaluate.sh"), ("finetune.sh", "evaluate_finetune.sh")])
+def test_the_scripts_defaults_find_each_others_run(scripts):
     # evaluate.sh looks where train.sh wrote: the two name the run by the same rule.
-    names = [
-        re.search(r"CHECKPOINT:-(.+)} #", (ROOT / script).read_text())[1] for script in ("train.sh", "evaluate.sh")
-    ]
+    names = [re.search(r"CHECKPOINT:-(.+)} #", (ROOT / script).read_text())[1] for script in scripts]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("method", "file"), [("full", "pytorch_model.bin"), ("lora", "adapter_model.safetensors")])
+def test_finetune_and_its_evaluation_work_on_the_tiny_model(method, file, tmp_path):
+    variables = {"MODEL": "tiny", "FINETUNING_TYPE": method, "CHECKPOINT": os.path.relpath(tmp_path, ROOT / "output")}
+    short = {"MAX_STEPS": 2, "SAVE_STEPS": 2, "DEV_ROWS": 8}
+    done = bash("bash finetune.sh --max_train_samples 64 --report_to none", **variables, **short)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "checkpoint-2" / file).is_file()
+    done = bash("bash evaluate_finetune.sh --max_predict_samples 4", **variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(predictions(tmp_path)) == 4
+
+
+def test_an_unknown_engine_is_named():
+    done = bash("bash finetune.sh", MODEL="tiny", ENGINE="zero4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: ENGINE=zero4: expected fsdp, deepspeed, zero3, or nothing.\n"
 
 
 STEPS = {"3000": "/checkpoint-3000", "best": "/best", "last": "/last", "all": "/all", "": ""}
