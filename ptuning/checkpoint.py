@@ -595,7 +595,10 @@ def read_prefix(checkpoint):
     if not file.is_file():
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
         others = list_checkpoints(parent)
-        hint = f"{parent} has {', '.join(others)}." if others else "Give a folder that training wrote."
+        runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{PREFIX_FILE}")})
+        hint = "Give a folder that training wrote."
+        if others or runs:
+            hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
         raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it. {hint}")
     verify_checkpoint(checkpoint, [PREFIX_FILE])
     tensors = {

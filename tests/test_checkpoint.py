@@ -527,6 +527,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(wanted, steps, a_run):
     assert len(damaged) == 1 and "checkpoint-200 is damaged" in damaged[0]
 
 
+def test_a_run_that_does_not_exist_is_answered_with_those_that_do(a_run):
+    output = a_run / "output"
+    for name in ("one", "two"):
+        (output / name / "checkpoint-5").mkdir(parents=True)
+        (output / name / "checkpoint-5" / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=rf"{output} has the runs one, two\."):
+        read_prefix_settings(find_checkpoints(output / "misspelt")[0][-1])
+
+
 def test_a_run_may_be_called_best(a_run):
     run = a_run / "runs" / "best"
     (run / "checkpoint-5").mkdir(parents=True)
