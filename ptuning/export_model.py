@@ -198,7 +198,7 @@ def merge(folder, config, dtype, tokenizer, saved):
     *earlier, last = saved["checkpoints"]
     load_adapters(model, earlier, do_train=False)
     adapter, tensors = read_adapter(last)
-    tuner = add_adapter(model.eval(), adapter, tensors)
+    tuner = add_adapter(model.eval(), adapter, tensors, last)
     warn_of_other_base(model, last)
     beside = probe(model.eval(), tokenizer)
     tuner.merge_and_unload()

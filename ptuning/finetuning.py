@@ -223,7 +223,7 @@ def read_adapter(checkpoint):
     return config, tensors
 
 
-def add_adapter(model, config, tensors=None):
+def add_adapter(model, config, tensors=None, source=""):
     """PEFT's tuner, which has put LoRA layers (float32) into `model`; filled with `tensors` if given."""
     from peft import LoraModel
     from peft.tuners.lora import Linear
@@ -235,7 +235,7 @@ def add_adapter(model, config, tensors=None):
     for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()
     if tensors is not None:
-        fill_adapter(model, tensors)
+        fill_adapter(model, tensors, source)
     return tuner
 
 
@@ -246,8 +246,8 @@ def adapter_parameters(model):
     }
 
 
-def fill_adapter(model, tensors):
-    """Write an adapter's tensors into the LoRA layers of a model, all or ValueError."""
+def fill_adapter(model, tensors, source):
+    """Write an adapter's tensors, from the folder `source`, into the LoRA layers of a model, all or ValueError."""
     parameters = adapter_parameters(model)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -255,7 +255,7 @@ def fill_adapter(model, tensors):
         differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         name = differing[0]
         raise ValueError(
-            f"The LoRA adapter does not fit this base model: {len(differing)} tensors differ, such as {name}: "
+            f"The LoRA adapter {source} does not fit this base model: {len(differing)} tensors differ, such as {name}: "
             f"{found.get(name, 'missing')} in the adapter, {expected.get(name, 'missing')} in the model. "
             "It was trained on another base model."
         )
@@ -286,7 +286,7 @@ def load_adapters(model, checkpoints, *, do_train, resume=True):
     for number, checkpoint in enumerate(checkpoints, start=1):
         config, tensors = read_adapter(checkpoint)
         config.inference_mode = not do_train
-        tuner = add_adapter(model, config, tensors)
+        tuner = add_adapter(model, config, tensors, checkpoint)
         warn_of_other_base(model, checkpoint)
         if not (beside and number == len(checkpoints)):
             tuner.merge_and_unload()
@@ -366,7 +366,7 @@ def load_trained(model, folder, method):
     if method == "p_tuning":
         load_prefix(model, folder)
     elif method == "lora":
-        fill_adapter(model, read_adapter(folder)[1])
+        fill_adapter(model, read_adapter(folder)[1], folder)
     elif method == "freeze":
         load_tensors(model, folder)
     else:

@@ -1,7 +1,7 @@
 """Fuzz what reads files that people bring: no input may end in anything but a ValueError or OSError that names it.
 
     python tests/fuzz.py data 300         JSON, CSV and text of any encoding, through read_rows and load_examples
-    python tests/fuzz.py checkpoint 300   base models, tokenizers and prefixes, through every reader of checkpoint.py
+    python tests/fuzz.py checkpoint 300   base models, tokenizers, prefixes and adapters, through all of their readers
 
 Hypothesis makes the inputs: whole files from a grammar of almost correct rows, and sound files that are cut, flipped
 or rebuilt around a changed record (so that checksums inside them hold). Whatever a reader accepts must work: rows must
@@ -263,12 +263,13 @@ SMALL = {
 
 
 def make_folders(folder):
-    """Sound folders of a very small model: .bin shards, safetensors, and a prefix checkpoint of it."""
+    """Sound folders of a very small model: .bin shards, safetensors, and a prefix and a LoRA adapter of it."""
     import torch
     from conftest import OFFICIAL_FIELDS, TINY, formula_model
     from safetensors.torch import save_file
 
-    from checkpoint import save_prefix
+    from checkpoint import load_model, save_prefix
+    from finetuning import prepare_model, save_adapter
 
     model = formula_model({**OFFICIAL_FIELDS, **SMALL, "pre_seq_len": 3})
     weights = {name: value.half() for name, value in model.state_dict().items() if "prefix_encoder" not in name}
@@ -293,6 +294,9 @@ def make_folders(folder):
     torch.save({"cpu": torch.random.get_rng_state()}, checkpoint / "rng_state.pth")
     state = {"global_step": 2, "train_batch_size": 1, "log_history": [], "epoch": 1.0}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    base = load_model(folder / "bin")
+    prepare_model(base, "lora", do_train=True, lora_rank=2)
+    save_adapter(base, folder / "adapter", str(folder / "bin"))
 
 
 def use_base(folder):
@@ -324,6 +328,20 @@ def use_checkpoint(folder, model):
     load_prefix(model, folder)
 
 
+def use_adapter(folder, base):
+    """Everything that they do with a LoRA adapter."""
+    import torch
+
+    from checkpoint import load_model
+    from finetuning import find_trained, prepare_model, read_settings
+
+    checkpoints, _ = find_trained(folder)
+    saved = read_settings(checkpoints)
+    model = load_model(base)
+    prepare_model(model, saved["finetuning_type"], saved["checkpoints"])
+    model(input_ids=torch.tensor([[0, 1, 2]]))
+
+
 def checkpoint_target(folder):
     """Change one file of one folder, use the folder, and put the file back."""
     from checkpoint import load_model, read_config, read_tensors
@@ -347,6 +365,8 @@ def checkpoint_target(folder):
                     pass
             if name.startswith("run/"):
                 use_checkpoint(file.parent, model)
+            elif name.startswith("adapter/"):
+                use_adapter(file.parent, folder / "bin")
             else:
                 use_base(file.parent)
         finally:
@@ -356,6 +376,7 @@ def checkpoint_target(folder):
     use_base(folder / "bin")
     use_base(folder / "safetensors")
     use_checkpoint(folder / "run" / "checkpoint-2", model)
+    use_adapter(folder / "adapter", folder / "bin")
     return examples, attempt
 
 
