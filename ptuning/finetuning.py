@@ -286,10 +286,20 @@ def load_adapters(model, checkpoints, *, do_train, resume=True):
     for number, checkpoint in enumerate(checkpoints, start=1):
         config, tensors = read_adapter(checkpoint)
         config.inference_mode = not do_train
-        tuner = add_adapter(model, config, tensors, checkpoint)
+        try:
+            tuner = add_adapter(model, config, tensors, checkpoint)
+            if not (beside and number == len(checkpoints)):
+                tuner.merge_and_unload()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # PEFT's many other settings, of any type, make it raise anything
+            if str(checkpoint) in str(error):
+                raise
+            raise ValueError(
+                f"PEFT cannot use the adapter in {checkpoint} ({first_line(error)}). Is its {ADAPTER_SETTINGS} as it "
+                "was written, and was it trained on a ChatGLM2 model?"
+            ) from error
         warn_of_other_base(model, checkpoint)
-        if not (beside and number == len(checkpoints)):
-            tuner.merge_and_unload()
 
 
 # ---- any method

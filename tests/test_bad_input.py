@@ -854,6 +854,8 @@ ADAPTERS = [
     ("an alpha of text", adapter(lora_alpha="a lot"), (ADAPTER_SETTINGS, "lora_alpha is 'a lot'")),
     ("a dropout of 7", adapter(lora_dropout=7), (ADAPTER_SETTINGS, "lora_dropout is 7")),
     ("layers that are not there", adapter(target_modules=["q_proj"]), "q_proj"),
+    ("a setting of PEFT that is none", adapter(alora_invocation_tokens=[7]), ("PEFT cannot use the adapter", "aLoRA")),
+    ("a table of ranks that is null", adapter(rank_pattern=None), "PEFT cannot use the adapter"),
     ("layers that are a number", adapter(target_modules=7), (ADAPTER_SETTINGS, "target_modules is 7")),
 ]
 
