@@ -155,6 +155,7 @@ def test_ctrl_c_in_a_real_terminal_stops_the_answer_and_not_the_program(server):
     environment = {**os.environ, "PYTHONPATH": path, "LC_ALL": "C.UTF-8", "TERM": "dumb"}
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell starts with it ignored
         os.execve(sys.executable, [sys.executable, "-c", code], environment)
     seen, decoder = "", codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -267,7 +267,7 @@ def test_a_gpu_takes_the_same_path(tmp_path):
     assert choose_dtype("cuda", official=True)[0] == torch.float16
     words = ["--do_train", "--train_file", "a", "--output_dir", str(tmp_path), "--precision", "official", *COMMON]
     _, _, args, _ = parse_arguments(words)
-    set_precision(args)
+    set_precision(args, "p_tuning")
     assert (args.fp16, args.bf16, args.mixed_precision) == (False, False, "no")
 
 
