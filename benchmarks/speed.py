@@ -765,7 +765,7 @@ def plot(settings, figures):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(10, 3), layout="constrained")
     FigureCanvasAgg(figure)
     panels = {"training, samples/s": "train", "prediction, answers/s": "answer", "extra memory in training": "memory"}
     for axes, (title, part) in zip(figure.subplots(1, 3), panels.items(), strict=True):
