@@ -801,8 +801,8 @@ def verify_checkpoint(folder, files=None):
 def newest_checkpoint(run_folder, whole=True):
     """(the checkpoint of a run that was written last, what is wrong with each newer one); None where none is valid.
 
-    Valid means that verify_checkpoint finds nothing, or nothing in the trained weights if not `whole`. Steps do not tell the newest: checkpoints of an
-    earlier, longer run may lie in the same folder.
+    Valid means that verify_checkpoint finds nothing, or nothing in the trained weights if not `whole`. Steps do not
+    tell the newest: checkpoints of an earlier, longer run may lie in the same folder.
     """
     damaged = []
     for folder in reversed(checkpoints_by_age(run_folder)):

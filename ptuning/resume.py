@@ -156,10 +156,11 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
             f"{folder or output_dir}. To start a new run from a trained prefix use --ptuning_checkpoint."
         )
-    try:
-        verify_checkpoint(folder)
-    except ValueError as error:
-        raise ValueError(f"--resume_from_checkpoint {wanted}: {error} Give an earlier one, or `last`.") from error
+    if kind not in ("true", "last"):  # newest_checkpoint has read every byte of those already
+        try:
+            verify_checkpoint(folder)
+        except ValueError as error:
+            raise ValueError(f"--resume_from_checkpoint {wanted}: {error} Give an earlier one, or `last`.") from error
     state = read_json(folder / STATE_FILE)
     if state.get("train_batch_size") is None:  # transformers 4.30 did not write it, and today's cannot do without
         raise ValueError(

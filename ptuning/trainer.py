@@ -114,9 +114,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy, batches_per_step = self.args.train_sampling_strategy, self.args.gradient_accumulation_steps
         batches_per_step *= self.args.world_size
-        if strategy == "random" and (batches_per_step == 1 or self.official):
-            return super()._get_train_sampler(train_dataset)
-        if strategy not in ("random", "group_by_length"):
+        grouped = strategy == "group_by_length" or (strategy == "random" and batches_per_step > 1 and not self.official)
+        if not grouped:
             return super()._get_train_sampler(train_dataset)
         return RowOrder(
             dataset["length"][:],
