@@ -88,6 +88,8 @@ def write_model(folder, official, tokenizer, sizes, dtype):
                 parameter.fill_(1)
             else:
                 parameter.normal_(std=0.02)
+        # Their tokenizer has no text for ids from 64,789 on: a logit of 0 is never among the likeliest.
+        model.transformer.output_layer.weight[64789:] = 0
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 

@@ -13,8 +13,8 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
                   with an adapter 2 e H. Layers below the first that trains keep nothing. With gradient checkpointing
                   e H per token, and all of the above for one layer.
     generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
-    work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 4 V for each of `loss_rows`
-                  tokens, 8 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
+    work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 8 V for each of `loss_rows`
+                  tokens, 10 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
                   and on a GPU one dequantized layer, e 2 F H
     process       on a CPU only: Python and the libraries, PROCESS_BYTES
 """
@@ -96,7 +96,7 @@ def estimate_peak_bytes(
     on_cpu = model.device.type == "cpu"
     if num_supervised:
         rows = min(loss_rows(model.device.type), batch_size * num_supervised)
-        work = max((4 if element == 4 else 8) * config.padded_vocab_size * rows, element * 6 * feed_forward * tokens)
+        work = max((8 if element == 4 else 10) * config.padded_vocab_size * rows, element * 6 * feed_forward * tokens)
     else:
         work = (12 + element) * config.padded_vocab_size * batch_size
     dequantized = 0 if on_cpu else 2 * feed_forward * hidden * element

@@ -38,11 +38,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from configuration_chatglm import ChatGLMConfig
 from prefix_encoder import PrefixEncoder
+from products import Linear, multiply, round_rows
 from tokenization_chatglm import ChatGLMTokenizer
 
 ROPE_BASE = 10000
 TRAINING_DATE = "[[训练时间]]"  # written by the official model where its training date belongs
 FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probability is about 1 / V = 1.5e-5
+QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
 TOP_K = 50  # the official code samples through generate(), whose default this was in transformers 4
 
 
@@ -98,35 +100,51 @@ def flash_attention_runs(device, dtype):
     return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def attend_mask(query_length, key_length, first_slot, padding_mask, device):
-    """Which keys a query may see: bool, (1 or B, 1, S, T), or None where every query sees every key.
+def attend_masks(query_length, key_length, first_slot, padding_mask, repeats, dtype, device):
+    """Which keys a query may see, as numbers to add to the scores, or None where every query sees every key.
 
     Query i sits in slot `first_slot` + i of the cache and sees all slots up to its own. `padding_mask`
     (B, at most T; True for real tokens, the prefix included) hides left padding.
+
+    A list with a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
+    keys behind it are not even multiplied, which is almost half of them in a long row.
     """
-    mask = None
-    if query_length > 1 or first_slot + query_length < key_length:
-        slots = torch.arange(key_length, device=device)
-        queries = torch.arange(first_slot, first_slot + query_length, device=device)
-        mask = (slots[None, :] <= queries[:, None])[None, None]
-    if padding_mask is not None:
-        padding_mask = F.pad(padding_mask, (0, key_length - padding_mask.shape[1]))[:, None, None, :]
-        mask = padding_mask if mask is None else mask & padding_mask
-    return mask
+    if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:
+        return None
+    slots = torch.arange(key_length, device=device)
+    masks = []
+    for start in range(0, query_length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, query_length)
+        keys = first_slot + stop
+        hidden = (slots[None, :keys] > slots[first_slot + start : keys, None])[None, None]
+        if padding_mask is not None:
+            padding = ~padding_mask[:, None, None, :keys]
+            hidden = hidden | F.pad(padding, (0, keys - padding.shape[-1]), value=True)
+        numbers = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        masks.append(numbers.repeat(1, 1, repeats, 1))
+    return masks
 
 
 def attend(query, key, value, mask, dropout=0.0):
     """Attention of query (B, N, S, D) to key and value (B, G, T, D): (B, N, S, D).
 
-    `mask` is None, a CausalBias for the flash kernel, or numbers (1 or B, 1, R * S, T) to add to the scores.
+    `mask` is None, a CausalBias for the flash kernel, or the list that attend_masks() made with R repeats.
     """
     if isinstance(mask, CausalBias):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, enable_gqa=True)
     # The R query heads of a group share their keys, so they are laid end to end as R * S queries of
     # one head: the KV groups need no expansion, and any attention kernel takes the shape.
-    groups = key.shape[1]
-    folded = query.reshape(query.shape[0], groups, -1, query.shape[3])  # (B, G, R * S, D)
-    return F.scaled_dot_product_attention(folded, key, value, mask, dropout).view(query.shape)
+    batch_size, num_heads, query_length, head_channels = query.shape
+    folded_shape = batch_size, key.shape[1], -1, head_channels
+    contexts, start = [], 0
+    for part in [None] if mask is None else mask:
+        keys = key.shape[2] if part is None else part.shape[3]
+        stop = query_length if part is None else start + part.shape[2] * key.shape[1] // num_heads
+        folded = query[:, :, start:stop].reshape(folded_shape)  # (B, G, R * S, D)
+        context = F.scaled_dot_product_attention(folded, key[:, :, :keys], value[:, :, :keys], part, dropout)
+        contexts.append(context.view(batch_size, num_heads, -1, head_channels))
+        start = stop
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
 
 
 class Packing(NamedTuple):
@@ -142,10 +160,14 @@ class Packing(NamedTuple):
 
     @classmethod
     def of_labels(cls, labels):
-        """The packing of labels (B, S), -100 where not supervised."""
+        """The packing of labels (B, S), -100 where not supervised.
+
+        Its number is rounded up, as products like it, by padding behind the rows: nothing looks there.
+        """
         predicts = F.pad(labels[:, 1:] != -100, (0, 1))
-        computed = predicts.flip(1).cummax(1).values.flip(1)  # from the last predicting token to the left
-        return cls(computed.flatten().nonzero()[:, 0], *labels.shape)
+        needed = predicts.flip(1).cummax(1).values.flip(1).flatten()  # from the last predicting token to the left
+        count = min(round_rows(int(needed.sum())), needed.numel())
+        return cls(needed.int().argsort(descending=True, stable=True)[:count], *labels.shape)
 
     def pack(self, x):
         """(B, S, ·) -> (tokens, ·)"""
@@ -223,10 +245,8 @@ class SelfAttention(nn.Module):
         self.dropout = config.attention_dropout
         width = self.num_heads * self.head_channels
         qkv_width = width + 2 * self.num_groups * self.head_channels
-        self.query_key_value = nn.Linear(
-            config.hidden_size, qkv_width, bias=config.add_bias_linear or config.add_qkv_bias
-        )
-        self.dense = nn.Linear(width, config.hidden_size, bias=config.add_bias_linear)
+        self.query_key_value = Linear(config.hidden_size, qkv_width, bias=config.add_bias_linear or config.add_qkv_bias)
+        self.dense = Linear(width, config.hidden_size, bias=config.add_bias_linear)
 
     def split_heads(self, mixed):
         """The projection (B, S, ·) as query (B, N, S, D), key and value (B, G, S, D)."""
@@ -274,8 +294,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+        self.dense_h_to_4h = Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, hidden_states):
         return self.dense_4h_to_h(SwiGLU.apply(self.dense_h_to_4h(hidden_states)))
@@ -329,8 +349,8 @@ class Embedding(nn.Module):
 
 
 def loss_rows(device_type):
-    """Supervised tokens whose logits exist at a time; 256 take 67 MB in float32. Larger products pay on a GPU."""
-    return 256 if device_type == "cpu" else 1024
+    """Supervised tokens whose logits exist at a time; 128 take 33 MB in float32. Larger products pay on a GPU."""
+    return 128 if device_type == "cpu" else 1024
 
 
 class SupervisedLoss(torch.autograd.Function):
@@ -344,27 +364,29 @@ class SupervisedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, targets):
+        count, rows = len(targets), loss_rows(weight.device.type)
         total = hidden_states.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         factor = FLOAT16_SCALE if weight.dtype == torch.float16 else 1
-        rows = loss_rows(weight.device.type)
-        for start in range(0, len(targets), rows):
+        missing = round_rows(count) - count  # filled with zeros, for the products
+        hidden_states, targets = F.pad(hidden_states, (0, 0, 0, missing)), F.pad(targets, (0, missing))
+        for start in range(0, count, rows):
             hidden, target = hidden_states[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(hidden, weight).float()  # (rows, V)
-            highest = logits.amax(dim=-1, keepdim=True)
-            chosen = logits.gather(1, target) - highest
-            odds = logits.sub_(highest).exp_()
-            odds_sum = odds.sum(dim=-1, keepdim=True)
-            total += (odds_sum.log() - chosen).sum()
+            filled = slice(min(rows, count - start))
+            logits = multiply(hidden, weight).float()  # (rows, V)
+            log_odds = logits.log_softmax(dim=-1)
+            total -= log_odds.gather(1, target)[filled].sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            gradient = odds.mul_(factor / odds_sum)  # softmax
-            gradient.scatter_add_(1, target, torch.full_like(target, -factor, dtype=torch.float32))
+            gradient = torch.exp(log_odds, out=logits)  # softmax
+            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            if factor != 1:
+                gradient *= factor
             gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = gradient @ weight
-            if grad_weight is not None:
+                grad_hidden[start : start + rows] = multiply(gradient, weight.t())[filled]
+            if grad_weight is not None:  # rows that fill up are zeros
                 grad_weight.addmm_(gradient.t(), hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.factor = factor
@@ -377,7 +399,7 @@ class SupervisedLoss(torch.autograd.Function):
         return *(None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 
-class OutputLayer(nn.Linear):
+class OutputLayer(Linear):
     """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
 
     The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
@@ -487,10 +509,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         ):
             mask = causal_lower_right(query_length, key_length)  # the last query sees all keys
         else:
-            mask = attend_mask(query_length, key_length, first_slot, padding_mask, self.device)
-        if mask is not None and mask.dtype == torch.bool:  # once for all layers: as numbers to add, R times
-            numbers = torch.zeros_like(mask, dtype=self.dtype_of_blocks).masked_fill_(~mask, -torch.inf)
-            mask = numbers.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+            repeats = self.config.num_attention_heads // self.config.num_key_value_heads
+            mask = attend_masks(  # once for all layers
+                query_length, key_length, first_slot, padding_mask, repeats, self.dtype_of_blocks, self.device
+            )
 
         if inputs_embeds is None:
             input_ids = input_ids if packing is None else packing.pack(input_ids[..., None])[:, 0]

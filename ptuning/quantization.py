@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from products import multiply
+
 # In every block of transformer.encoder.layers. Norms, biases, embedding, prefix and output layer stay float.
 QUANTIZED_MODULES = (
     "self_attention.query_key_value",
@@ -234,7 +236,7 @@ class _FrozenQuantizedProduct(torch.autograd.Function):
             return backend.multiply_few_rows(input_rows, weight, scale, bits).view(*input.shape[:-1], -1)
         if not _in_blocks(weight, backend):
             return F.linear(input, backend.dequantize(weight, scale, bits, input.dtype))
-        outputs = [F.linear(input, block) for _, block in _dequantized_blocks(weight, scale, bits, input.dtype)]
+        outputs = [multiply(input, block) for _, block in _dequantized_blocks(weight, scale, bits, input.dtype)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     @staticmethod
@@ -251,7 +253,7 @@ class _FrozenQuantizedProduct(torch.autograd.Function):
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)
         grad_input = grad_rows.new_zeros(grad_rows.shape[0], in_features)
         for rows, block in _dequantized_blocks(weight, scale, ctx.bits, dtype):
-            grad_input.addmm_(grad_rows[:, rows], block)
+            grad_input += multiply(grad_rows[:, rows], block.t())
         grad_input = grad_input.to(grad_output.dtype).view(*grad_output.shape[:-1], in_features)
         return grad_input, None, None, None, None
 

@@ -21,6 +21,7 @@ from modeling_chatglm import (
     supervised_loss,
     unknown_token_ids,
 )
+from products import round_rows
 
 LEFT_PADDED = {
     name: torch.tensor(SYNTHETIC["left_padded"][name]) for name in ("input_ids", "attention_mask", "position_ids")
@@ -339,7 +340,35 @@ def test_training_skips_padding_and_gets_the_same_loss_and_gradient(model):
     model.eval()
     assert trained_loss == pytest.approx(loss, rel=1e-6)
     assert relative_difference(trained_gradient, gradient) < 1e-5
-    assert tokens == [19 + 12 + 6]  # up to the token that predicts the last label
+    assert tokens == [round_rows(19 + 12 + 6)]  # up to the token that predicts the last label
+    assert tokens[0] < input_ids.numel()
+
+
+@pytest.mark.parametrize("block", [1, 5, 23])
+def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, monkeypatch):
+    input_ids, labels = ragged_batch()
+    expected = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
+    padded_logits = model.eval()(**LEFT_PADDED).logits
+    tokens = generate(model, cache_implementation="static")
+    monkeypatch.setattr("modeling_chatglm.QUERY_BLOCK", block)
+    loss, gradient = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
+    assert loss == pytest.approx(expected[0], rel=1e-6)
+    assert relative_difference(gradient, expected[1]) < 1e-5
+    real = LEFT_PADDED["attention_mask"].bool()
+    assert relative_difference(model.eval()(**LEFT_PADDED).logits[real], padded_logits[real]) < 1e-5
+    assert generate(model, cache_implementation="static") == tokens
+
+
+def test_keys_behind_a_block_of_queries_are_not_multiplied(model, monkeypatch):
+    monkeypatch.setattr("modeling_chatglm.QUERY_BLOCK", 8)
+    attention, keys = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, key, *rest: (keys.append(key.shape[2]), attention(query, key, *rest))[1],
+    )
+    model(torch.arange(20)[None])
+    assert keys[:3] == [model.prefix_length + tokens for tokens in (8, 16, 20)]
 
 
 def test_a_batch_without_any_label_costs_nothing_and_moves_nothing(model):

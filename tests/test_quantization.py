@@ -211,6 +211,14 @@ def test_autocast_computes_in_its_dtype_and_returns_a_gradient_in_the_input_dtyp
     assert relative_difference(output.detach(), linear(input).detach()) < 1e-2
 
 
+MATRIX_PRODUCTS = (
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.addmm_,
+    torch.ops.mkldnn._linear_pointwise,
+)
+
+
 class MatrixProducts(TorchDispatchMode):
     """Counts the matrix products that are run under it."""
 
@@ -219,7 +227,7 @@ class MatrixProducts(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.count += function.overloadpacket in MATRIX_PRODUCTS
         return function(*args, **(kwargs or {}))
 
 

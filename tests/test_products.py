@@ -1,0 +1,108 @@
+"""Products with frozen weights: equal to torch's own, whatever kernel computes them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import products
+from products import Linear, multiply, round_rows
+
+IN, OUT = 48, 80
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(x, weight, bias=None):
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
+def kernel(request, monkeypatch):
+    if request.param and not products.ONEDNN:
+        pytest.skip("this processor has no AVX, where torch's own product stays")
+    monkeypatch.setattr(products, "ONEDNN", request.param)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 24, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_product_equals_that_in_double_precision(kernel, rows, with_bias):
+    x, weight, bias = numbers(rows, IN), numbers(OUT, IN, seed=1), numbers(OUT, seed=2) if with_bias else None
+    torch.testing.assert_close(multiply(x, weight, bias), expected(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 20, 100])
+def test_a_transposed_weight_is_multiplied_too(kernel, rows):
+    x, weight = numbers(rows, OUT), numbers(OUT, IN, seed=1)
+    torch.testing.assert_close(multiply(x, weight.t()), expected(x, weight.t()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("x", [numbers(3, 5, IN), numbers(5, 3, IN).transpose(0, 1), numbers(0, IN), numbers(2, 0, IN)])
+def test_a_product_keeps_the_shape_of_its_rows(kernel, x):
+    weight = numbers(OUT, IN, seed=1)
+    assert multiply(x, weight).shape == (*x.shape[:-1], OUT)
+    torch.testing.assert_close(multiply(x, weight), expected(x, weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_multiplied_as_torch_does(kernel, dtype):
+    x, weight = numbers(9, IN).to(dtype), numbers(OUT, IN, seed=1).to(dtype)
+    assert torch.equal(multiply(x, weight), F.linear(x, weight))
+
+
+def layers(with_bias):
+    """A torch layer and ours of the same numbers."""
+    torch.manual_seed(0)
+    theirs, ours = nn.Linear(IN, OUT, with_bias), Linear(IN, OUT, with_bias)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_frozen_layer_passes_the_gradient_on_and_keeps_none(kernel, with_bias):
+    gradients = []
+    for layer in layers(with_bias):
+        layer.requires_grad_(False)
+        x = numbers(3, 7, IN).requires_grad_()
+        (layer(x) * numbers(3, 7, OUT, seed=1)).sum().backward()
+        gradients.append(x.grad)
+        assert layer.weight.grad is None
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_that_trains_gets_its_gradient(kernel):
+    theirs, ours = layers(True)
+    for layer in (theirs, ours):
+        (layer(numbers(9, IN)) * numbers(9, OUT, seed=1)).sum().backward()
+    assert torch.equal(ours.weight.grad, theirs.weight.grad)
+    assert torch.equal(ours.bias.grad, theirs.bias.grad)
+
+
+def test_a_layer_whose_bias_alone_trains_gets_its_gradient(kernel):
+    _, layer = layers(True)
+    layer.weight.requires_grad_(False)
+    layer(numbers(9, IN)).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((OUT,), 9.0))
+
+
+@pytest.mark.parametrize(
+    ("count", "rounded"), [(0, 0), (1, 1), (7, 7), (8, 8), (9, 16), (64, 64), (65, 128), (129, 192)]
+)
+def test_numbers_of_rows_are_rounded_up(count, rounded):
+    assert round_rows(count) == rounded
+
+
+def test_batches_of_any_size_take_a_few_kernels_only(monkeypatch):
+    if not products.ONEDNN:
+        pytest.skip("this processor has no AVX, where torch's own product stays")
+    shapes, pointwise = set(), torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_linear_pointwise",
+        lambda x, w, *rest: (shapes.add((x.shape, w.shape)), pointwise(x, w, *rest))[1],
+    )
+    for rows in range(1, 1025):
+        multiply(numbers(rows, 4), numbers(6, 4))
+    assert len(shapes) == 8 + 7 + 15
