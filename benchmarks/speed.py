@@ -13,6 +13,7 @@ Contenders, each a process of its own with random weights of the same sizes, tha
 - `peft`: transformers' GlmForCausalLM with PEFT's PrefixTuningConfig, as one would write it today: rows padded to the
   longest of the batch, no checkpointing, generate(). Needs `pip install peft`.
 
+Prediction is measured twice for ours: in batches like the others', and in the batches that it takes on its own.
 They take turns, and the figures are medians of --repeats turns. A turn is one pass over --rows rows in training, and
 --new_tokens tokens for each of --prompts prompts of one length in prediction.
 
@@ -185,8 +186,8 @@ class Contender:
             quantize_model_(model, self.settings.quantization_bit)
         return model
 
-    def batches(self, rows):
-        size = self.settings.batch_size
+    def batches(self, rows, size=None):
+        size = size or self.settings.batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def train(self, rows):
@@ -200,12 +201,12 @@ class Contender:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def answer(self):
+    def answer(self, batch_size=None):
         import torch
 
         self.model.eval()
         with torch.inference_mode():
-            for prompts in self.batches(self.data["prompts"]):
+            for prompts in self.batches(self.data["prompts"], batch_size):
                 answers = self.generate(prompts)
                 assert all(len(answer) == self.settings.new_tokens for answer in answers)
 
@@ -214,7 +215,7 @@ class Ours(Contender):
     def build(self):
         self.model = self.chatglm()
 
-    def batches(self, rows):
+    def batches(self, rows, size=None):
         from data import RowOrder
 
         if isinstance(rows[0], dict) and self.settings.group_by_length:
@@ -222,7 +223,7 @@ class Ours(Contender):
             rows = [
                 rows[i] for i in RowOrder(lengths, batch_size=self.settings.batch_size, batches_per_step=1, window=50)
             ]
-        return super().batches(rows)
+        return super().batches(rows, size)
 
     def loss(self, batch):
         from data import collate_training
@@ -242,6 +243,12 @@ class Ours(Contender):
             batch_size=len(prompts),
             rows=list(range(len(prompts))),
         )
+
+    def automatic_batch_size(self):
+        """What prediction takes where no --per_device_eval_batch_size is given."""
+        from memory import rows_that_fit
+
+        return rows_that_fit(self.model, len(self.data["prompts"][0]) + self.settings.new_tokens)
 
 
 class Peft(Contender):
@@ -421,6 +428,7 @@ class Official(Contender):
 CONTENDERS = {"ours": Ours, "official": Official, "peft": Peft}
 NAMES = {
     "ours": "ours",
+    "automatic": "ours, automatic batch size",
     "official": "official recipe, restated",
     "peft": "GlmForCausalLM + PEFT",
     "float": "ours, float",
@@ -489,6 +497,9 @@ def work(settings):
             figures["seconds"] = timed(contender.train, rows)
         elif command == "answer":
             figures["seconds"] = timed(contender.answer)
+        elif command == "answer_automatic":
+            figures["batch_size"] = contender.automatic_batch_size()
+            figures["seconds"] = timed(contender.answer, figures["batch_size"])
         elif command == "growth":
             batch = [long_row(int(words[0]))] * 2
             contender.train(batch)
@@ -649,6 +660,11 @@ def measure(settings):
                 took = worker.ask(part)["seconds"]
                 if turn:  # the first turn warms up
                     seconds[name].append(took)
+            if part == "answer":
+                answered = workers["ours"].ask("answer_automatic")
+                figures["automatic_batch_size"] = answered["batch_size"]
+                if turn:
+                    seconds.setdefault("automatic", []).append(answered["seconds"])
         figures[part] = {name: statistics.median(times) for name, times in seconds.items()}
     figures["copy_rate"], figures["product_rate"] = map(statistics.median, zip(*rates, strict=True))
     if settings.growth:
@@ -676,15 +692,14 @@ def report(settings, figures):
     element = 2 if settings.device == "cuda" else 4
     tokens = sum(len(row["input_ids"]) for row in rows)
     operations = minimal_operations(sizes, rows, settings.pre_seq_len)
-    steps = -(-len(prompts) // settings.batch_size)
-    read = steps * decode_bytes(
-        sizes,
-        settings.pre_seq_len,
-        len(prompts[0]),
-        settings.new_tokens,
-        min(settings.batch_size, len(prompts)),
-        element,
-    )
+
+    def bytes_read(name):
+        size = figures["automatic_batch_size"] if name == "automatic" else settings.batch_size
+        steps, num_rows = -(-len(prompts) // size), min(size, len(prompts))
+        return steps * decode_bytes(
+            sizes, settings.pre_seq_len, len(prompts[0]), settings.new_tokens, num_rows, element
+        )
+
     ours = {part: figures[part]["ours"] for part in ("train", "answer", "memory")}
 
     def line(*cells):
@@ -733,7 +748,7 @@ def report(settings, figures):
                 f"{len(prompts) / seconds:.2f}",
                 f"{len(prompts) * settings.new_tokens / seconds:,.0f}",
                 f"{seconds / ours['answer']:.2f}x",
-                f"{read / seconds / figures['copy_rate']:.0%}",
+                f"{bytes_read(name) / seconds / figures['copy_rate']:.0%}",
             )
         )
     print()
@@ -812,7 +827,7 @@ def main():
     parser.add_argument("--rows", type=int, default=32, help="rows of a training turn")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--pre_seq_len", type=int, default=128)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts of a prediction turn")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of a prediction turn")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -824,7 +839,7 @@ def main():
     parser.add_argument("--official", help="folder with the official ptuning/main.py and the model's Python files")
     parser.add_argument("--official_python", help="the Python of its environment (transformers 4.30.2)")
     parser.add_argument("--no_growth", dest="growth", action="store_false", help="leave the longer rows out")
-    parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONTENDERS, "float"), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.worker == "float":
         settings.quantization_bit = 0
