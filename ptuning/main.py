@@ -7,23 +7,13 @@ modeling_chatglm.py and prefix_encoder.py.
     python ptuning/main.py settings.json
 """
 
-import json
 import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from arguments import (
-    FILES,
-    check_bits_train,
-    check_complete,
-    check_quantization_bit,
-    parse_arguments,
-    parse_flags,
-    source_of,
-    split_ratios,
-)
+from arguments import check_bits_train, check_complete, check_quantization_bit, parse_arguments, parse_flags
 from failure import catch_signals, leave, leave_on_signal, run
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
@@ -32,32 +22,16 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch and tr
 
 import torch
 from transformers import set_seed
-from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
-from checkpoint import (
-    choose_dtype,
-    dev_loss_of,
-    generation_config,
-    load_model,
-    load_tokenizer,
-    read_config,
-    resolve_folder,
-)
+from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config, resolve_folder
 from data import (
-    COLUMNS,
     collate_prediction,
     collate_training,
     describe_training,
     digest,
-    draw_shares,
     encode_prediction,
     encode_training,
-    hold_out,
-    join,
-    load_examples,
-    number_rows,
-    read_dataset_info,
 )
 from finetuning import (
     DEFAULTS,
@@ -70,8 +44,9 @@ from finetuning import (
     read_settings,
 )
 from memory import count_weights, memory_table, needs_checkpointing, peak_memory_gb, rows_that_fit
-from metrics import metric_table, score_all
 from modeling_chatglm import TOP_K
+from prediction import dev_scores, predict, predict_with_each
+from reports import close_reports, prepare_reports
 from resume import (
     describe_differences,
     describe_stop,
@@ -81,7 +56,8 @@ from resume import (
     release_run,
     training_record,
 )
-from trainer import PrefixTrainer, plot_checkpoints, plot_loss
+from splits import check_data, check_fits, longest_example, read_split
+from trainer import PrefixTrainer, plot_loss
 from watch import describe_checkpoints
 
 # What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
@@ -121,19 +97,8 @@ def main():
     if model_args.finetuning_type == "full" and saved and not resume_from:
         model_args.model_name_or_path = model_args.ptuning_checkpoint  # a complete model: needs nothing of its base
     check_complete(model_args, data_args, training_args)
-    if resume_from and saved.get("engine") != engine_of(training_args):
-        raise ValueError(
-            f"{resume_from} was written {'with --' + saved['engine'] if saved.get('engine') else 'without an engine'}, "
-            f"and its optimizer is continued the same way only. This run has "
-            f"{'--' + engine_of(training_args) if engine_of(training_args) else 'neither --deepspeed nor --fsdp'}."
-        )
-    if resume_from and training_args.deepspeed:
-        written_by = len(list(Path(resume_from).glob("rng_state*.pth")))
-        if written_by != training_args.world_size:
-            raise ValueError(
-                f"{resume_from} was written by {written_by} processes, and DeepSpeed divides its optimizer anew for no "
-                f"other number; these are {training_args.world_size}. Resume with {written_by}, or train with --fsdp."
-            )
+    if resume_from:
+        check_engine(resume_from, saved, training_args)
     method = model_args.finetuning_type
     checkpoints = saved.get("checkpoints", []) if method in ("p_tuning", "freeze", "lora") else []
 
@@ -310,51 +275,11 @@ def main():
     close_reports(trainer)
 
 
-# ---------------------------------------------------------------------- before training
-
-
-WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+# ---------------------------------------------------------------------- what main() leaves to functions
 
 
 def silent(*args):
     """What ranks other than 0 do instead of printing."""
-
-
-def prepare_reports(training_args):
-    """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set.
-
-    Raises ValueError for a --report_to that cannot be, a TensorBoard folder that is a file, and a WANDB_MODE that
-    does not exist or needs an account that is not there.
-    """
-    if not training_args.do_train:
-        training_args.report_to = []
-    usable = get_available_reporting_integrations()
-    for name in training_args.report_to:
-        if name not in usable:
-            raise ValueError(
-                f"--report_to {name}: unknown, or not installed. Here there are: {', '.join(usable)}, none."
-            )
-    folder = os.environ.get("TENSORBOARD_LOGGING_DIR", "")
-    if "tensorboard" in training_args.report_to and Path(folder).is_file():
-        raise ValueError(f"--logging_dir {folder} is a file. Name a folder, or leave the flag out.")
-    os.environ.setdefault("WANDB_DIR", training_args.output_dir)
-    os.environ.setdefault("WANDB_PROJECT", "chatglm2-ptuning")
-    logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")
-    mode = os.environ.get("WANDB_MODE")
-    if mode is not None and "wandb" in training_args.report_to:
-        if mode not in WANDB_MODES:
-            raise ValueError(f"WANDB_MODE={mode}: expected one of {', '.join(WANDB_MODES)}.")
-        if mode in ("online", "run") and not logged_in:
-            raise ValueError(
-                f"WANDB_MODE={mode} needs an account: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline."
-            )
-    if mode is None and not logged_in:
-        os.environ["WANDB_MODE"] = "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")  # nobody asked for its page of text
-
-
-def read_text(file):
-    return file.read_text(errors="replace") if file.is_file() else ""
 
 
 def prepare_run(model_args, training_args, say):
@@ -406,35 +331,26 @@ def apply_saved_settings(model_args, data_args, saved):
         data_args.val_max_target_length = data_args.max_target_length
 
 
-def read_split(split, data_args, training_args, tokenizer, encode, say):
-    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py.
-
-    With --dev_ratio the training rows are what the dev rows leave over.
-    """
-    divided = data_args.dev_ratio and split in ("train", "eval")
-    keep_unlabelled = encode is encode_prediction and not divided
-    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled)
-    seed = seed_of_rows(training_args)
-    sizes = {name: len(part) for name, part in parts.items()}
-    if split == "train" or divided:
-        parts = draw_shares(parts, split_ratios(data_args.mix_ratios), seed)
-    if "" not in parts and not (divided and split == "eval"):  # said for the training rows already
-        for line in (*notes, describe_mixture(split, parts, sizes)):
-            say(line)
-    if divided:
-        halves = [hold_out(part, data_args.dev_ratio, seed) for part in parts.values()]
-        rows = join(dev if split == "eval" else rest for rest, dev in halves)
-        say(f"{split}: {len(rows)} rows, divided by --dev_ratio {data_args.dev_ratio}.")
-        if split == "eval" and data_args.max_eval_samples:
-            rows = rows.select(range(min(data_args.max_eval_samples, len(rows))))
-    else:
-        rows = join(parts.values())
-    return rows, sum(rows_skipped.values())
-
-
 def engine_of(training_args):
     """What divides weights and optimizer over the processes: deepspeed, fsdp, or None."""
     return next((name for name in ("deepspeed", "fsdp") if getattr(training_args, name)), None)
+
+
+def check_engine(resume_from, saved, training_args):
+    """ValueError where a checkpoint's optimizer was divided in another way than this run would."""
+    written, given = saved.get("engine"), engine_of(training_args)
+    if written != given:
+        raise ValueError(
+            f"{resume_from} was written {f'with --{written}' if written else 'without an engine'}, and its optimizer "
+            f"is continued the same way only. This run has {f'--{given}' if given else 'neither --deepspeed nor --fsdp'}."
+        )
+    if given == "deepspeed":
+        written_by = len(list(Path(resume_from).glob("rng_state*.pth")))
+        if written_by != training_args.world_size:
+            raise ValueError(
+                f"{resume_from} was written by {written_by} processes, and DeepSpeed divides its optimizer anew for no "
+                f"other number; these are {training_args.world_size}. Resume with {written_by}, or train with --fsdp."
+            )
 
 
 def describe_method(model_args, checkpoints, bits, engine):
@@ -446,92 +362,6 @@ def describe_method(model_args, checkpoints, bits, engine):
         merged = checkpoints[:-1] if model_args.resume_lora_training else checkpoints
         return {"quantization_bit": bits, "merged_checkpoints": [str(Path(folder).resolve()) for folder in merged]}
     return {"engine": engine} if engine else {}
-
-
-def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled):
-    """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
-
-    Data sets have their names; the one file of a flag has the name "".
-    """
-    source = source_of(split, data_args, training_args)
-    if source == "dev_ratio":
-        source = "dataset" if data_args.dataset else "train_file"
-    if source == "dataset":
-        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset)
-    else:
-        columns = {f"{name}_column": getattr(data_args, f"{name}_column", None) for name in COLUMNS}
-        files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
-    name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
-    limit = getattr(data_args, name_of_limit) or data_args.max_samples
-    parts, rows_skipped = {}, {}
-    for name, file in files.items():
-        examples, rows_skipped[name] = load_examples(**file, max_samples=limit, keep_unlabelled=keep_unlabelled)
-        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
-        if encode is encode_prediction and name:
-            parts[name] = parts[name].add_column("dataset", [name] * len(examples))
-        elif len(files) > 1:
-            parts[name] = number_rows(parts[name], len(parts))
-    return parts, rows_skipped, notes
-
-
-def encode_rows(split, examples, data_args, tokenizer, encode):
-    """The rows of one data file as `encode` makes them of a split."""
-    lengths = {
-        "max_source_length": data_args.max_source_length,
-        "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
-    }
-    if encode is not encode_prediction:
-        lengths["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
-    return encode(
-        examples,
-        tokenizer,
-        source_prefix=data_args.source_prefix,
-        num_workers=data_args.preprocessing_num_workers,
-        overwrite_cache=data_args.overwrite_cache,
-        **lengths,
-    )
-
-
-def seed_of_rows(training_args):
-    """What --mix_ratios and --dev_ratio choose rows by."""
-    return training_args.seed if training_args.data_seed is None else training_args.data_seed
-
-
-def describe_mixture(split, parts, sizes):
-    """One line: the rows that each data set gives, of how many it has, and their share of all."""
-    total = sum(map(len, parts.values()))
-    shares = [f"{name} {len(part):,} of {sizes[name]:,} rows ({len(part) / total:.1%})" for name, part in parts.items()]
-    return f"{split}: {', '.join(shares)}."
-
-
-def check_data(data_args, training_args, tokenizer, seq_length, say):
-    """Read every file that the flags name as training would; print what is in each, and one example."""
-    for split, flag in FILES.items():
-        if not getattr(training_args, f"do_{split}"):
-            continue
-        parts, rows_skipped, notes = read_files(
-            split, data_args, training_args, tokenizer, encode_training, keep_unlabelled=split == "predict"
-        )
-        for note in notes:
-            say(note)
-        for name, rows in parts.items():
-            check_fits(rows, seq_length, data_args)
-            say(f"\n{split}: {f'data set {name}' if name else getattr(data_args, flag)}")
-            target_limit = data_args.max_target_length if split == "train" else data_args.val_max_target_length
-            say(
-                describe_training(
-                    rows,
-                    tokenizer,
-                    skipped=rows_skipped[name],
-                    max_source_length=data_args.max_source_length,
-                    max_target_length=target_limit,
-                    marked="what the model learns" if split == "train" else "its reference",
-                )
-            )
-        if split == "train" and data_args.dataset:
-            shares = draw_shares(parts, split_ratios(data_args.mix_ratios), seed_of_rows(training_args))
-            say("\n" + describe_mixture(split, shares, {name: len(rows) for name, rows in parts.items()}))
-    say("\nNothing is wrong with these files. Without --check_data the run begins.")
 
 
 def set_precision(training_args, method):
@@ -552,14 +382,6 @@ def set_precision(training_args, method):
     return dtype, reason
 
 
-def longest_example(dataset, data_args):
-    """Tokens of the longest training example, as cut."""
-    return max(
-        min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
-        for source, target in zip(dataset["source_length"], dataset["target_length"], strict=True)
-    )
-
-
 def largest_batch(model, train_data, data_args, training_args):
     """What memory_table must know of the largest batch of training or, without training, of prediction."""
     if train_data is not None:
@@ -576,17 +398,6 @@ def largest_batch(model, train_data, data_args, training_args):
     else:
         batch_size = training_args.prediction_batch_size or rows_that_fit(model, length)
     return {"batch_size": batch_size, "length": length, "num_supervised": 0}
-
-
-def check_fits(dataset, seq_length, data_args):
-    """ValueError where a training example is longer than the model was made for."""
-    longest = longest_example(dataset, data_args)
-    if longest > seq_length:
-        raise ValueError(
-            f"The longest example has {longest} tokens, but the model was made for {seq_length} (seq_length in its "
-            f"config.json). Lower --max_source_length {data_args.max_source_length} or "
-            f"--max_target_length {data_args.max_target_length}."
-        )
 
 
 def count_trainable(model):
@@ -612,108 +423,6 @@ def describe_schedule(training_args, num_rows, model):
         f"{steps} steps = {steps / steps_per_epoch:.2f} epochs of {num_rows} rows.\n"
         f"Trainable: {trainable:,} of {total:,} parameters ({trainable / total:.3%})."
     )
-
-
-# ---------------------------------------------------------------------- predicting
-
-
-def predict(trainer, tokenizer, datasets):
-    """Answer the rows of every split; the metrics of all, on the process that writes."""
-    metrics = {}
-    for split, dataset in datasets.items():
-        answers = trainer.predict(dataset, metric_key_prefix=split)
-        if trainer.args.should_save:
-            metrics.update(report_predictions(trainer, tokenizer, split, dataset, answers))
-    return metrics
-
-
-def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
-    """The same with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
-
-    Everything goes to the folder all_checkpoints: what a single one gives into a folder of its name.
-    """
-    output_dir = trainer.args.output_dir
-    folder = Path(output_dir) / "all_checkpoints"
-    table = {}
-    for checkpoint in checkpoints:
-        say(f"\n{checkpoint.name} of {checkpoints[-1].name}")
-        prepare_model(trainer.model, "p_tuning", [checkpoint])
-        trainer.args.output_dir = str(folder / checkpoint.name)
-        with torch.random.fork_rng():  # each starts with the same random numbers
-            metrics = predict(trainer, tokenizer, datasets)
-        scores = {name: value for name, value in metrics.items() if "bleu" in name or "rouge" in name}
-        dev_loss = dev_loss_of(checkpoint)
-        table[checkpoint.name] = {**({} if dev_loss is None else {"dev_loss": dev_loss}), **scores}
-    trainer.args.output_dir = output_dir
-    if trainer.args.should_save:
-        text = checkpoint_table(table)
-        (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
-        plot_checkpoints(table, folder / "scores.png")
-        print(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
-
-
-def checkpoint_table(table):
-    """One line for each checkpoint of {"checkpoint-100": {"dev_loss": 0.6, "predict_bleu-4": 20.1, …}, …}."""
-    columns = list(dict.fromkeys(name for scores in table.values() for name in scores))
-    width = max(map(len, table))
-    lines = [" " * width + "".join(f"  {column}" for column in columns)]
-    for name, scores in table.items():
-        cells = [f"{scores[column]:.4f}" if column in scores else "-" for column in columns]
-        lines.append(
-            f"{name:<{width}}" + "".join(f"  {cell:>{len(head)}}" for head, cell in zip(columns, cells, strict=True))
-        )
-    return "\n".join(lines)
-
-
-def report_predictions(trainer, tokenizer, split, dataset, answers):
-    """Write generated_predictions.txt (for `predict`), then score, save and print the metrics, and return them."""
-    predictions = decode(tokenizer, answers.predictions)
-    labels = decode(tokenizer, dataset["labels"])
-    output_dir = Path(trainer.args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if split == "predict":  # on disk before anything can go wrong with the metrics
-        with open(output_dir / "generated_predictions.txt", "w", encoding="utf-8") as file:
-            places = dataset.select_columns([name for name in ("dataset", "row") if name in dataset.column_names])
-            for label, prediction, place in zip(labels, predictions, places, strict=True):
-                line = {"labels": label, "predict": prediction, **place}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    if unlabelled := labels.count(""):
-        print(f"{unlabelled} rows have no response to compare with; they are not scored.")
-    scores = score_labelled(predictions, labels)
-    runtime = {name: value for name, value in answers.metrics.items() if "preparation" not in name}
-    metrics = {**runtime, **{f"{split}_{name}": value for name, value in scores.items()}}
-    metrics[f"{split}_samples"] = len(dataset)
-    trainer.save_metrics(split, metrics)
-    print(metric_table(metrics))
-    return metrics
-
-
-def score_labelled(predictions, labels):
-    """BLEU-4 and ROUGE over the rows that have a label; nothing without any."""
-    labelled = [(prediction, label) for prediction, label in zip(predictions, labels, strict=True) if label]
-    return score_all(*zip(*labelled, strict=True)) if labelled else {}
-
-
-def dev_scores(trainer, tokenizer, dataset):
-    """The same of the answers to the dev rows, during training, on the process that writes."""
-    answers = trainer.predict(dataset, metric_key_prefix="eval").predictions
-    if not trainer.args.should_save:
-        return {}
-    scores = score_labelled(decode(tokenizer, answers), decode(tokenizer, dataset["labels"]))
-    return {f"eval_{name}": value for name, value in scores.items()}
-
-
-def decode(tokenizer, rows):
-    """Text of each row of token ids; -100 and other ids without text decode to nothing."""
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-
-
-def close_reports(trainer):
-    """End the wandb run, which stays open otherwise."""
-    if any(type(callback).__name__ == "WandbCallback" for callback in trainer.callback_handler.callbacks):
-        import wandb
-
-        wandb.finish()
 
 
 if __name__ == "__main__":
