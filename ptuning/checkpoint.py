@@ -480,8 +480,18 @@ def save_prefix(model, folder, sidecar=None):
         write_json(folder / SIDECAR_FILE, sidecar)
 
 
+def write_text(file, text):
+    """Write a file completely or not at all: what it held before stays until the new text is there."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(file, value):
-    file.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 
 def list_checkpoints(run_folder):

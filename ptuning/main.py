@@ -234,8 +234,8 @@ def main():
     # ------------------------------------------------------------------ 7. Train
     if resume_from and (differences := describe_differences(saved.get("training", {}), record)):
         say(differences)
-    if resume_from and trainer.is_finished(resume_from):
-        say(f"{resume_from} is the last step of this run: nothing is left to train. A larger --max_steps continues it.")
+    if resume_from and (reason := trainer.why_finished(resume_from)):
+        say(reason)
     elif training_args.do_train:
         say(
             describe_training(
@@ -344,13 +344,6 @@ def check_engine(resume_from, saved, training_args):
             f"{resume_from} was written {f'with --{written}' if written else 'without an engine'}, and its optimizer "
             f"is continued the same way only. This run has {f'--{given}' if given else 'neither --deepspeed nor --fsdp'}."
         )
-    if given == "deepspeed":
-        written_by = len(list(Path(resume_from).glob("rng_state*.pth")))
-        if written_by != training_args.world_size:
-            raise ValueError(
-                f"{resume_from} was written by {written_by} processes, and DeepSpeed divides its optimizer anew for no "
-                f"other number; these are {training_args.world_size}. Resume with {written_by}, or train with --fsdp."
-            )
 
 
 def describe_method(model_args, checkpoints, bits, engine):

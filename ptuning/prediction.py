@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import dev_loss_of
+from checkpoint import dev_loss_of, write_text
 from finetuning import prepare_model
 from metrics import metric_table, score_all
 from trainer import plot_checkpoints
@@ -45,7 +45,7 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
     trainer.args.output_dir = output_dir
     if trainer.args.should_save:
         text = checkpoint_table(table)
-        (folder / "table.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(folder / "table.txt", text + "\n")
         plot_checkpoints(table, folder / "scores.png")
         say(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
 
@@ -70,11 +70,12 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if split == "predict":  # on disk before anything can go wrong with the metrics
-        with open(output_dir / "generated_predictions.txt", "w", encoding="utf-8") as file:
-            places = dataset.select_columns([name for name in ("dataset", "row") if name in dataset.column_names])
-            for label, prediction, place in zip(labels, predictions, places, strict=True):
-                line = {"labels": label, "predict": prediction, **place}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        places = dataset.select_columns([name for name in ("dataset", "row") if name in dataset.column_names])
+        lines = [
+            json.dumps({"labels": label, "predict": prediction, **place}, ensure_ascii=False) + "\n"
+            for label, prediction, place in zip(labels, predictions, places, strict=True)
+        ]
+        write_text(output_dir / "generated_predictions.txt", "".join(lines))
     if unlabelled := labels.count(""):
         trainer.say(f"{unlabelled} rows have no response to compare with; they are not scored.")
     scores = score_labelled(predictions, labels)

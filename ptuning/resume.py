@@ -8,9 +8,13 @@ checks the folders; trainer.py puts step, optimizer, schedule and random numbers
 import contextlib
 import fcntl
 import os
+import pickle
 import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -38,6 +42,19 @@ from failure import catch_signals, leave
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
 SHARD_FOLDERS = ("optimizer_*", "global_step*")  # what FSDP and DeepSpeed write instead
 SAME_SIGNAL_SECONDS = 2.0  # torchrun hands a signal on that the terminal has sent to every process already
+
+
+SHARD_CLASSES = {  # in the shards of an optimizer, beside tensors and plain values
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "pathlib.PosixPath",
+    "torch.Size",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+}
+DIVIDED_FOLDER = ".divided-anew"  # in the output folder, while a DeepSpeed run begins on another number of processes
 
 
 # ---- what one process decides for all
@@ -168,6 +185,7 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             f"be continued. Start a new run from its prefix: --ptuning_checkpoint {folder}"
         )
     shards = any(path.is_dir() for name in SHARD_FOLDERS for path in folder.glob(name))
+    check_shards(folder)
     missing = [] if shards else [name for name in RESUME_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -362,3 +380,65 @@ def describe_stop(number, state, training_args):
         f"{name}: stopped after step {state.global_step} of {state.max_steps}; {folder} is complete. To go on, run the "
         "same command with --resume_from_checkpoint last."
     )
+
+
+# ---- DeepSpeed's shards
+
+
+def count_writers(checkpoint):
+    """How many processes wrote a checkpoint: each has left its random state."""
+    return len(list(Path(checkpoint).glob("rng_state*.pth")))
+
+
+class ShardIndex(pickle.Unpickler):
+    """Reads FSDP's .metadata, which names the shards of every tensor, and calls nothing that has no place in one."""
+
+    def find_class(self, module, name):
+        known = module == "torch.distributed.checkpoint.metadata" or f"{module}.{name}" in SHARD_CLASSES
+        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+        return super().find_class(module, name)
+
+
+def check_shards(checkpoint):
+    """ValueError where a shard of FSDP or DeepSpeed is damaged, or names what no optimizer has.
+
+    Both unpickle without asking, and a pickle can name any function to be called.
+    """
+    for file in sorted([*Path(checkpoint).glob("global_step*/*.pt"), *Path(checkpoint).glob("optimizer_*/.metadata")]):
+        try:
+            if file.suffix != ".pt":
+                with open(file, "rb") as opened:
+                    ShardIndex(opened).load()
+            elif unknown := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - SHARD_CLASSES:
+                raise pickle.UnpicklingError(f"it names {', '.join(sorted(unknown))}, which could run code")
+        except Exception as error:  # bytes at random make them raise anything
+            raise ValueError(
+                f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier "
+                f"checkpoint, or start a new run from the weights alone: --model_name_or_path {checkpoint}"
+            ) from error
+
+
+def divide_anew(checkpoint, output_dir):
+    """Bring a DeepSpeed checkpoint into the format of which any number of processes can take their parts.
+
+    Returns a folder in `output_dir` to resume from, with links to the checkpoint's other files. ValueError with
+    DeepSpeed's reason where it cannot.
+    """
+    checkpoint, folder = Path(checkpoint).resolve(), Path(output_dir) / DIVIDED_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (shards,) = checkpoint.glob("global_step*")
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", shards, "--output_folder", folder / shards.name]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(
+            f"DeepSpeed cannot divide {checkpoint} for another number of processes ({reason}). "
+            f"Resume with {count_writers(checkpoint)}."
+        )
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file)
+    return str(folder)

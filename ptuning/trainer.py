@@ -8,6 +8,7 @@ everything that a resumed run needs to go on exactly like one that was never sto
 
 import contextlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,10 @@ from generation import answer_prompts
 from memory import explaining_out_of_memory, rows_that_fit
 from official import OfficialAdamW, official_loss
 from resume import (
+    DIVIDED_FOLDER,
     StopOnSignal,
+    count_writers,
+    divide_anew,
     gather,
     on_first_rank,
     on_writing_ranks,
@@ -47,7 +51,7 @@ from resume import (
     read_process_states,
     restore_random_state,
 )
-from watch import RunWatch, StepWatch
+from watch import RunWatch, StepWatch, has_risen
 
 LOG_FILE = "trainer_log.jsonl"
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
@@ -98,6 +102,16 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.add_callback(RunLog())
 
     # ---- batches and steps
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            if count_writers(resume_from_checkpoint) != self.args.world_size:
+                self.say(f"Dividing {resume_from_checkpoint} for {self.args.world_size} processes.")
+                resume_from_checkpoint = on_first_rank(divide_anew, resume_from_checkpoint, self.args.output_dir)
+                plugin = self.accelerator.state.deepspeed_plugin
+                for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
+                    config["checkpoint"] = {"load_universal": True}
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
         """As the Trainer's, but for a loss no row is repeated to give every process as many as the others."""
@@ -307,6 +321,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         self._globalstep_last_logged = losses["last_logged_step"]
         self._total_loss_scalar = losses["sum"]
         self.first_loss_step = losses["first_step"]
+        if Path(checkpoint).name == DIVIDED_FOLDER:  # now everything has been read from it
+            for state in self.model_wrapped.optimizer.optimizer.state.values():
+                state["step"] = torch.as_tensor(state["step"]).clone()  # ZeRO-3 lets all weights count in one tensor
+            self.accelerator.wait_for_everyone()
+            on_first_rank(shutil.rmtree, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # By way of the CPU: transformers 5.17 cannot load for several processes on one.
@@ -347,10 +366,21 @@ class PrefixTrainer(Seq2SeqTrainer):
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self.first_loss_step)
         super().log(logs, start_time)
 
-    def is_finished(self, checkpoint):
-        """Whether a checkpoint is at or beyond the step at which training would end."""
+    def why_finished(self, checkpoint):
+        """One line that says why a run has nothing left to train after a checkpoint; empty where it has."""
+        state = read_json(Path(checkpoint, STATE_FILE))
         planned_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        return read_json(Path(checkpoint, STATE_FILE))["global_step"] >= planned_steps
+        if state["global_step"] >= planned_steps:
+            return (
+                f"{checkpoint} is the last step of this run: nothing is left to train. "
+                "A larger --max_steps continues it."
+            )
+        if self.args.early_stopping and has_risen(state["log_history"], self.args.eval_strategy != "no"):
+            return (
+                f"{checkpoint}: the loss had been rising, and with --early_stopping the run ended there. "
+                "Without the flag it goes on."
+            )
+        return ""
 
     # ---- dev loss and predictions
 

@@ -187,6 +187,13 @@ class LossTrend:
         return step - self.near_step >= RISE_STEPS
 
 
+def has_risen(log_history, evaluates):
+    """Whether the losses of a log, of the dev rows or else of training, have been rising for long at any step of it."""
+    key = "eval_loss" if evaluates else "loss"
+    trend = LossTrend(smooth=not evaluates)
+    return any([trend.add(entry["step"], entry[key]) for entry in log_history if key in entry])
+
+
 class RunWatch(TrainerCallback):
     """Measures a dev loss at every save, keeps `best` in the output folder, and notices a loss that rises.
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -735,3 +736,36 @@ def test_plain_torchrun_lets_the_processes_save(tmp_path):
     stop = re.search(r"stopped after step (\d+) of 100000", output)
     assert stop and saved(tmp_path / "run") == [f"checkpoint-{stop[1]}"], output
     verify_checkpoint(tmp_path / "run" / f"checkpoint-{stop[1]}")
+
+
+# ---- shards of FSDP and DeepSpeed
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch payload-ran",)
+
+
+@pytest.mark.parametrize("name", ["optimizer_0/.metadata", "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize("damage", ["payload", "noise"])
+def test_a_shard_that_would_run_code_or_is_damaged_is_not_unpickled(name, damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / name
+    file.parent.mkdir()
+    if damage == "noise":
+        file.write_bytes(b"\x80\x02 no pickle")
+    elif file.suffix == ".pt":
+        torch.save({"optimizer": Payload()}, file)
+    else:
+        file.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match=f"{name} cannot be read .*--model_name_or_path {tmp_path}"):
+        resume.check_shards(tmp_path)
+    assert not Path("payload-ran").exists()
+
+
+def test_shards_of_tensors_and_plain_values_may_be_read(tmp_path):
+    (tmp_path / "global_step2").mkdir()
+    torch.save({"step": 2, "exp_avg": torch.zeros(3)}, tmp_path / "global_step2" / "mp_rank_00_model_states.pt")
+    (tmp_path / "optimizer_0").mkdir()
+    (tmp_path / "optimizer_0" / ".metadata").write_bytes(pickle.dumps((torch.Size([3]), torch.float16)))
+    resume.check_shards(tmp_path)

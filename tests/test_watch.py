@@ -254,6 +254,18 @@ def test_early_stopping_ends_a_run_that_rises_and_the_best_checkpoint_is_named(
     assert f"Last: {tmp_path}/checkpoint-4 (dev loss 1.6000)." in output
 
 
+def test_a_run_that_was_stopped_early_is_not_trained_on_by_the_same_command(dev_losses, monkeypatch, tmp_path, capsys):
+    dev_losses += [3, 1, 2, 2, 2, 2]
+    for _ in range(2):
+        run(monkeypatch, DEV, early_stopping=True, resume_from_checkpoint="last", output_dir=tmp_path)
+    assert checkpoints(tmp_path)[-1] == "checkpoint-3"
+    assert "checkpoint-3: the loss had been rising, and with --early_stopping the run ended there." in (
+        capsys.readouterr().out
+    )
+    run(monkeypatch, DEV, resume_from_checkpoint="last", output_dir=tmp_path)
+    assert checkpoints(tmp_path)[-1] == "checkpoint-5"
+
+
 def test_without_early_stopping_a_rise_is_said_once_and_the_run_goes_on(dev_losses, monkeypatch, tmp_path, capsys):
     dev_losses += [3, 1, 2, 2, 2, 2]
     run(monkeypatch, DEV, output_dir=tmp_path)
