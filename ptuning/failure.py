@@ -6,6 +6,7 @@ status 1, and the traceback in a file of its own. `--debug`, or PTUNING_TRACEBAC
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import signal
@@ -143,6 +144,18 @@ def catch_signals(handler):
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     return before
+
+
+LAUNCHED = "PTUNING_LAUNCHED"  # set in the environment of a process that launch.py starts without torchrun
+
+
+def end_with_launcher():
+    """Let SIGTERM come when the process that launched this one dies, also by kill -9: nobody else would end it.
+
+    Training then saves and ends. A program that was started by hand outlives its shell as ever.
+    """
+    if LAUNCHED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def leave_on_signal(number, frame):

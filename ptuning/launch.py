@@ -26,7 +26,7 @@ from datetime import timedelta
 
 import psutil
 
-from failure import catch_signals
+from failure import LAUNCHED, catch_signals
 
 # What to do about a process that a signal ended, and that could therefore say nothing itself.
 REMEDIES = {
@@ -55,7 +55,7 @@ def describe_death(rank, exitcode):
 
 def run_alone(words):
     """Run a program as one process; the exit status."""
-    process = subprocess.Popen([sys.executable, *words])
+    process = subprocess.Popen([sys.executable, *words], env={**os.environ, LAUNCHED: "1"})
     catch_signals(lambda number, frame: process.send_signal(number))
     status = process.wait()
     message = describe_death(0, status) if status else None

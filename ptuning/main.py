@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from arguments import check_bits_train, check_complete, check_quantization_bit, parse_arguments, parse_flags
-from failure import catch_signals, leave, leave_on_signal, run
+from failure import catch_signals, end_with_launcher, leave, leave_on_signal, run
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
     catch_signals(leave_on_signal)
+    end_with_launcher()
     run(parse_flags, sys.argv[1:])
 
 import torch

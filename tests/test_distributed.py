@@ -7,8 +7,11 @@ import os
 import re
 import socket
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, TINY
@@ -245,6 +248,29 @@ def test_under_plain_torchrun_the_error_of_the_process_that_died_comes_first(tmp
     assert returncode == 1
     assert lines[0] == "error: [rank 1] RuntimeError: broken wire"
     assert not any("Another process is gone" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [[], ["--standalone", "--nproc-per-node=2"]], ids=["1 process", "2 processes"])
+def test_processes_whose_launcher_is_killed_save_and_end(words, tmp_path):
+    settings = f"--do_train --train_file {SAMPLE}/train.json --prompt_column content --response_column summary"
+    settings += f" --model_name_or_path {TINY} --pre_seq_len 8 --max_steps 100000 --max_target_length 16"
+    settings += f" --logging_steps 1 --report_to none --save_steps 100000 --output_dir {tmp_path}/run"
+    command = [sys.executable, ROOT / "ptuning" / "launch.py", *words, ROOT / "ptuning" / "main.py", *settings.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(tmp_path / "output.txt", "w+") as output:
+        launcher = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
+        until = time.monotonic() + 120
+        while "'loss'" not in (tmp_path / "output.txt").read_text():
+            assert time.monotonic() < until and launcher.poll() is None, (tmp_path / "output.txt").read_text()[-2000:]
+            time.sleep(0.2)
+        processes = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.kill()
+        launcher.wait()
+        _, alive = psutil.wait_procs(processes, timeout=60)
+    for process in alive:
+        process.kill()
+    assert processes and not alive
+    assert list((tmp_path / "run").glob("checkpoint-*/pytorch_model.bin"))
 
 
 # ---- what processes share, and what they send each other

@@ -1,7 +1,7 @@
 """Full finetuning with weights and optimizer divided over two processes, which talk through gloo on a CPU.
 
 accelerate divides with FSDP on GPUs only, so the program below tells it that these CPUs are some other accelerator.
-DeepSpeed runs on a CPU as it is, where it is installed (a source package, so CI has it not):
+DeepSpeed runs on a CPU as it is, where it is installed (not by requirements.txt: it needs the installed torch to build):
     pip install --no-build-isolation deepspeed && python -m pytest tests/test_sharding.py
 """
 
