@@ -39,9 +39,8 @@ def multiply(x, weight, bias=None):
     count = len(rows)
     if missing := round_rows(count) - count:
         rows = F.pad(rows, (0, 0, 0, missing))
-    if (
-        8 <= len(rows) <= 32 and bias is None and weight.is_contiguous()
-    ):  # the weight as what is multiplied: reads faster
+    # A few rows: the weight's rows are multiplied by them, not they by the weight; that reads it faster.
+    if 8 <= len(rows) <= 32 and bias is None and weight.is_contiguous():
         product = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()
     else:
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")

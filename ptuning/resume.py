@@ -45,14 +45,20 @@ SAME_SIGNAL_SECONDS = 2.0  # torchrun hands a signal on that the terminal has se
 
 
 SHARD_CLASSES = {  # in the shards of an optimizer, beside tensors and plain values
+    *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")),
     "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.utils.tensor_fragment.fragment_address",
     "pathlib.PosixPath",
     "torch.Size",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.serialization._get_layout",
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in (
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+            *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
 }
 DIVIDED_FOLDER = ".divided-anew"  # in the output folder, while a DeepSpeed run begins on another number of processes
 
@@ -394,8 +400,8 @@ class ShardIndex(pickle.Unpickler):
     """Reads FSDP's .metadata, which names the shards of every tensor, and calls nothing that has no place in one."""
 
     def find_class(self, module, name):
-        known = module == "torch.distributed.checkpoint.metadata" or f"{module}.{name}" in SHARD_CLASSES
-        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" not in SHARD_CLASSES and not is_dtype:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
         return super().find_class(module, name)
 

@@ -763,6 +763,14 @@ def test_a_shard_that_would_run_code_or_is_damaged_is_not_unpickled(name, damage
     assert not Path("payload-ran").exists()
 
 
+def test_a_shard_does_not_reach_a_function_by_way_of_a_module_that_may_be_named(tmp_path):
+    (tmp_path / "optimizer_0").mkdir()
+    names = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.getpid\x93"  # this module imports os
+    (tmp_path / "optimizer_0" / ".metadata").write_bytes(b"\x80\x04" + names + b")R.")
+    with pytest.raises(ValueError, match="it names torch.distributed.checkpoint.metadata.os.getpid"):
+        resume.check_shards(tmp_path)
+
+
 def test_shards_of_tensors_and_plain_values_may_be_read(tmp_path):
     (tmp_path / "global_step2").mkdir()
     torch.save({"step": 2, "exp_avg": torch.zeros(3)}, tmp_path / "global_step2" / "mp_rank_00_model_states.pt")
