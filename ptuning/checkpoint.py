@@ -168,7 +168,10 @@ def read_config(folder, **overrides):
             f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
         )
     try:
-        return ChatGLMConfig(**{**settings, **overrides})
+        config = ChatGLMConfig(**{**settings, **overrides})
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise ValueError(f'torch_dtype is {config.dtype!r}, expected the name of one, such as "float16".')
+        return config
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
     except Exception as error:  # transformers meets settings of any type with any error

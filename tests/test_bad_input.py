@@ -656,6 +656,8 @@ MODELS = [
     ("an epsilon of NaN", config(layernorm_epsilon=float("nan")), ("config.json", "layernorm_epsilon")),
     ("a stretched rope", config(rope_ratio=50), ("config.json", "rope_ratio=50")),
     ("bits of no kind", config(quantization_bit=3), ("config.json", "quantization_bit is 3")),
+    ("a list for a dtype", config(torch_dtype=[]), ("config.json", "torch_dtype is []")),
+    ("a dtype by another name", config(torch_dtype="half16"), ("config.json", "half16")),
     ("bits as text", config(quantization_bit="four"), ("config.json", "quantization_bit")),
     ("an end id of text", config(eos_token_id="</s>"), ("config.json", "eos_token_id")),
     ("an end id of another model", config(eos_token_id=7), "eos_token_id 7"),
