@@ -15,7 +15,7 @@ the official code lets it wrap and the row's largest weight changes its sign (in
 rows whose weights are all below 0.001).
 
 Memory and time: on a CPU the float weight never exists as a whole. It is dequantized block by block into one buffer of
-a few MB, which stays in the cache between the conversion and the product: much faster than a full-size temporary, whose
+4 to 14 MB, which stays in the cache between the conversion and the product: much faster than a full-size temporary, whose
 fresh pages must be mapped on every call. Backward dequantizes again, so nothing but the integers is kept for it. On
 other devices the weight is dequantized in one piece: fewer, larger kernels, and one buffer that PyTorch's allocator
 hands to layer after layer. With Triton, few rows of input are multiplied without dequantizing at all.
@@ -44,6 +44,7 @@ QUANTIZED_WEIGHT_NAME = re.compile(
     r"transformer\.encoder\.layers\.\d+\.(" + "|".join(map(re.escape, QUANTIZED_MODULES)) + r")\.weight"
 )
 CPU_BLOCK_ELEMENTS = 2**20  # weights dequantized at a time on a CPU: 4 MB in float32
+CPU_BLOCK_ROWS = 256  # but no fewer rows: backward adds to the whole gradient of the input for each block
 
 
 def is_quantized_weight(name: str) -> bool:
@@ -217,7 +218,7 @@ def _in_blocks(weight: Tensor, backend: Backend) -> bool:
 def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of output rows and their float weights, a few MB at a time, all in one buffer that the next overwrites."""
     num_rows, in_features = weight.shape[0], weight.shape[1] * 8 // bits
-    step = min(num_rows, max(1, CPU_BLOCK_ELEMENTS // in_features))
+    step = min(num_rows, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // in_features))
     buffer = torch.empty(step, in_features, dtype=dtype)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
