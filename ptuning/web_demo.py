@@ -411,7 +411,7 @@ def build(server):
         status = gr.HTML(elem_id="status")
         with gr.Row():
             box = gr.Textbox(
-                label=i18n("message"), placeholder=i18n("placeholder"), lines=2, max_lines=8, scale=8, elem_id="message"
+                label=i18n("message"), placeholder=i18n("placeholder"), lines=1, max_lines=8, scale=8, elem_id="message"
             )
             with gr.Column(scale=1, min_width=120):
                 submit = gr.Button(i18n("submit"), variant="primary", elem_id="submit")

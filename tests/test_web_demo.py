@@ -163,6 +163,20 @@ def test_tokens_arrive_before_the_answer_ends_and_stop_ends_it(visit, server):
 
 
 @pytest.mark.slow
+def test_enter_sends_and_shift_enter_starts_a_new_line(visit, server):
+    page = visit()
+    box = page.locator("#message textarea")
+    box.press_sequentially("类型#裙")
+    box.press("Shift+Enter")
+    box.press_sequentially("颜色#白")
+    assert box.input_value() == "类型#裙\n颜色#白" and page.locator("#left .message").count() == 0
+    box.press("Enter")
+    page.wait_for_function("document.querySelectorAll('#left .bot.message').length == 1")
+    assert page.locator("#left .user.message").inner_text().split() == ["类型#裙", "颜色#白"]
+    assert box.input_value() == ""
+
+
+@pytest.mark.slow
 def test_the_prefix_can_be_switched_off_and_on_and_another_checkpoint_chosen(visit, server):
     page = visit()
     make_greedy(page)
