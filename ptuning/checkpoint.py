@@ -761,7 +761,7 @@ def clear_leftovers(run_folder):
         name, _, kind = leftover.name[1:].partition(".")
         if kind == "replaced" and not leftover.with_name(name).exists():
             leftover.rename(leftover.with_name(name))
-        elif kind in ("partial", "replaced", "deleted"):
+        elif kind in ("partial", "replaced", "deleted", "divided"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -270,7 +270,7 @@ def main():
             say(f"{shortened} of them lose their oldest turns at --max_source_length {data_args.max_source_length}.")
     datasets = {split: dataset for split, (dataset, _) in prompts.items()}
     if len(checkpoints) > 1 and method == "p_tuning":
-        predict_with_each(checkpoints, trainer, tokenizer, datasets, say)
+        predict_with_each(checkpoints, trainer, tokenizer, datasets)
     else:
         predict(trainer, tokenizer, datasets)
     close_reports(trainer)

@@ -134,16 +134,14 @@ def attend(query, key, value, mask, dropout=0.0):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, enable_gqa=True)
     # The R query heads of a group share their keys, so they are laid end to end as R * S queries of
     # one head: the KV groups need no expansion, and any attention kernel takes the shape.
-    batch_size, num_heads, query_length, head_channels = query.shape
-    folded_shape = batch_size, key.shape[1], -1, head_channels
-    contexts, start = [], 0
-    for part in [None] if mask is None else mask:
-        keys = key.shape[2] if part is None else part.shape[3]
-        stop = query_length if part is None else start + part.shape[2] * key.shape[1] // num_heads
-        folded = query[:, :, start:stop].reshape(folded_shape)  # (B, G, R * S, D)
-        context = F.scaled_dot_product_attention(folded, key[:, :, :keys], value[:, :, :keys], part, dropout)
-        contexts.append(context.view(batch_size, num_heads, -1, head_channels))
-        start = stop
+    batch_size, _, _, head_channels = query.shape
+    blocks, masks = ([query], [None]) if mask is None else (query.split(QUERY_BLOCK, dim=2), mask)
+    contexts = []
+    for block, numbers in zip(blocks, masks, strict=True):
+        keys = key.shape[2] if numbers is None else numbers.shape[3]
+        folded = block.reshape(batch_size, key.shape[1], -1, head_channels)  # (B, G, R * S, D)
+        context = F.scaled_dot_product_attention(folded, key[:, :, :keys], value[:, :, :keys], numbers, dropout)
+        contexts.append(context.view(block.shape))
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
 
 

@@ -25,7 +25,7 @@ def predict(trainer, tokenizer, datasets):
     return metrics
 
 
-def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
+def predict_with_each(checkpoints, trainer, tokenizer, datasets):
     """The same with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
 
     Everything goes to the folder all_checkpoints: what a single one gives into a folder of its name.
@@ -34,7 +34,7 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
     folder = Path(output_dir) / "all_checkpoints"
     table = {}
     for checkpoint in checkpoints:
-        say(f"\n{checkpoint.name} of {checkpoints[-1].name}")
+        trainer.say(f"\n{checkpoint.name} of {checkpoints[-1].name}")
         prepare_model(trainer.model, "p_tuning", [checkpoint])
         trainer.args.output_dir = str(folder / checkpoint.name)
         with torch.random.fork_rng():  # each starts with the same random numbers
@@ -47,7 +47,7 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets, say):
         text = checkpoint_table(table)
         write_text(folder / "table.txt", text + "\n")
         plot_checkpoints(table, folder / "scores.png")
-        say(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
+        trainer.say(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
 
 
 def checkpoint_table(table):

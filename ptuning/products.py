@@ -1,8 +1,8 @@
 """Products with frozen weights, by the fastest kernel at hand.
 
 No official file answers to this one: there, every product is torch's `F.linear`. On a GPU that is the library's best
-and it stays. On an x86 CPU, float32, `F.linear` goes to MKL, and oneDNN, which torch brings along too, takes less time.
-Measured on an AMD EPYC with AVX-512, 2 threads, GFLOP/s of MKL and of oneDNN for products (rows, 512) x (512, 3424):
+and it stays. On an x86 CPU, float32, `F.linear` goes to MKL; oneDNN, which torch brings along too, took less time where
+it was measured: on an AMD EPYC with AVX-512, 2 threads, GFLOP/s of MKL and of oneDNN for (rows, 512) x (512, 3424) are
 1 row 36 and 59, 8 rows 89 and 193, 64 rows 194 and 424, 1,040 rows 214 and 486 (MKL leaves AVX-512 alone on an AMD
 processor; without it oneDNN has 242 for 1,040 rows).
 
@@ -68,8 +68,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if not torch.is_grad_enabled():
             return multiply(x, self.weight, self.bias)
-        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
-            return super().forward(x)
-        if onednn_multiplies(x, self.weight):
-            return FrozenProduct.apply(x, self.weight, self.bias)
-        return super().forward(x)  # whose gradient leaves out what does not train
+        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if trains or not onednn_multiplies(x, self.weight):
+            return super().forward(x)  # whose gradient leaves out what does not train
+        return FrozenProduct.apply(x, self.weight, self.bias)

@@ -32,6 +32,7 @@ from checkpoint import (
     checkpoint_folders,
     clear_leftovers,
     first_line,
+    hidden,
     newest_checkpoint,
     read_json,
     step_of,
@@ -60,7 +61,6 @@ SHARD_CLASSES = {  # in the shards of an optimizer, beside tensors and plain val
         )
     ),
 }
-DIVIDED_FOLDER = ".divided-anew"  # in the output folder, while a DeepSpeed run begins on another number of processes
 
 
 # ---- what one process decides for all
@@ -388,7 +388,7 @@ def describe_stop(number, state, training_args):
     )
 
 
-# ---- DeepSpeed's shards
+# ---- the shards of FSDP and DeepSpeed
 
 
 def count_writers(checkpoint):
@@ -431,7 +431,8 @@ def divide_anew(checkpoint, output_dir):
     Returns a folder in `output_dir` to resume from, with links to the checkpoint's other files. ValueError with
     DeepSpeed's reason where it cannot.
     """
-    checkpoint, folder = Path(checkpoint).resolve(), Path(output_dir) / DIVIDED_FOLDER
+    checkpoint = Path(checkpoint).resolve()
+    folder = hidden(Path(output_dir) / checkpoint.name, "divided")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (shards,) = checkpoint.glob("global_step*")

@@ -39,7 +39,6 @@ from generation import answer_prompts
 from memory import explaining_out_of_memory, rows_that_fit
 from official import OfficialAdamW, official_loss
 from resume import (
-    DIVIDED_FOLDER,
     StopOnSignal,
     count_writers,
     divide_anew,
@@ -51,7 +50,7 @@ from resume import (
     read_process_states,
     restore_random_state,
 )
-from watch import RunWatch, StepWatch, has_risen
+from watch import RunWatch, StepWatch, follow, watched_key
 
 LOG_FILE = "trainer_log.jsonl"
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
@@ -321,7 +320,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         self._globalstep_last_logged = losses["last_logged_step"]
         self._total_loss_scalar = losses["sum"]
         self.first_loss_step = losses["first_step"]
-        if Path(checkpoint).name == DIVIDED_FOLDER:  # now everything has been read from it
+        if Path(checkpoint).suffix == ".divided":  # now everything has been read from it
             for state in self.model_wrapped.optimizer.optimizer.state.values():
                 state["step"] = torch.as_tensor(state["step"]).clone()  # ZeRO-3 lets all weights count in one tensor
             self.accelerator.wait_for_everyone()
@@ -375,7 +374,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 f"{checkpoint} is the last step of this run: nothing is left to train. "
                 "A larger --max_steps continues it."
             )
-        if self.args.early_stopping and has_risen(state["log_history"], self.args.eval_strategy != "no"):
+        if self.args.early_stopping and follow(state["log_history"], watched_key(self.args))[1]:
             return (
                 f"{checkpoint}: the loss had been rising, and with --early_stopping the run ended there. "
                 "Without the flag it goes on."

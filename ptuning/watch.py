@@ -187,11 +187,15 @@ class LossTrend:
         return step - self.near_step >= RISE_STEPS
 
 
-def has_risen(log_history, evaluates):
-    """Whether the losses of a log, of the dev rows or else of training, have been rising for long at any step of it."""
-    key = "eval_loss" if evaluates else "loss"
-    trend = LossTrend(smooth=not evaluates)
-    return any([trend.add(entry["step"], entry[key]) for entry in log_history if key in entry])
+def follow(log_history, key):
+    """(LossTrend after the losses that a log has under `key`, whether they have been rising for long at any of them)."""
+    trend = LossTrend(smooth=key == "loss")
+    return trend, any([trend.add(entry["step"], entry[key]) for entry in log_history if key in entry])
+
+
+def watched_key(args):
+    """Under which name a log has the losses that are watched: the dev rows', or without them those of training."""
+    return "loss" if args.eval_strategy == "no" else "eval_loss"
 
 
 class RunWatch(TrainerCallback):
@@ -207,14 +211,10 @@ class RunWatch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.output_dir, self.saved_step = args.output_dir, state.global_step  # where a resumed run goes on, or 0
-        self.key = "loss" if args.eval_strategy == "no" else "eval_loss"
-        self.trend = LossTrend(smooth=args.eval_strategy == "no")
-        self.rise_said = any([self.trend.add(entry["step"], entry[self.key]) for entry in self.entries(state)])
+        self.key = watched_key(args)
+        self.trend, self.rise_said = follow(state.log_history, self.key)
         if state.is_world_process_zero:  # of a run before this one in the same folder, or after where this one resumes
             point_to_best(args.output_dir, state.best_global_step)
-
-    def entries(self, state):
-        return [entry for entry in state.log_history if self.key in entry]
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save and args.eval_strategy != "no":

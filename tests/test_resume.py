@@ -189,7 +189,7 @@ def test_a_kill_between_any_two_steps_of_publishing_leaves_a_whole_checkpoint(ca
 
 def test_what_a_kill_left_is_never_taken_for_a_checkpoint(tmp_path):
     whole = write_checkpoint(tmp_path, 1, 1)
-    for kind in ("partial", "deleted"):
+    for kind in ("partial", "deleted", "divided"):
         shutil.copytree(whole, tmp_path / f".checkpoint-9.{kind}")
     assert newest_checkpoint(tmp_path)[0] == whole
     assert list(checkpoint.list_checkpoints(tmp_path)) == ["checkpoint-1"]
