@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
+from playwright.sync_api import expect, sync_playwright
 from test_serving import QUERIES, SlowServer, finish, make_run, open_server
 
 import web_demo
@@ -69,8 +70,8 @@ def url(server):
 def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium fonts-noto-cjk")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r tests/requirements.txt")
-    with playwright.sync_playwright() as running:
+    expect.set_options(timeout=20_000)
+    with sync_playwright() as running:
         opened = running.chromium.launch(executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS)
         yield opened
         opened.close()
@@ -90,7 +91,7 @@ def visit(browser, url, server):
         page = context.new_page()
         page.goto(url)
         page.wait_for_selector("#message textarea")
-        page.wait_for_function("document.querySelector('#status').innerText.includes('tiny')")
+        expect(page.locator("#status")).to_contain_text("tiny")
         return page
 
     yield open_page
@@ -107,13 +108,14 @@ def send(page, text):
 
 def ask(page, text):
     """Send a message and return the finished answer."""
-    before = page.locator("#left .bot.message").count()
+    answers = page.locator("#left .bot.message")
+    before = answers.count()
     send(page, text)
-    page.wait_for_function(f"document.querySelectorAll('#left .bot.message').length > {before}")
-    page.wait_for_function("/ended|自然结束|达到最大/.test(document.querySelector('#status').innerText)")
-    page.wait_for_function("!document.querySelector('#submit').disabled")
+    expect(answers).to_have_count(before + 1)
+    expect(page.locator("#status")).to_contain_text(re.compile("ended|自然结束|达到最大"))
+    expect(page.locator("#submit")).to_be_enabled()
     # Markdown is rendered a moment later.
-    page.wait_for_function(r"/[^\s\u200b]/.test([...document.querySelectorAll('#left .bot.message')].pop().innerText)")
+    expect(answers.last).to_contain_text(re.compile(r"[^\s\u200b]"))
     return last_answer(page)
 
 
@@ -143,12 +145,12 @@ def test_tokens_arrive_before_the_answer_ends_and_stop_ends_it(visit, server):
     server.endless, server.delay = True, 0.05
     page = visit()
     send(page, QUERIES[0])
-    page.wait_for_function("document.querySelector('#left .bot.message')?.innerText.length > 3")
+    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(".{4}", re.DOTALL))
     first = last_answer(page)
-    page.wait_for_function(f"document.querySelector('#left .bot.message').innerText.length > {len(first) + 3}")
+    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(f".{{{len(first) + 4}}}", re.DOTALL))
     assert page.is_enabled("#stop") and page.is_disabled("#submit") and page.is_disabled("#mode input[value=base]")
     page.click("#stop")
-    page.wait_for_function("document.querySelector('#stop').disabled")
+    expect(page.locator("#stop")).to_be_disabled()
     stopped = last_answer(page)
     assert len(stopped) > len(first)
     assert re.search(
@@ -159,7 +161,7 @@ def test_tokens_arrive_before_the_answer_ends_and_stop_ends_it(visit, server):
     time.sleep(0.3)
     assert last_answer(page) == stopped
     page.click("#clear")
-    page.wait_for_function("document.querySelectorAll('#left .message').length == 0")
+    expect(page.locator("#left .message")).to_have_count(0)
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_enter_sends_and_shift_enter_starts_a_new_line(visit, server):
     box.press_sequentially("颜色#白")
     assert box.input_value() == "类型#裙\n颜色#白" and page.locator("#left .message").count() == 0
     box.press("Enter")
-    page.wait_for_function("document.querySelectorAll('#left .bot.message').length == 1")
+    expect(page.locator("#left .bot.message")).to_have_count(1)
     assert page.locator("#left .user.message").inner_text().split() == ["类型#裙", "颜色#白"]
     assert box.input_value() == ""
 
@@ -183,7 +185,7 @@ def test_the_prefix_can_be_switched_off_and_on_and_another_checkpoint_chosen(vis
     answers = {}
     for mode in ("tuned", "base", "tuned"):
         page.click("#clear")
-        page.wait_for_function("document.querySelectorAll('#left .message').length == 0")
+        expect(page.locator("#left .message")).to_have_count(0)
         choose_mode(page, mode)
         answers.setdefault(mode, []).append(ask(page, QUERIES[0]))
     assert answers["tuned"][0] == answers["tuned"][1] != answers["base"][0]
@@ -192,7 +194,7 @@ def test_the_prefix_can_be_switched_off_and_on_and_another_checkpoint_chosen(vis
     page.click("#clear")
     page.click("#checkpoint input")
     page.get_by_role("option", name="checkpoint-10").click()
-    page.wait_for_function("document.querySelector('#status').innerText.includes('checkpoint-10')")
+    expect(page.locator("#status")).to_contain_text("checkpoint-10")
     assert ask(page, QUERIES[0]) == finish(server, QUERIES[0], model="checkpoint-10").text != answers["tuned"][0]
 
 
@@ -221,11 +223,11 @@ def test_retry_asks_again_and_undo_returns_the_question(visit):
     first = ask(page, QUERIES[0])
     ask(page, QUERIES[1])
     page.click("#undo")
-    page.wait_for_function("document.querySelectorAll('#left .bot.message').length == 1")
+    expect(page.locator("#left .bot.message")).to_have_count(1)
     assert page.input_value("#message textarea") == QUERIES[1]
     page.click("#retry")
-    page.wait_for_function("document.querySelector('#status').innerText.includes('tokens/s')")
-    page.wait_for_function("document.querySelector('#stop').disabled")
+    expect(page.locator("#status")).to_contain_text("tokens/s")
+    expect(page.locator("#stop")).to_be_disabled()
     assert page.locator("#left .bot.message").count() == 1 and last_answer(page) == first
 
 
@@ -270,13 +272,13 @@ def test_a_reload_or_a_closed_page_frees_its_place(visit, server):
     server.endless, server.delay = True, 0.05
     page = visit()
     send(page, QUERIES[0])
-    page.wait_for_function("document.querySelector('#left .bot.message')?.innerText.length > 3")
+    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(".{4}", re.DOTALL))
     page.reload()
     page.wait_for_selector("#message textarea")
     wait_for(lambda: server.load() == (0, 0))
     assert page.locator("#left .bot.message").count() == 0
     send(page, QUERIES[0])
-    page.wait_for_function("document.querySelector('#left .bot.message')?.innerText.length > 3")
+    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(".{4}", re.DOTALL))
     page.close()
     wait_for(lambda: server.load() == (0, 0))
 
@@ -289,7 +291,7 @@ def test_two_visitors_at_once_see_their_own_conversation_only(visit, server):
         make_greedy(page)
         send(page, f"编号{number}号*{QUERIES[number]}")
     for number, page in enumerate(pages):
-        page.wait_for_function("document.querySelector('#status').innerText.includes('ended')")
+        expect(page.locator("#status")).to_contain_text("ended")
         text = page.inner_text("#left")
         assert f"编号{number}号" in text and f"编号{1 - number}号" not in text
         assert last_answer(page) == finish(server, f"编号{number}号*{QUERIES[number]}").text
