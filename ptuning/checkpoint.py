@@ -29,6 +29,7 @@ from arguments import SUPPORTED_BITS, check_quantization_bit
 from configuration_chatglm import ChatGLMConfig
 from data import parse_json
 from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies, unknown_token_ids
+from products import Linear, convert
 from quantization import (
     choose_backend,
     is_quantized_weight,
@@ -300,6 +301,7 @@ def load_model(
         use_backend_(model, choose_backend(quantization_backend, device, bits, dtype))
         config.quantization_bit = bits
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
+    multiplied = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     model.base_folder = Path(folder)
     missing, unexpected = set(expected), []
     for file in weight_files(folder):
@@ -317,7 +319,9 @@ def load_model(
                 tensors = {stored_name: weight, stored_name + "_scale": scale}
             for name, tensor in tensors.items():
                 check_tensor(tensor, name, expected[name], file)
-                if tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
+                if name in multiplied:
+                    tensor = convert(tensor, dtype)
+                elif tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
                     tensor = tensor.to(dtype)
                 place_tensor(model, name, tensor)
                 missing.discard(name)

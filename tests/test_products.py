@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import products
-from products import Linear, multiply, round_rows
+from products import Linear, convert, multiply, round_rows
 
 IN, OUT = 48, 80
 
@@ -50,6 +50,45 @@ def test_a_product_keeps_the_shape_of_its_rows(kernel, x):
 def test_other_dtypes_are_multiplied_as_torch_does(kernel, dtype):
     x, weight = numbers(9, IN).to(dtype), numbers(OUT, IN, seed=1).to(dtype)
     assert torch.equal(multiply(x, weight), F.linear(x, weight))
+
+
+# ---- the memory of a weight
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (IN, IN)])
+def test_a_converted_weight_has_the_same_shape_and_numbers(kernel, shape):
+    weight = numbers(*shape).half()
+    converted = convert(weight, torch.float32)
+    assert converted.dtype == torch.float32 and torch.equal(converted, weight.float())
+
+
+def test_the_longer_side_of_a_converted_weight_lies_contiguous(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", True)
+    assert convert(numbers(OUT, IN).half(), torch.float32).stride() == (1, OUT)
+    assert convert(numbers(IN, OUT).half(), torch.float32).stride() == (OUT, 1)
+
+
+def test_a_weight_that_has_the_dtype_is_left_where_it_is(kernel):
+    weight = numbers(OUT, IN)
+    assert convert(weight, torch.float32).data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("missing", ["MADV_HUGEPAGE", "madvise"])
+def test_a_weight_is_converted_where_there_are_no_huge_pages(monkeypatch, missing):
+    if missing == "madvise":  # a kernel built without them refuses the advice
+
+        class Memory(products.mmap.mmap):
+            def madvise(self, *advice):
+                raise OSError(22, "Invalid argument")
+
+        monkeypatch.setattr(products.mmap, "mmap", Memory)
+    else:
+        monkeypatch.delattr(products.mmap, missing)
+    weight = numbers(OUT, IN).half()
+    assert torch.equal(convert(weight, torch.float32), weight.float())
+
+
+# ---- the layer
 
 
 def layers(with_bias):
