@@ -285,7 +285,7 @@ def answer_prompts(
             finished = accept(arrived, logits)
         elif running:
             finished = accept(running, batch.step([answers[index][-1] for index in running]))
-        for index in finished:
+        for index in reversed(finished):  # from the end: no row that has to leave too is moved
             place = running.index(index)
             batch.remove(place)
             running[place] = running[-1]
