@@ -63,13 +63,16 @@ def convert(weight, dtype):
     """
     if weight.dtype == dtype or dtype != torch.float32 or weight.device.type != "cpu" or not ONEDNN:
         return weight.to(dtype)
-    turned = weight.shape[0] > weight.shape[1]
-    source = weight.t().contiguous() if turned else weight
-    memory = mmap.mmap(-1, source.numel() * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    outputs, inputs = weight.shape
+    memory = mmap.mmap(-1, weight.numel() * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    converted = torch.frombuffer(memory, dtype=dtype).view(source.shape).copy_(source)
-    return converted.t() if turned else converted
+    converted = torch.frombuffer(memory, dtype=dtype)
+    converted = converted.view(inputs, outputs).t() if outputs > inputs else converted.view(outputs, inputs)
+    for start in range(0, outputs, 1024):  # turned a part at a time, because that takes memory, and is quicker
+        part = weight[start : start + 1024]
+        converted[start : start + 1024] = part.t().contiguous().t() if outputs > inputs else part
+    return converted
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -55,7 +55,7 @@ def test_other_dtypes_are_multiplied_as_torch_does(kernel, dtype):
 # ---- the memory of a weight
 
 
-@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (IN, IN)])
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (IN, IN), (2100, IN)])
 def test_a_converted_weight_has_the_same_shape_and_numbers(kernel, shape):
     weight = numbers(*shape).half()
     converted = convert(weight, torch.float32)
