@@ -324,7 +324,7 @@ def prepare_model(model, method, checkpoints=(), *, do_train=False, **settings):
         pattern = freeze_pattern(model.config.num_layers, count, module)
         for name, parameter in model.named_parameters():
             if do_train and pattern.fullmatch(name):
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.float().contiguous()  # load_model() laid it out to be read
                 parameter.requires_grad_(True)
         if checkpoints:
             load_tensors(model, checkpoints[-1])
@@ -348,7 +348,9 @@ def prepare_model(model, method, checkpoints=(), *, do_train=False, **settings):
             source = f", new{', on' + source.removeprefix(' from') if source else ''}"
         return f"LoRA adapter{source}."
     if method == "full":
-        model.requires_grad_(do_train)
+        for parameter in model.parameters() if do_train else ():
+            parameter.data = parameter.data.contiguous()  # as engines want what they divide
+            parameter.requires_grad_(True)
         return "All weights." if do_train else None
     return "The untouched base model." if method == "none" else None
 

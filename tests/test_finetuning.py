@@ -134,6 +134,15 @@ def test_freeze_trains_one_module_of_exactly_n_layers(num_layer_trainable, expec
     assert {name for name in names if pattern.fullmatch(name)} == wanted
 
 
+@pytest.mark.parametrize("method", ["full", "freeze"])
+def test_what_trains_lies_as_optimizers_and_engines_expect(monkeypatch, method):
+    monkeypatch.setattr("products.ONEDNN", True)  # whose weights lie otherwise
+    model = load_model(TINY)
+    assert not all(parameter.is_contiguous() for parameter in model.parameters())
+    prepare_model(model, method, do_train=True)
+    assert all(parameter.is_contiguous() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def plain_loss(weights, config, input_ids, labels):
     """The loss of ChatGLM2 without padding, cache or prefix, written once more, from the weights by name."""
     functional = torch.nn.functional

@@ -12,8 +12,6 @@ from torch import nn
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when kernels are defined
 triton = pytest.importorskip("triton", reason="triton is not installed (torch's build for CPUs comes without it)")
 
 import quantization_triton  # noqa: E402

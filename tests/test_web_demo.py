@@ -42,7 +42,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -70,7 +70,7 @@ def url(server):
 def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium fonts-noto-cjk")
-    expect.set_options(timeout=20_000)
+    expect.set_options(timeout=60_000)
     with sync_playwright() as running:
         opened = running.chromium.launch(executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS)
         yield opened
@@ -86,7 +86,7 @@ def visit(browser, url, server):
         context = browser.new_context(
             locale=locale, color_scheme=color_scheme, viewport={"width": 1200, "height": 1000}
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         page = context.new_page()
         page.goto(url)
