@@ -183,7 +183,7 @@ def test_full_gradients_equal_those_of_a_plain_forward(checkpointing):
     model = synthetic_model(pre_seq_len=None)
     prepare_model(model, "full", do_train=True)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(3, model.config.padded_vocab_size, (3, 20), generator=generator)
     labels = input_ids.masked_fill(torch.arange(20) < 8, -100)
