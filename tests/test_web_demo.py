@@ -1,5 +1,6 @@
 """The page in a real browser: streaming, stopping, switching prefixes, hostile text, several visitors; its limits."""
 
+import contextlib
 import gc
 import http.client
 import json
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY
-from playwright.sync_api import expect, sync_playwright
 from test_serving import QUERIES, SlowServer, finish, make_run, open_server
 
 import web_demo
 from serving import BASE
+
+with contextlib.suppress(ImportError):  # the fixture `browser` says so
+    from playwright.sync_api import expect, sync_playwright
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -70,6 +73,7 @@ def url(server):
 def browser():
     if not CHROMIUM:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium fonts-noto-cjk")
+    pytest.importorskip("playwright.sync_api", reason="pip install -r tests/requirements.txt")
     expect.set_options(timeout=60_000)
     with sync_playwright() as running:
         opened = running.chromium.launch(executable_path=CHROMIUM, headless=True, args=CHROMIUM_FLAGS)
