@@ -12,11 +12,12 @@ chosen=" ${*:2} "
 python=${PYTHON:-python3}
 export PYTHONPATH=ptuning
 mkdir -p "$out"
-endings=()
+names=() endings=()
 
 step() { # name, seconds, command …
   local name=$1 limit=$2 started=$SECONDS
   shift 2
+  names+=("$name")
   [[ $chosen = "  " || $chosen = *" $name "* ]] || return 0
   echo "== $name: $*"
   timeout --kill-after=10 "$limit" "$@" &>"$out/$name.log"
@@ -39,4 +40,8 @@ step nccl 90 "$python" -m torch.distributed.run --standalone --nproc_per_node gp
   --output_dir "$out/nccl" --overwrite_output_dir --pre_seq_len 32 --max_steps 20 --learning_rate 2e-2
 step train 120 env MODEL=tiny CHECKPOINT=on-gpu bash train.sh
 step evaluate 90 env MODEL=tiny CHECKPOINT=on-gpu bash evaluate.sh
+if [ ${#endings[@]} = 0 ]; then
+  echo "error: no step is called '${*:2}'; choose from: ${names[*]}" >&2
+  exit 2
+fi
 printf '%s\n' "== endings" "${endings[@]}" | tee "$out/endings.log"
