@@ -4,7 +4,7 @@
 
 Contenders, each a process of its own with random weights of the same sizes, that takes the same rows:
 
-- `ours`: model, loss, order of rows, batches and prediction of this project.
+- `ours`: model, loss, order of rows, batches and prediction of this project, with malloc as launch.py sets it.
 - `official`: with --official FOLDER and --official_python PYTHON the official scripts themselves, in their own
   environment (FOLDER holds ptuning/main.py and the model's Python files); see official_scripts.py. Without them the
   "official recipe, restated": rows padded to source + target + 1 tokens, gradient checkpointing, float32 logits of every
@@ -645,6 +645,8 @@ def measure(settings):
     import torch
     from benchmarks.quantization import measure_floor
 
+    from launch import KEEP_MEMORY
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     words = [word for word in sys.argv[1:] if not word.startswith("--worker")]
@@ -657,7 +659,7 @@ def measure(settings):
             NAMES["official"] = "official scripts"
             workers[name] = Worker([settings.official_python, str(official), *official_words(settings)])
         else:
-            workers[name] = Worker([*command, name])
+            workers[name] = Worker([*command, name], {**os.environ, **KEEP_MEMORY} if name == "ours" else None)
     figures = {"memory": {name: worker.ask("memory")["extra_bytes"] for name, worker in workers.items()}}
     rates = []
     for part in ("train", "answer"):

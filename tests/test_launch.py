@@ -1,5 +1,7 @@
 """launch.py with one process, which it starts without torchrun."""
 
+import os
+import platform
 import signal
 import subprocess
 import sys
@@ -55,3 +57,22 @@ def test_torch_is_not_loaded_for_it(program):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "failure" in done.stderr
     assert "torch" not in done.stderr
+
+
+ROUNDS = """
+import resource
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [bytearray(20 << 20) for _ in range(10)]
+    del pieces
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc's malloc")
+@pytest.mark.parametrize("given, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)])
+def test_memory_that_a_step_frees_is_kept_for_the_next_unless_the_user_says_otherwise(program, given, kept):
+    done = subprocess.run(
+        program(ROUNDS), capture_output=True, text=True, timeout=60, env={**os.environ, **given}, check=True
+    )
+    assert (int(done.stdout) < 1000) is kept  # pages of the second round that the system had to give again
