@@ -1,8 +1,8 @@
 """ChatGLM2: the transformer, the language-model head and its loss, hooks for generate(), chat.
 
 Answers to the official `modeling_chatglm.py`. Parameter names and numbers are the same; it differs in
-that tensors are batch-first inside, attention goes through `scaled_dot_product_attention` without
-expanding the KV groups, and the cache is a transformers `Cache`. While training, nothing is computed for
+that tensors are batch-first inside, attention (attention.py) expands neither mask nor KV groups
+where the kernel allows it, and the cache is a transformers `Cache`. While training, nothing is computed for
 right padding except inside attention, the vocabulary-wide logits exist for supervised positions only and
 for a few of them at a time, and less is kept for backward; see `Packing`, `SupervisedLoss`, `SwiGLU`, `Rotary`.
 
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -36,6 +35,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from attention import attend, make_mask
 from configuration_chatglm import ChatGLMConfig
 from prefix_encoder import PrefixEncoder
 from products import Linear, multiply, round_rows
@@ -44,7 +44,6 @@ from tokenization_chatglm import ChatGLMTokenizer
 ROPE_BASE = 10000
 TRAINING_DATE = "[[训练时间]]"  # written by the official model where its training date belongs
 FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probability is about 1 / V = 1.5e-5
-QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
 TOP_K = 50  # the official code samples through generate(), whose default this was in transformers 4
 
 
@@ -92,57 +91,6 @@ class Rotary(torch.autograd.Function):
 
 
 apply_rotary = Rotary.apply
-
-
-def flash_attention_runs(device, dtype):
-    """Whether the flash kernel does: it takes causal attention without a mask, and KV groups as they are."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def attend_masks(query_length, key_length, first_slot, padding_mask, repeats, dtype, device):
-    """Which keys a query may see, as numbers to add to the scores, or None where every query sees every key.
-
-    Query i sits in slot `first_slot` + i of the cache and sees all slots up to its own. `padding_mask`
-    (B, at most T; True for real tokens, the prefix included) hides left padding.
-
-    A list with a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
-    keys behind it are not even multiplied, which is almost half of them in a long row.
-    """
-    if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:
-        return None
-    slots = torch.arange(key_length, device=device)
-    masks = []
-    for start in range(0, query_length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, query_length)
-        keys = first_slot + stop
-        hidden = (slots[None, :keys] > slots[first_slot + start : keys, None])[None, None]
-        if padding_mask is not None:
-            padding = ~padding_mask[:, None, None, :keys]
-            hidden = hidden | F.pad(padding, (0, keys - padding.shape[-1]), value=True)
-        numbers = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
-        masks.append(numbers.repeat(1, 1, repeats, 1))
-    return masks
-
-
-def attend(query, key, value, mask, dropout=0.0):
-    """Attention of query (B, N, S, D) to key and value (B, G, T, D): (B, N, S, D).
-
-    `mask` is None, a CausalBias for the flash kernel, or the list that attend_masks() made with R repeats.
-    """
-    if isinstance(mask, CausalBias):
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, enable_gqa=True)
-    # The R query heads of a group share their keys, so they are laid end to end as R * S queries of
-    # one head: the KV groups need no expansion, and any attention kernel takes the shape.
-    batch_size, _, _, head_channels = query.shape
-    blocks, masks = ([query], [None]) if mask is None else (query.split(QUERY_BLOCK, dim=2), mask)
-    contexts = []
-    for block, numbers in zip(blocks, masks, strict=True):
-        keys = key.shape[2] if numbers is None else numbers.shape[3]
-        folded = block.reshape(batch_size, key.shape[1], -1, head_channels)  # (B, G, R * S, D)
-        context = F.scaled_dot_product_attention(folded, key[:, :, :keys], value[:, :, :keys], numbers, dropout)
-        contexts.append(context.view(block.shape))
-    return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
 
 
 class Packing(NamedTuple):
@@ -499,18 +447,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         padding_mask = None
         if attention_mask is not None:
             padding_mask = F.pad(attention_mask.bool(), (prefix_length, 0), value=True)
-        if (
-            padding_mask is None
-            and query_length > 1
-            and key_length == first_slot + query_length
-            and flash_attention_runs(self.device, self.dtype_of_blocks)
-        ):
-            mask = causal_lower_right(query_length, key_length)  # the last query sees all keys
-        else:
-            repeats = self.config.num_attention_heads // self.config.num_key_value_heads
-            mask = attend_masks(  # once for all layers
-                query_length, key_length, first_slot, padding_mask, repeats, self.dtype_of_blocks, self.device
-            )
+        repeats = self.config.num_attention_heads // self.config.num_key_value_heads
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mask = make_mask(  # once for all layers
+            query_length, key_length, first_slot, padding_mask, repeats, dropout, self.dtype_of_blocks, self.device
+        )
 
         if inputs_embeds is None:
             input_ids = input_ids if packing is None else packing.pack(input_ids[..., None])[:, 0]

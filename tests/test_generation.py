@@ -56,8 +56,10 @@ def test_greedy_answers_are_those_of_generate_in_the_order_of_the_prompts(batch_
     assert answer(model, prompts, batch_size) == expected
 
 
-def test_prompts_fed_in_pieces_have_the_same_answers(model, prompts, expected, monkeypatch):
+@pytest.mark.parametrize("query_block", [256, 4])  # 4: pieces of 7 go through LongAttention
+def test_prompts_fed_in_pieces_have_the_same_answers(model, prompts, expected, query_block, monkeypatch):
     monkeypatch.setattr("generation.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("attention.QUERY_BLOCK", query_block)
     assert answer(model, prompts, 5) == expected
 
 

@@ -21,7 +21,7 @@ from modeling_chatglm import (
     supervised_loss,
     unknown_token_ids,
 )
-from products import round_rows
+from products import ONEDNN, round_rows
 
 LEFT_PADDED = {
     name: torch.tensor(SYNTHETIC["left_padded"][name]) for name in ("input_ids", "attention_mask", "position_ids")
@@ -345,12 +345,14 @@ def test_training_skips_padding_and_gets_the_same_loss_and_gradient(model):
 
 
 @pytest.mark.parametrize("block", [1, 5, 23])
-def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, monkeypatch):
+@pytest.mark.parametrize("onednn", [True, False])  # rows without padding through LongAttention, or not
+def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, onednn, monkeypatch):
     input_ids, labels = ragged_batch()
     expected = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
     padded_logits = model.eval()(**LEFT_PADDED).logits
     tokens = generate(model, cache_implementation="static")
-    monkeypatch.setattr("modeling_chatglm.QUERY_BLOCK", block)
+    monkeypatch.setattr("attention.QUERY_BLOCK", block)
+    monkeypatch.setattr("attention.ONEDNN", onednn and ONEDNN)
     loss, gradient = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
     assert loss == pytest.approx(expected[0], rel=1e-6)
     assert relative_difference(gradient, expected[1]) < 1e-5
@@ -360,7 +362,8 @@ def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, monk
 
 
 def test_keys_behind_a_block_of_queries_are_not_multiplied(model, monkeypatch):
-    monkeypatch.setattr("modeling_chatglm.QUERY_BLOCK", 8)
+    monkeypatch.setattr("attention.QUERY_BLOCK", 8)
+    monkeypatch.setattr("attention.ONEDNN", False)
     attention, keys = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
         torch.nn.functional,
@@ -456,7 +459,7 @@ def test_the_flash_kernels_form_of_the_mask_changes_no_number(model, monkeypatch
             "labels": LEFT_PADDED["input_ids"].masked_fill(LEFT_PADDED["attention_mask"] == 0, -100),
         }
     loss, gradient = losses_and_gradients(model, **inputs)
-    monkeypatch.setattr("modeling_chatglm.flash_attention_runs", lambda device, dtype: True)
+    monkeypatch.setattr("attention.flash_attention_runs", lambda device, dtype: True)
     flash_loss, flash_gradient = losses_and_gradients(model, **inputs)
     assert flash_loss == pytest.approx(loss, rel=1e-6)
     assert relative_difference(flash_gradient, gradient) < 1e-5
