@@ -1,0 +1,171 @@
+"""A GPU that is not there: tensors that say they lie on cuda:0 and are computed on the CPU.
+
+As on a real GPU, a tensor of the CPU among them is refused, and what goes from one to the other is counted, because a
+real GPU has to wait for it. For code that chooses by device, in Python. torch's C++ takes them for tensors of the CPU:
+what it would decide itself is replaced by plain operations, and kernels, graphs and streams cannot be pretended.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+# These take a tensor of the other device on a real GPU, too.
+MEETING_ALLOWED = {
+    aten._to_copy.default,
+    aten.copy_.default,
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
+
+
+class GPUTensor(torch.Tensor):
+    """`content`, a tensor of the CPU, as if it lay on the GPU."""
+
+    @staticmethod
+    def __new__(cls, content):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            content.shape,
+            strides=content.stride(),
+            storage_offset=content.storage_offset(),
+            dtype=content.dtype,
+            requires_grad=content.requires_grad,
+        )
+
+    def __init__(self, content):
+        self.content = content
+
+    def __repr__(self, **_):
+        return f"GPUTensor({self.content})"
+
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    @property
+    def data(self):
+        return super().data
+
+    @data.setter
+    def data(self, other):
+        torch.Tensor.data.__set__(self, other)
+        self.content = other.content
+
+    def cpu(self):
+        transfers.append("from the GPU")
+        return self.content.detach().clone()
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def to(self, *args, copy=False, **kwargs):
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        result = self if dtype is None else super().to(dtype)
+        return result.cpu() if device is not None and device.type == "cpu" else result
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+transfers = []  # what has gone from one device to the other; item() among them
+
+
+def compute(func, args, kwargs):
+    """What torch calls for each operation."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    on_gpu = [isinstance(tensor, GPUTensor) for tensor in tensors]
+    if func not in MEETING_ALLOWED and any(on_gpu):
+        strangers = [tensor for tensor in tensors if not isinstance(tensor, GPUTensor) and tensor.dim() > 0]
+        assert not strangers, f"{func}: {strangers[0].shape} lies on the CPU, other arguments on the GPU"
+    if func in (aten.index_put_.default, aten._index_put_impl_.default):
+        assert isinstance(args[0], GPUTensor) == isinstance(args[2], GPUTensor) or args[2].dim() == 0
+    result_on_gpu = any(on_gpu)
+    if func is aten._local_scalar_dense.default and result_on_gpu:
+        transfers.append("from the GPU")
+    if func is aten.copy_.default and on_gpu[0] != on_gpu[1]:
+        transfers.append("to the GPU" if on_gpu[0] else "from the GPU")
+        result_on_gpu = on_gpu[0]
+    if kwargs.get("device") is not None:
+        if kwargs["device"].type == "cuda":
+            if tensors and not result_on_gpu:
+                transfers.append("to the GPU")
+            result_on_gpu = True
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("pin_memory", "non_blocking")}
+    contents = tree_map_only(GPUTensor, lambda tensor: tensor.content, (args, kwargs))
+    result = func(*contents[0], **contents[1])
+    if not result_on_gpu:
+        return result
+    with torch.inference_mode(False):  # a view of a weight, for one, is no tensor of inference
+        result = tree_map_only(torch.Tensor, GPUTensor, result)
+    return return_and_correct_aliasing(func, args, kwargs, result) if any(on_gpu) else result
+
+
+class PretendedGPU(TorchDispatchMode):
+    """While it is entered, cuda:0 is there. `monkeypatch` replaces what C++ would decide by device."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        for place, name, value in (
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (F, "scaled_dot_product_attention", plain_attention),
+            (F, "rms_norm", plain_norm),
+        ):
+            monkeypatch.setattr(place, name, value)
+        monkeypatch.setattr("attention.causal_lower_right", causal_lower_right)
+        monkeypatch.setattr(torch.Tensor, "to", to)
+        transfers.clear()
+
+    def __enter__(self):
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") comes by here, too
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: a new parameter, of another class
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch._C._set_only_lift_cpu_tensors(False)
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+plain_to = torch.Tensor.to
+
+
+def to(tensor, *args, **kwargs):
+    """Tensor.to, where "cuda" without a number would ask the driver for it."""
+    args = [GPU if str(value) == "cuda" else value for value in args]
+    return plain_to(tensor, *args, **kwargs)
+
+
+def causal_lower_right(queries, keys):
+    with _disable_current_modes():  # it is a tensor itself, of the CPU
+        return CausalBias(CausalVariant.LOWER_RIGHT, queries, keys)
+
+
+def plain_attention(query, key, value, mask=None, dropout=0.0, *, enable_gqa=False):
+    assert query.device == key.device == value.device and query.dtype == key.dtype == value.dtype
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if isinstance(mask, CausalBias):
+        queries, keys = scores.shape[-2:]
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(1 + keys - queries)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ value
+
+
+def plain_norm(x, shape, weight, eps):
+    assert x.dtype == weight.dtype and x.device == weight.device
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
