@@ -13,6 +13,7 @@ memory-mapped shards, which the kernel takes back whenever memory is short; `own
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import torch
 from checkpoint import NOT_NEEDED, choose_dtype, generation_config, load_model, load_tokenizer, read_config
 from configuration_chatglm import ChatGLMConfig
 from data import collate_prediction, collate_training, encode_prediction, encode_training, load_examples
+from launch import KEEP_MEMORY
 from modeling_chatglm import ChatGLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,7 +246,8 @@ def main():
             command = [sys.executable, "-m", "benchmarks.full_size", "--measure", folder, "--bits", str(bits)]
             command += ["--data", str(Path(args.data).resolve())]
             command += ["--rows", str(args.rows), "--new_tokens", str(args.new_tokens)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+            environment = {**os.environ, **KEEP_MEMORY}  # as the scripts
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=environment)
             results.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(results[-1]), flush=True)
     print(table(results))

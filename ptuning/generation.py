@@ -222,16 +222,15 @@ def choose(logits, temperatures, top_ps, draws):
     ]
     if all(greedy):
         return logits.argmax(-1).tolist()
-    greedy, temperatures, top_ps, draws = (
-        torch.tensor(numbers, device=logits.device)[:, None] for numbers in (greedy, temperatures, top_ps, draws)
-    )
+    numbers = torch.tensor([greedy, temperatures, top_ps, draws], dtype=torch.float64)  # to the GPU all at once
+    greedy, temperatures, top_ps, draws = numbers.to(logits.device)[..., None]
     scores, token_ids = logits.float().topk(min(TOP_K, logits.shape[1]))  # (B, TOP_K), the likeliest first
     probabilities = (scores.double() / temperatures.clamp(min=MIN_TEMPERATURE)).softmax(-1)
     likelier = probabilities.cumsum(-1) - probabilities  # mass of the tokens before each
     kept = likelier < top_ps
     sums = probabilities.masked_fill(~kept, 0).cumsum(-1)
     places = (sums <= draws * sums[:, -1:]).sum(-1, keepdim=True)
-    places = places.minimum(kept.sum(-1, keepdim=True) - 1).masked_fill(greedy, 0)
+    places = places.minimum(kept.sum(-1, keepdim=True) - 1).masked_fill(greedy.bool(), 0)
     return token_ids.gather(1, places)[:, 0].tolist()
 
 
