@@ -51,6 +51,7 @@ class Batch:
         self.width = 0
         self._store = None  # (L, 2, rows, G, slots, D)
         self._inputs = torch.zeros(3, max_rows, dtype=torch.int64, device=model.device)
+        self._row_numbers = torch.arange(max_rows, device=model.device)
         self._reserve(width)
 
     # ---- rows
@@ -157,7 +158,7 @@ class Batch:
         if self._slots is None:  # prompts: the same slots in all rows
             keys[:, :, self._past : end], values[:, :, self._past : end] = key, value
         else:  # a step: each row has a slot of its own
-            rows = torch.arange(key.shape[0], device=key.device)
+            rows = self._row_numbers[self._rows]
             keys[rows, :, self._slots], values[rows, :, self._slots] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, :end], values[:, :, :end]
 

@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from attention import attend, make_mask
 from configuration_chatglm import ChatGLMConfig
 from prefix_encoder import PrefixEncoder
-from products import Linear, multiply, round_rows
+from products import Linear, OwnGradient, multiply, round_rows
 from tokenization_chatglm import ChatGLMTokenizer
 
 ROPE_BASE = 10000
@@ -75,7 +75,7 @@ def rotate(x, cos, sin):
     return result
 
 
-class Rotary(torch.autograd.Function):
+class Rotary(OwnGradient):
     """`rotate`, whose gradient is the rotation back: keeps nothing of x."""
 
     @staticmethod
@@ -88,9 +88,6 @@ class Rotary(torch.autograd.Function):
     def backward(ctx, gradient):
         cos, sin = ctx.saved_tensors
         return rotate(gradient, cos, -sin), None, None
-
-
-apply_rotary = Rotary.apply
 
 
 class Packing(NamedTuple):
@@ -125,7 +122,7 @@ class Packing(NamedTuple):
         return padded.index_copy(0, self.places, x).view(self.batch_size, self.length, -1)
 
 
-class NormProduct(torch.autograd.Function):
+class NormProduct(OwnGradient):
     """RMSNorm in float32, in few passes: keeps its input and one number a token.
 
     y = w n with n = r x and r = (mean x² + eps)^-½, so that dx = r (g - n mean(g n)) with g = w dy, and dw = Σ dy n.
@@ -195,19 +192,20 @@ class SelfAttention(nn.Module):
         self.dense = Linear(width, config.hidden_size, bias=config.add_bias_linear)
 
     def split_heads(self, mixed):
-        """The projection (B, S, ·) as query (B, N, S, D), key and value (B, G, S, D)."""
+        """The projection (B, S, ·) as queries and keys (B, N + G, S, D), which are rotated, and values (B, G, S, D)."""
         batch_size, query_length, _ = mixed.shape
         if self.multi_query:  # all queries, then all keys, then all values
             mixed = mixed.view(batch_size, query_length, -1, self.head_channels).transpose(1, 2)
-            return mixed.split((self.num_heads, self.num_groups, self.num_groups), dim=1)
+            return mixed.split((self.num_heads + self.num_groups, self.num_groups), dim=1)
         # query, key and value side by side within each head
         mixed = mixed.view(batch_size, query_length, self.num_heads, 3 * self.head_channels)
-        return mixed.transpose(1, 2).chunk(3, dim=-1)
+        query, key, value = mixed.transpose(1, 2).chunk(3, dim=-1)
+        return torch.cat((query, key), dim=1), value
 
     def forward(self, hidden_states, mask, cos, sin, prefix, past_key_values, packing):
         mixed = self.query_key_value(hidden_states)
-        query, key, value = self.split_heads(mixed if packing is None else packing.unpack(mixed))
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        query_key, value = self.split_heads(mixed if packing is None else packing.unpack(mixed))
+        query, key = Rotary.apply(query_key, cos, sin).split((self.num_heads, self.num_groups), dim=1)
         if prefix is not None:  # not rotated: the prefix has no positions
             key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
         if past_key_values is not None:
@@ -217,7 +215,7 @@ class SelfAttention(nn.Module):
         return self.dense(context if packing is None else packing.pack(context))
 
 
-class SwiGLU(torch.autograd.Function):
+class SwiGLU(OwnGradient):
     """silu(gate) * value of (…, 2F), computed again for backward: keeps 2F numbers a token instead of 3F."""
 
     @staticmethod
@@ -299,7 +297,7 @@ def loss_rows(device_type):
     return 128 if device_type == "cpu" else 512
 
 
-class SupervisedLoss(torch.autograd.Function):
+class SupervisedLoss(OwnGradient):
     """Sum of the cross-entropies, float32, of targets (U,) under the logits hidden_states (U, H) @ weight (V, H)ᵀ.
 
     The logits of all U tokens never exist: a few rows at a time are multiplied out, and while they are there their

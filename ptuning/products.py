@@ -35,7 +35,7 @@ def round_rows(count):
 def onednn_multiplies(x, weight):
     """Whether `multiply` uses oneDNN for these: float32 on a CPU."""
     both_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return ONEDNN and both_float32 and x.device.type == weight.device.type == "cpu" and x.numel() > 0
+    return ONEDNN and both_float32 and x.is_cpu and weight.is_cpu and x.numel() > 0
 
 
 def multiply(x, weight, bias=None):
@@ -75,7 +75,25 @@ def convert(weight, dtype):
     return converted
 
 
-class FrozenProduct(torch.autograd.Function):
+class OwnGradient(torch.autograd.Function):
+    """A function that states its own gradient. Where none is wanted its forward runs alone: to record it takes longer
+    than many an operation of a decoding step."""
+
+    @classmethod
+    def apply(cls, *arguments):
+        return super().apply(*arguments) if torch.is_grad_enabled() else cls.forward(NoGradient(), *arguments)
+
+
+class NoGradient:
+    """What forward() of such a function is given then, in place of what remembers tensors for backward."""
+
+    needs_input_grad = (False,) * 3
+
+    def save_for_backward(self, *tensors):
+        pass
+
+
+class FrozenProduct(OwnGradient):
     """`multiply` with a gradient for x only: dx = dy W."""
 
     @staticmethod
