@@ -803,13 +803,16 @@ def plot(settings, figures):
     figure = Figure(figsize=(10, 3), layout="constrained")
     FigureCanvasAgg(figure)
     panels = {"training, samples/s": "train", "prediction, answers/s": "answer", "extra memory in training": "memory"}
-    for axes, (title, part) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axes, (title, part) in zip(figure.subplots(1, 3, width_ratios=(3, 4, 3)), panels.items(), strict=True):
         official = figures[part]["official"]
         names = list(figures[part])
         values = [
             figures[part][name] / official if part == "memory" else official / figures[part][name] for name in names
         ]
-        bars = axes.bar([NAMES[name].replace(", ", ",\n").replace(" + ", "\n+ ") for name in names], values)
+        labels = [
+            NAMES[name].replace(", ", ",\n").replace(" + ", "\n+ ").replace(" batch", "\nbatch") for name in names
+        ]
+        bars = axes.bar(labels, values)
         axes.bar_label(bars, [f"{value:.2f}x" for value in values])
         axes.set_title(title, fontsize=10)
         axes.tick_params(axis="x", labelsize=7)
