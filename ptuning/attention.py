@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from products import ONEDNN, OwnGradient, multiply, onednn_multiplies
+from products import OwnGradient, multiply, onednn_runs
 
 QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
 LONG_BLOCK = 1024  # the same in LongAttention, where the heads of a group count: so many rows of scores exist at once
 LONG_STEP = 64  # it fills rows up to a multiple: oneDNN compiles a kernel for each length
+LONG = "causal, for LongAttention"  # the mask of what goes there, which needs to be told no more
 
 
 def flash_attention_runs(device, dtype):
@@ -30,7 +31,7 @@ def flash_attention_runs(device, dtype):
 
 def long_attention_runs(device, dtype, query_length):
     """Whether LongAttention does."""
-    return ONEDNN and device.type == "cpu" and dtype == torch.float32 and query_length > QUERY_BLOCK
+    return query_length > QUERY_BLOCK and onednn_runs(device, dtype)
 
 
 def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropout, dtype, device):
@@ -40,9 +41,10 @@ def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropo
     (B, at most T; True for real tokens, the prefix included) hides left padding. `repeats` is R.
     """
     causal = padding_mask is None and query_length > 1 and key_length == first_slot + query_length
-    long = not dropout and long_attention_runs(device, dtype, query_length)
-    if causal and (long or flash_attention_runs(device, dtype)):
+    if causal and flash_attention_runs(device, dtype):
         return causal_lower_right(query_length, key_length)  # the last query sees all keys
+    if causal and not dropout and long_attention_runs(device, dtype, query_length):
+        return LONG
     return mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device)
 
 
@@ -71,8 +73,8 @@ def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dt
 def attend(query, key, value, mask, dropout=0.0):
     """Attention of query (B, N, S, D) to key and value (B, G, T, D): (B, N, S, D). `mask` is from make_mask()."""
     if isinstance(mask, CausalBias):
-        if not onednn_multiplies(query, key):
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout, enable_gqa=True)
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, enable_gqa=True)
+    if mask is LONG:
         length = query.shape[2]
         missing = (0, 0, 0, -length % LONG_STEP)  # behind all keys that a query of the row sees
         query, key, value = (F.pad(x, missing).contiguous() for x in (query, key, value))
@@ -100,7 +102,8 @@ class LongAttention(OwnGradient):
 
     Scores (at most LONG_BLOCK, n) exist for one block at a time and are computed again for backward, so nothing is kept
     but query, key and value. dv and dk are summed as their transposes, doᵀ p and qᵀ ds, which oneDNN multiplies three
-    times as fast. torch's kernel does the same through MKL, which on an AMD EPYC with AVX-512 took 1.6 to 1.8 times as long.
+    times as fast. torch's kernel does the same through MKL, which on an AMD EPYC with
+    AVX-512 took 1.6 to 1.8 times as long.
     """
 
     @staticmethod

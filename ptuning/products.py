@@ -32,10 +32,14 @@ def round_rows(count):
     return -(-count // step) * step
 
 
+def onednn_runs(device, dtype):
+    """Whether products of tensors like these go to oneDNN: float32 on a CPU."""
+    return ONEDNN and device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
 def onednn_multiplies(x, weight):
-    """Whether `multiply` uses oneDNN for these: float32 on a CPU."""
-    both_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return ONEDNN and both_float32 and x.is_cpu and weight.is_cpu and x.numel() > 0
+    """Whether `multiply` uses oneDNN for these."""
+    return x.dtype == weight.dtype and weight.is_cpu and x.numel() > 0 and onednn_runs(x.device, x.dtype)
 
 
 def multiply(x, weight, bias=None):
@@ -61,7 +65,7 @@ def convert(weight, dtype):
     of decoding reads all weights once, and with pages of 4 kB waits for their addresses. A weight that has the dtype
     is left where it is, which may be a mapped file that processes share.
     """
-    if weight.dtype == dtype or dtype != torch.float32 or weight.device.type != "cpu" or not ONEDNN:
+    if weight.dtype == dtype or not onednn_runs(weight.device, dtype):
         return weight.to(dtype)
     outputs, inputs = weight.shape
     memory = mmap.mmap(-1, weight.numel() * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -93,7 +97,7 @@ class NoGradient:
         pass
 
 
-class FrozenProduct(OwnGradient):
+class FrozenProduct(torch.autograd.Function):
     """`multiply` with a gradient for x only: dx = dy W."""
 
     @staticmethod

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from products import multiply
+from products import OwnGradient, multiply
 
 # In every block of transformer.encoder.layers. Norms, biases, embedding, prefix and output layer stay float.
 QUANTIZED_MODULES = (
@@ -225,7 +225,7 @@ def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.d
         yield rows, dequantize_weight(weight[rows], scale[rows], bits, dtype, out=buffer[: rows.stop - start])
 
 
-class _FrozenQuantizedProduct(torch.autograd.Function):
+class _FrozenQuantizedProduct(OwnGradient):
     """input (..., in) x dequantized weight (out, in) transposed -> (..., out), with a gradient for the input only."""
 
     @staticmethod

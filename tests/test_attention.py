@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from pretended_gpu import causal_lower_right, plain_attention
 
 import attention
+import products
 from attention import LongAttention, attend, make_mask
 
 PAST = 5  # a prefix, or keys of earlier tokens
 
-needs_onednn = pytest.mark.skipif(not attention.ONEDNN, reason="this processor has no AVX, where torch's kernel stays")
+needs_onednn = pytest.mark.skipif(not products.ONEDNN, reason="this processor has no AVX, where torch's kernel stays")
 
 
 def heads(*, rows=2, queries=70, past=PAST, groups=2, repeats=3, channels=16, seed=0):
@@ -20,12 +22,9 @@ def heads(*, rows=2, queries=70, past=PAST, groups=2, repeats=3, channels=16, se
 
 
 def plain(query, key, value):
-    """Causal attention, the last query seeing all keys, as it stands in the books."""
-    query, key, value = (x.double() for x in (query, key, value))
-    repeats = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) / query.shape[-1] ** 0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + key.shape[2] - query.shape[2])
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value.repeat_interleave(repeats, 1)
+    """Causal attention, the last query seeing all keys, in double precision."""
+    mask = causal_lower_right(query.shape[2], key.shape[2])
+    return plain_attention(query.double(), key.double(), value.double(), mask, enable_gqa=True)
 
 
 def mask_for(query, key, padding_mask=None, dropout=0.0):
@@ -74,7 +73,7 @@ def test_long_rows_have_the_numbers_and_the_gradients_of_plain_attention(sizes, 
 @pytest.mark.parametrize("queries", [1, 7, 32, 70])
 def test_other_rows_have_the_numbers_and_the_gradients_of_plain_attention(queries, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 32)
-    monkeypatch.setattr(attention, "ONEDNN", False)
+    monkeypatch.setattr(products, "ONEDNN", False)
     assert_plain(heads(queries=queries), monkeypatch, long=False)
 
 

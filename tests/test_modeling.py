@@ -352,7 +352,7 @@ def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, oned
     padded_logits = model.eval()(**LEFT_PADDED).logits
     tokens = generate(model, cache_implementation="static")
     monkeypatch.setattr("attention.QUERY_BLOCK", block)
-    monkeypatch.setattr("attention.ONEDNN", onednn and ONEDNN)
+    monkeypatch.setattr("products.ONEDNN", onednn and ONEDNN)
     loss, gradient = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
     assert loss == pytest.approx(expected[0], rel=1e-6)
     assert relative_difference(gradient, expected[1]) < 1e-5
@@ -363,7 +363,7 @@ def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, oned
 
 def test_keys_behind_a_block_of_queries_are_not_multiplied(model, monkeypatch):
     monkeypatch.setattr("attention.QUERY_BLOCK", 8)
-    monkeypatch.setattr("attention.ONEDNN", False)
+    monkeypatch.setattr("products.ONEDNN", False)
     attention, keys = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
         torch.nn.functional,
