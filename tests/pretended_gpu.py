@@ -15,7 +15,6 @@ GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 # These take a tensor of the other device on a real GPU, too.
 MEETING_ALLOWED = {
-    aten._to_copy.default,
     aten.copy_.default,
     aten.index.Tensor,
     aten.index_put_.default,
@@ -83,8 +82,9 @@ def compute(func, args, kwargs):
     if func not in MEETING_ALLOWED and any(on_gpu):
         strangers = [tensor for tensor in tensors if not isinstance(tensor, GPUTensor) and tensor.dim() > 0]
         assert not strangers, f"{func}: {strangers[0].shape} lies on the CPU, other arguments on the GPU"
-    if func in (aten.index_put_.default, aten._index_put_impl_.default):
-        assert isinstance(args[0], GPUTensor) == isinstance(args[2], GPUTensor) or args[2].dim() == 0
+    elif func is not aten.copy_.default and any(on_gpu):  # an index may lie on the CPU, nothing else
+        assert on_gpu[0], f"{func}: {tensors[0].shape} lies on the CPU, its index or values on the GPU"
+        assert len(args) < 3 or isinstance(args[2], GPUTensor) or args[2].dim() == 0
     result_on_gpu = any(on_gpu)
     if func is aten._local_scalar_dense.default and result_on_gpu:
         transfers.append("from the GPU")

@@ -36,6 +36,12 @@ def training_batch(lengths=(20, 33, 300, 41)):
     return {name: batch[name].to("cuda") for name in ("input_ids", "labels")}
 
 
+def gradients_on_the_gpu(model):
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert gradients and all(isinstance(gradient, GPUTensor) for gradient in gradients)
+    return gradients
+
+
 def test_the_pretended_gpu_refuses_what_a_real_one_does(gpu):
     on_gpu, on_cpu = torch.ones(3, device="cuda"), torch.ones(3)
     assert (on_gpu + 1).device == GPU and on_cpu.to("cuda").device == GPU
@@ -60,8 +66,7 @@ def test_a_training_step_waits_for_the_gpu_once(gpu, settings, checkpointing):
     loss = model(**batch).loss
     loss.backward()
     assert transfers == ["from the GPU"]  # how many tokens are computed
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    assert gradients and all(isinstance(gradient, GPUTensor) for gradient in gradients)
+    gradients = gradients_on_the_gpu(model)
     assert all(gradient.content.isfinite().all() and gradient.content.any() for gradient in gradients)
 
 
@@ -71,14 +76,12 @@ def test_a_step_of_the_other_methods_waits_no_more_often(gpu, finetuning_type, b
     prepare_model(model, finetuning_type, do_train=True)
     model.train()
     transfers.clear()
-    with torch.autocast(
-        "cpu", torch.bfloat16, enabled=finetuning_type == "freeze"
-    ):  # the GPU's, which C++ thinks is one
+    # The GPU's autocast, as C++ sees it.
+    with torch.autocast("cpu", torch.bfloat16, enabled=finetuning_type == "freeze"):
         loss = model(**batch).loss
     loss.backward()
     assert transfers == ["from the GPU"]
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    assert gradients and all(isinstance(gradient, GPUTensor) for gradient in gradients)
+    assert gradients_on_the_gpu(model)
 
 
 @pytest.mark.parametrize("temperature, sent", [(0.0, 1), (0.9, 2)])  # tokens and lengths; what to draw
