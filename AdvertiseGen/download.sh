@@ -19,10 +19,10 @@ archive=$folder/AdvertiseGen.tar.gz
 echo "Fetching $ADGEN_URL"
 if command -v curl > /dev/null; then
     curl --fail --location --silent --show-error --retry 2 --output "$archive" "$ADGEN_URL" \
-        || fail "could not fetch $ADGEN_URL; set ADGEN_URL to a mirror, or see README.md for other sources"
+        || fail "could not fetch $ADGEN_URL; set ADGEN_URL to a mirror, or see AdvertiseGen/README.md for other sources"
 elif command -v wget > /dev/null; then
     wget --quiet --tries=3 --output-document="$archive" "$ADGEN_URL" \
-        || fail "could not fetch $ADGEN_URL; set ADGEN_URL to a mirror, or see README.md for other sources"
+        || fail "could not fetch $ADGEN_URL; set ADGEN_URL to a mirror, or see AdvertiseGen/README.md for other sources"
 else
     fail "needs curl or wget; install one of them"
 fi

@@ -521,7 +521,7 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
     info_file = Path(folder) / DATASET_INFO_FILE
     if not info_file.is_file():
         raise FileNotFoundError(
-            f"{info_file} does not exist; it describes the data sets that --dataset may name, see README.md"
+            f"{info_file} does not exist; it describes the data sets that --dataset may name, see docs/data.md"
         )
     try:
         info = json.loads(decode_text(_read_bytes(info_file), str(info_file)))

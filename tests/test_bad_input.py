@@ -1083,9 +1083,9 @@ def test_a_program_is_refused_as_a_user_starts_it(case, tmp_path):
 # ---------------------------------------------------------------------- how many
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_there_are_as_many_bad_inputs_as_the_readme_says(readme):
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/reliability_zh.md"])
+def test_there_are_as_many_bad_inputs_as_the_documentation_says(page):
     tables = (DATA, CSV, PATHS, FLAGS, COMMANDS, SETTINGS, MODELS, CHECKPOINTS, RESUMES, DEMOS)
     tables += (ADAPTERS, ENVIRONMENTS, PROCESSES)
-    said = re.search(r"(\d+) (bad inputs|种错误输入)", (ROOT / readme).read_text(encoding="utf-8"))
+    said = re.search(r"(\d+) (bad inputs|种错误输入)", (ROOT / page).read_text(encoding="utf-8"))
     assert sum(map(len, tables)) >= int(said[1]) >= 120
