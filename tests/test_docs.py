@@ -1,7 +1,10 @@
 """README.md, README_zh.md and docs/: they agree with the code, with each other, and every link leads somewhere."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from urllib.parse import unquote
 
 import pytest
@@ -123,15 +126,13 @@ def test_every_default_of_a_flag_is_the_one_in_its_row(page):
         for row in table
         if len(row) == 3 and len(flags_in([row])) == 1
     }
-    defaults = {name: str(flag.default) for name, flag in OWN.items() if flag.default not in (None, "")}
-    shown = {name: rows[name] if "." in default else rows[name].capitalize() for name, default in defaults.items()}
-    assert shown == {name: default if "." in default else default.capitalize() for name, default in defaults.items()}
+    defaults = {name: str(flag.default).lower() for name, flag in OWN.items() if flag.default not in (None, "")}
+    assert {name: rows[name] for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("page", FLAG_PAGES)
-@pytest.mark.parametrize("heading", [("other programs", "其他程序")])
-def test_every_flag_of_the_other_programs_has_a_row_and_every_row_a_flag(page, heading):
-    part = section(prose_of(ROOT / page), heading["_zh" in page])
+def test_every_flag_of_the_other_programs_has_a_row_and_every_row_a_flag(page):
+    part = section(prose_of(ROOT / page), "其他程序" if "_zh" in page else "other programs")
     assert flags_in(row for table in tables(part) for row in table) == flags_of_programs()
 
 
@@ -170,6 +171,27 @@ def test_every_variable_of_the_scripts_has_a_meaning(page):
     part = section(prose_of(ROOT / page), "变量" if "_zh" in page else "Variables")
     meanings = [row[0] for row in tables(part)[0][1:]]
     assert meanings == [row[0] for row in table_of_defaults(page)[1:]]
+
+
+# ---------------------------------------------------------------------- examples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["docs/python.md", "docs/python_zh.md"])
+def test_the_examples_of_the_python_page_run(page, tmp_path):
+    prefix, many, loop, automatic = (
+        block.split("\n", 1)[1].removesuffix("```") for block in split_blocks((ROOT / page).read_text("utf-8"))[1]
+    )
+    (tmp_path / "ptuning").symlink_to(ROOT / "ptuning")
+    trained = re.search('"(output/adgen[^"]*)"', prefix)[1]  # what a run would have left there
+    (tmp_path / trained).parent.mkdir(parents=True)
+    program = "\n".join((loop, f"import os; os.rename('output/my-prefix', '{trained}')", prefix, many, automatic))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 4  # an answer with the prefix, two together, one without
 
 
 # ---------------------------------------------------------------------- links and names of files
