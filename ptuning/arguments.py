@@ -269,7 +269,7 @@ def check_word(word, flag):
         raise ValueError(
             f"{word!r} ({place}) ends in \\r: your script has Windows line ends. Remove them: sed -i 's/\\r$//' train.sh"
         )
-    if flag == "source_prefix":  # any text
+    if flag == "source_prefix" or word.replace("-", "_").startswith("__source_prefix="):  # any text
         return
     if word.startswith(("#", " #")) or (word and not word.strip()):
         kind = "comment" if "#" in word else "space"
@@ -520,7 +520,9 @@ def parse_arguments(argv):
     model_args, data_args, given, notes = parse_flags(argv)
 
     import torch
+    from transformers.utils import strtobool
 
+    from processes import join_processes
     from trainer import PrefixTrainingArguments
 
     settings = {"report_to": "all", "ddp_find_unused_parameters": False}  # every parameter of the prefix is always used
@@ -540,7 +542,13 @@ def parse_arguments(argv):
         }
     elif given.get("deepspeed") and torch.cuda.is_available() and not given.keys() & {"fp16", "bf16"}:
         settings["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"] = True
+    cpu = settings.get("use_cpu") or given.get("use_cpu") or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false"))
     try:
+        notes += join_processes(
+            cpu=bool(cpu),
+            backend=given.get("ddp_backend"),
+            timeout=given.get("ddp_timeout", 1800),  # transformers' default
+        )
         training_args = PrefixTrainingArguments(**{**settings, **given})
     except ImportError as error:  # --deepspeed, an --optim of another package, …
         raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error
@@ -550,7 +558,9 @@ def parse_arguments(argv):
             raise
         raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
     if training_args.fsdp and training_args.parallel_mode.value != "distributed":
-        raise ValueError("--fsdp needs processes to shard over: torchrun --nproc-per-node=8 ptuning/main.py …")
+        raise ValueError(
+            "--fsdp needs processes to shard over: python ptuning/launch.py --nproc-per-node=8 ptuning/main.py …"
+        )
     if training_args.fsdp and training_args.distributed_state.distributed_type == "MULTI_CPU":
         raise ValueError("--fsdp shards on GPUs only; on CPUs accelerate would train whole copies. Leave the flag out.")
     training_args.prediction_batch_size = given.get("per_device_eval_batch_size")
@@ -591,7 +601,7 @@ def use_one_device(training_args):
         return []
     training_args._n_gpu = 1
     return [
-        f"Using 1 of {num_gpus} GPUs. To use all: NUM_GPUS={num_gpus} bash train.sh, or torchrun --nproc-per-node={num_gpus} ptuning/main.py …"
+        f"Using 1 of {num_gpus} GPUs. To use all: NUM_GPUS={num_gpus} bash train.sh, or python ptuning/launch.py --nproc-per-node={num_gpus} ptuning/main.py …"
     ]
 
 
@@ -647,6 +657,7 @@ RANGES = {
     "save_steps": POSITIVE,
     "eval_steps": POSITIVE,
     "logging_steps": POSITIVE,
+    "ddp_timeout": at_least(1),
     "prefix_dropout": BELOW_ONE,
     "lora_rank": at_least(1),
     "lora_alpha": POSITIVE,
@@ -845,7 +856,7 @@ def check_engines(method, training_args):
         raise ValueError("--deepspeed and --fsdp both shard the model over the processes; give one of them.")
     if method != "full":
         raise ValueError(
-            f"--{engines[0]} shards what --finetuning_type full trains; {method} trains so little that torchrun alone "
+            f"--{engines[0]} shards what --finetuning_type full trains; {method} trains so little that launch.py alone "
             f"(one copy of the model for each GPU) serves it. Leave --{engines[0]} out."
         )
     if not training_args.do_train or training_args.do_predict or training_args.do_eval:

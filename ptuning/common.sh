@@ -50,7 +50,7 @@ TEXT
 }
 
 # Start a program on every GPU of this machine, and of NNODES machines: `launch program flags…`, the script's last
-# command. One machine keeps to its own addresses, whatever its name resolves to.
+# command.
 launch() {
   if ! command -v torchrun >/dev/null; then
     echo "error: torchrun is not installed here. Run: pip install -r requirements.txt" >&2
@@ -61,7 +61,7 @@ launch() {
   if [ "$NNODES" -eq 1 ] && [ "$NUM_GPUS" -eq 1 ]; then
     exec python ptuning/launch.py "$@"
   fi
-  local machines=(--standalone --nnodes=1 --local-addr=127.0.0.1)
+  local machines=(--standalone --nnodes=1)
   if [ "$NNODES" -gt 1 ]; then
     check_machines
     machines=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -41,7 +42,9 @@ def describe(error):
     """(message, exit status) for an exception; no traceback in it."""
     if is_lost_connection(error):  # none of the process at hand, so without its traceback
         first_line = str(error).strip().splitlines()[0]
-        return f"Another process is gone; the messages of its machine tell why. Seen here: {first_line}", 1
+        late = re.search("time(d )?out", first_line, re.IGNORECASE)
+        what = "does not answer, and --ddp_timeout has passed" if late else "is gone"
+        return f"Another process {what}; the messages of its machine tell why. Seen here: {first_line}", 1
     if isinstance(error, ImportError):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
@@ -146,7 +149,7 @@ def catch_signals(handler):
     return before
 
 
-LAUNCHED = "PTUNING_LAUNCHED"  # set in the environment of a process that launch.py starts without torchrun
+LAUNCHED = "PTUNING_LAUNCHED"  # set in the environment of what launch.py starts
 
 
 def end_with_launcher():

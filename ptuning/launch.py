@@ -1,6 +1,6 @@
 """torchrun, for train.sh, train_chat.sh and evaluate.sh: one process for each GPU, one message when one of them dies.
 
-    python ptuning/launch.py --standalone --nproc-per-node=8 ptuning/main.py --do_train …
+    python ptuning/launch.py --nproc-per-node=8 ptuning/main.py --do_train …
 
 The words are torchrun's and so is the work. It differs in how a failure ends: torchrun prints a page of traceback of
 its own below the message of the process that failed, and its exit status is always 1. Here the status is that of the
@@ -12,14 +12,12 @@ Without words of torchrun's the program is one process, which needs no torchrun:
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
@@ -27,17 +25,23 @@ from datetime import timedelta
 import psutil
 
 from failure import LAUNCHED, catch_signals
+from processes import STORE, keep_to_loopback, network_interface, warn_of_port
 
 # What to do about a process that a signal ended, and that could therefore say nothing itself.
 REMEDIES = {
     signal.SIGKILL: "The system does that when memory runs out (the end of `dmesg` tells): use fewer processes or a "
     "smaller batch.",
     signal.SIGBUS: "A file that was being read became shorter, or /dev/shm is full (df -h /dev/shm).",
+    signal.SIGXCPU: "Its processor time is limited (ulimit -t).",
+    **dict.fromkeys(
+        (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS),
+        "A library crashed in it: check that torch fits the GPU driver, then report it.",
+    ),
 }
+SENT = "Somebody, or another program, has sent it that signal."
 # How main.py ends when a signal stops it.
 STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
 FAILED = "a machine has failed"  # key in the store that the machines share
-CRASHED = "A library crashed in it: check that torch fits the GPU driver, then report it."
 # For glibc's malloc: keep what a step frees for the next one, up to 1 GiB. By default it goes back to the system, which
 # hands it out again as pages of 4 kB filled with zeros: on a CPU a tenth of a training step (50,000 pages, see
 # benchmarks/RESULTS.md). Larger pieces than 32 MiB go back in any case.
@@ -54,43 +58,37 @@ def describe_death(rank, exitcode):
         number = signal.Signals(-exitcode)
     except ValueError:
         return f"process {rank} was ended by signal {-exitcode}."
-    return f"process {rank} was ended by {number.name}. {REMEDIES.get(number, CRASHED)}"
+    return f"process {rank} was ended by {number.name}. {REMEDIES.get(number, SENT)}"
+
+
+def is_heard(name):
+    """Whether a signal is not ignored here: nohup ignores SIGHUP, a script's background job is deaf to Ctrl-C."""
+    number = getattr(signal, name.strip(), None)
+    return number is None or signal.getsignal(number) != signal.SIG_IGN
 
 
 def run_alone(words):
     """Run a program as one process; the exit status."""
-    process = subprocess.Popen([sys.executable, *words], env={**os.environ, LAUNCHED: "1"})
-    catch_signals(lambda number, frame: process.send_signal(number))
+    arrived, process = [], None
+
+    def hand_on(number, frame):
+        arrived.append(number)
+        if process:
+            process.send_signal(number)
+
+    catch_signals(hand_on)
+    process = subprocess.Popen([sys.executable, *words])
+    for number in arrived:  # before there was a process
+        process.send_signal(number)
     status = process.wait()
-    message = describe_death(0, status) if status else None
-    if message:
+    if -status in arrived:  # before the program could catch it, which says this
+        print(f"Stopped by {signal.Signals(-status).name}.", file=sys.stderr)
+    elif status and (message := describe_death(0, status)):
         print(f"error: {message}", file=sys.stderr)
     return status if status >= 0 else 128 - status
 
 
 # ---- several machines
-
-
-def network_interface(address):
-    """Name of the network interface that leads to `address`, IPv4, or None; it may be an address of this machine.
-
-    Gloo takes the one that this machine's own name resolves to, which often is no other machine's business.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing
-        except OSError:
-            return None
-        own_address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            try:
-                found = fcntl.ioctl(probe, 0x8915, request)[20:24]  # SIOCGIFADDR
-            except OSError:  # it has no address
-                continue
-            if socket.inet_ntoa(found) == own_address:
-                return name
-    return None
 
 
 def connect(arguments):
@@ -134,12 +132,42 @@ def follow_other_machines(arguments, told):
     os._exit(1)  # torchrun would wait for the machine that is lost
 
 
+def prepare_several_machines(arguments, told):
+    """Choose gloo's network, say who may reach the port, and watch the other machines in a thread."""
+    arguments.master_port = arguments.master_port or 29500  # torchrun's
+    # Gloo takes the interface that this machine's own name resolves to, which often is no other machine's business.
+    interface = network_interface(arguments.master_addr)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if arguments.node_rank == 0:
+        print(warn_of_port(arguments.master_port), flush=True)
+    threading.Thread(target=follow_other_machines, args=(arguments, told), daemon=True).start()
+
+
+# ---- one machine
+
+
+def run_on_this_machine(arguments):
+    """Run torchrun so that neither it nor its processes listen where another machine could reach them."""
+    from torch.distributed.run import run
+
+    from local_rendezvous import use_local_rendezvous
+
+    keep_to_loopback()
+    with tempfile.TemporaryDirectory(prefix="ptuning-run-", ignore_cleanup_errors=True) as folder:  # this user's only
+        use_local_rendezvous(arguments, folder)
+        run(arguments)
+
+
 def main(words):
     """Run torchrun with these words; the exit status."""
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
+    os.environ[LAUNCHED] = "1"
+    os.environ.pop(STORE, None)  # of a run that has started this one
     if not words[0].startswith("-"):
         return run_alone(words)
+    catch_signals(lambda number, frame: sys.exit(128 + number))  # until torchrun does
     try:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -151,15 +179,15 @@ def main(words):
     # Seconds that the processes have to finish a step and save it after Ctrl-C or SIGTERM.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     arguments = parse_args(words)
+    arguments.signals_to_handle = ",".join(filter(is_heard, arguments.signals_to_handle.split(",")))
     several_machines = arguments.nnodes not in ("1", "1:1")
     told = threading.Event()  # that another machine has failed
-    if several_machines:
-        interface = network_interface(arguments.master_addr)
-        if interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        threading.Thread(target=follow_other_machines, args=(arguments, told), daemon=True).start()
     try:
-        run(arguments)
+        if several_machines:
+            prepare_several_machines(arguments, told)
+            run(arguments)
+        else:
+            run_on_this_machine(arguments)
     except ChildFailedError as error:
         if told.is_set():  # by what the thread has just done
             return 1

@@ -3,7 +3,7 @@
 Answers to the official `main.py`, section by section. Read a training step here, then in data.py,
 modeling_chatglm.py and prefix_encoder.py.
 
-    torchrun --standalone --nproc-per-node=1 ptuning/main.py --do_train … (see train.sh)
+    python ptuning/launch.py --nproc-per-node=8 ptuning/main.py --do_train … (see train.sh)
     python ptuning/main.py settings.json
 """
 

@@ -320,7 +320,8 @@ class StopOnSignal(TrainerCallback):
         self.signal = self.agreed = 0
         self.arrived = None
         if distributed.is_initialized() and distributed.get_backend() != "gloo":
-            self.group = distributed.new_group(backend="gloo")  # the CPUs agree, without waiting for the GPUs
+            # The CPUs agree, without waiting for the GPUs.
+            self.group = distributed.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         reader, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)

@@ -234,7 +234,7 @@ def test_gpus_that_are_not_there_are_said(devices, said, monkeypatch):
 def test_one_process_uses_one_of_several_gpus_and_says_how_to_use_all():
     training_args = parse(MINIMAL)[2]
     training_args._n_gpu = 4
-    assert "torchrun --nproc-per-node=4" in use_one_device(training_args)[0]
+    assert "python ptuning/launch.py --nproc-per-node=4 ptuning/main.py" in use_one_device(training_args)[0]
     assert training_args.n_gpu == 1
     assert use_one_device(training_args) == []
 

@@ -19,6 +19,7 @@ from test_main import losses, predictions
 from test_scripts import bash
 
 from checkpoint import load_model, read_config
+from processes import STORE
 
 pytestmark = pytest.mark.slow
 
@@ -238,6 +239,29 @@ def test_a_process_that_dies_ends_the_job_with_its_own_error(code, status, messa
     assert returncode == status
     assert lines[0].startswith(message)
     assert len(lines) <= 2
+
+
+def test_a_process_that_hangs_ends_the_job_after_ddp_timeout(tmp_path):
+    began = time.monotonic()
+    status, lines = broken(
+        f"bash train.sh {WORDS} --ddp_timeout 40", "import time; time.sleep(100_000)", RECORD=tmp_path
+    )
+    assert status == 1
+    assert lines[0].startswith("error: Another process does not answer, and --ddp_timeout has passed; ")
+    assert time.monotonic() - began < 280  # half an hour without it; `broken` would have ended it at 300
+
+
+def test_a_process_that_never_comes_is_waited_for_no_longer_than_ddp_timeout(tmp_path):
+    # Joining is said by the process that waits: of two, only this one is started.
+    words = f"--do_predict --test_file {SAMPLE}/dev.json --prompt_column content --response_column summary"
+    words += f" --model_name_or_path {TINY} --output_dir {tmp_path} --ddp_timeout 5"
+    for store in (None, str(tmp_path / "store")):
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+        done = bash(f"python ptuning/main.py {words}", **variables, **({STORE: store} if store else {}), timeout=200)
+        assert done.returncode == 1
+        said = done.stderr.splitlines()[-1]
+        assert said.startswith("error: Another process does not answer, and --ddp_timeout has passed; "), said
+        assert said.endswith("Seen here: timeout: not every process has come within 5 seconds")
 
 
 def test_under_plain_torchrun_the_error_of_the_process_that_died_comes_first(tmp_path):
