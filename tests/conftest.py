@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores: the wo
 import numpy
 import pytest
 import torch
+
+# A script's background job, nohup, cron and some CI systems start us deaf to some signals, and so would be every
+# program that a test starts.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -9,6 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from launch import describe_death
+
 LAUNCH = [sys.executable, str(ROOT / "ptuning" / "launch.py")]
 
 
@@ -35,6 +37,62 @@ def test_a_killed_program_is_put_into_words(program):
     done = subprocess.run(program("import os; os.kill(os.getpid(), 9)"), capture_output=True, text=True, timeout=60)
     assert done.returncode == 137
     assert done.stderr.startswith("error: process 0 was ended by SIGKILL. The system does that when memory runs out")
+
+
+@pytest.mark.parametrize("words", [[], ["--nproc-per-node=1"]], ids=["alone", "by torchrun's words"])
+def test_a_program_that_is_told_to_stop_before_it_listens_has_not_crashed(words, tmp_path):
+    # It stops itself as a scheduler's SIGTERM would, before main.py has a handler, or once it has given it up.
+    program = tmp_path / "program.py"
+    program.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)")
+    done = subprocess.run([*LAUNCH, *words, program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 143
+    assert done.stderr == (
+        "error: process 0 was ended by SIGTERM. Somebody, or another program, has sent it that signal.\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_the_launcher_hands_on_to_a_program_without_handlers_is_no_error(number, program):
+    code = "import time; print('ready', flush=True); time.sleep(60)"
+    running = subprocess.Popen(program(code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (128 + number, f"Stopped by {signal.Signals(number).name}.\n")
+
+
+def test_ctrl_c_while_torchrun_loads_is_no_traceback(tmp_path):
+    slow = tmp_path / "torch" / "__init__.py"
+    slow.parent.mkdir()
+    slow.write_text("import time; print('ready', flush=True); time.sleep(60)")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    running = subprocess.Popen(
+        [*LAUNCH, "--nproc-per-node=1", "program.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert running.stdout.readline() == "ready\n"
+    running.send_signal(signal.SIGINT)
+    assert (running.communicate(timeout=60)[1], running.returncode) == ("", 130)
+
+
+DEATHS = {
+    signal.SIGKILL: "memory runs out",
+    signal.SIGBUS: "/dev/shm is full",
+    signal.SIGXCPU: "ulimit -t",
+    signal.SIGSEGV: "A library crashed in it",
+    signal.SIGABRT: "A library crashed in it",
+    **dict.fromkeys([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1], "has sent it that"),
+}
+
+
+@pytest.mark.parametrize(("number", "said"), DEATHS.items(), ids=[number.name for number in DEATHS])
+def test_only_a_signal_of_a_crash_is_called_one(number, said):
+    sentence = describe_death(3, -number)
+    assert sentence.startswith(f"process 3 was ended by {number.name}. ") and said in sentence
+    assert ("crashed" in sentence) == ("crashed" in said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
