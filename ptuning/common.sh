@@ -52,6 +52,7 @@ TEXT
 # Start a program on every GPU of this machine, and of NNODES machines: `launch program flags…`, the script's last
 # command.
 launch() {
+  check_end_of_command
   if ! command -v torchrun >/dev/null; then
     echo "error: torchrun is not installed here. Run: pip install -r requirements.txt" >&2
     exit 2
@@ -101,44 +102,45 @@ check_machines() {
   fi
 }
 
-# Stop where editing has broken a line of the script that is running: bash would name another line, or none.
+# Stop where editing has left something that bash cannot read, before anything runs: it would stop in the middle. Bash
+# names the line where it gave up, which for a quotation mark is the end of the script.
 check_script() {
-  local unbalanced=0
-  bash -n "$1" 2>/dev/null || unbalanced=1
-  awk -v script="$1" -v unbalanced="$unbalanced" '
-    function stop(number, line, problem) {
-      printf "error: %s, line %d: %s\n  %s\n", script, number, problem, line
-      failed = 1
-      exit
-    }
-    {
-      code = $0 # without its comment
-      if (code ~ /^[ \t]*#/) code = ""
-      bare = code # likewise, and without what stands in quotation marks
-      gsub(/"[^"]*"/, "\"\"", bare)
-      sub(/[ \t]#.*/, "", bare)
-      sub(/[ \t]#.*/, "", code)
+  local message
+  message=$(LC_ALL=C bash -n "$1" 2>&1) && return
+  if [[ $message == *'matching `"'* ]]; then
+    awk -v script="$1" '
+      /^[ \t]*#/ { next }
+      {
+        code = $0 # without what is in quotation marks, and without its comment
+        gsub(/"[^"]*"/, "", code)
+        sub(/[ \t]#.*/, "", code)
+        if (code ~ /"/) {
+          printf "error: %s, line %d: a quotation mark without its partner.\n  %s\n", script, NR, $0
+          found = 1
+          exit
+        }
+      }
+      END { exit !found }
+    ' "$1" >&2 && exit 2
+  fi
+  echo "error: bash cannot read ${message%%$'\n'*}" >&2
+  exit 2
+}
 
-      if (bare ~ /\\[ \t]*$/ && $0 !~ /\\$/)
-        stop(NR, $0, "a " ($0 ~ /\\[ \t]*$/ ? "space" : "comment") " stands behind the \\, which must be the last of its line.")
-      if (last ~ /\\$/ && last_code != "" && code == "")
-        stop(NR, $0, ($0 ~ /#/ ? "a comment" : "an empty line") " in the middle of the command ends it. Move it above the command.")
-      if (bare ~ /^[ \t]*(--[a-z]|[A-Z_]+=)/ && bare ~ /“|”|‘|’|＂/)
-        stop(NR, $0, "quotation marks of prose are part of the value. Write \" instead.")
-      if (bare ~ /^[ \t]*(–|—|－)/)
-        stop(NR, $0, "a dash of prose. A flag begins with --.")
-      if (unbalanced && gsub(/"/, "\"", code) % 2 && gsub(/"/, "\"") % 2)
-        stop(NR, $0, "a quotation mark without its partner.")
-      if (bare ~ /<</) free = 1 # text, or a list in parentheses, needs no \ at the end of a line
-      if (bare ~ /\([ \t]*$/) list = 1
-      if (bare ~ /^[ \t]*\)/) list = 0
-      if (!free && !list && $0 ~ /^[ \t]+(--[a-z]|"\$@"|\$\{[A-Z_]+:\+--)/ && last !~ /\\$/)
-        stop(NR - 1, last, "a \\ is missing at its end: the command goes on in the next line.")
-      last = $0
-      last_code = code
-    }
-    END { exit failed ? 2 : 0 }
-  ' "$1" >&2 || exit 2
+# Stop where the command of `launch` has ended too early: the next line that bash would run is one of flags. Bash has
+# read the script as far as here, and the system knows how far that is; elsewhere than on Linux nothing is checked.
+check_end_of_command() {
+  local script position next
+  script=$(readlink "/proc/$$/fd/255" 2>/dev/null) && [ -f "$script" ] || return 0
+  position=$(awk '$1 == "pos:" { print $2 }' "/proc/$$/fdinfo/255")
+  next=$(tail -c "+$((position + 1))" "$script" | grep -m 1 -n -v '^[[:space:]]*\(#.*\)\?$') || return 0
+  if [[ ${next#*:} =~ ^[[:space:]]*(--[a-z]|\"\$@\"|\$\{[A-Z_]+:\+--) ]]; then
+    local line=$(($(head -c "$position" "$script" | wc -l) + ${next%%:*}))
+    echo "error: ${0##*/}, line $line: this line is not part of the command, which has ended above it: a line of the" \
+      "command ends in a \\, with nothing behind it, and no comment or empty line stands between two of them." >&2
+    echo "  ${next#*:}" >&2
+    exit 2
+  fi
 }
 
 if [ -f "${0##*/}" ]; then

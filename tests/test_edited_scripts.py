@@ -9,12 +9,20 @@ from conftest import ROOT, SAMPLE, TINY
 
 from arguments import parse_flags
 
+PROGRAM = """
+import sys
+from arguments import parse_flags
+from failure import run
+run(parse_flags, sys.argv[1:])
+print(sys.argv[1:])
+"""
+
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the scripts' folder, with a program in main.py's place that prints its words."""
+    """A copy of the scripts' folder, with a main.py that takes its words as the real one, prints them, and ends."""
     shutil.copytree(ROOT / "ptuning", tmp_path / "ptuning", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
-    (tmp_path / "ptuning" / "main.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    (tmp_path / "ptuning" / "main.py").write_text(PROGRAM)
     return tmp_path
 
 
@@ -38,27 +46,68 @@ def replaced(old, new):
 
 
 SEED_LINE = '  --max_steps "$MAX_STEPS" \\\n'
-# What is written in place of the line of --max_steps, on which of its lines the mistake is, and what is said of it.
-SLIPS = {
-    "a comment behind the \\": ('  --max_steps "$MAX_STEPS" \\ # more\n', 0, "a comment stands behind the \\"),
-    "a space behind the \\": ('  --max_steps "$MAX_STEPS" \\ \n', 0, "a space stands behind the \\"),
-    "no \\": ('  --max_steps "$MAX_STEPS"\n', 0, "a \\ is missing at its end"),
-    "a comment instead of the \\": ('  --max_steps "$MAX_STEPS" # more\n', 0, "a \\ is missing at its end"),
-    "a flag commented out": ('  # --max_steps "$MAX_STEPS" \\\n', 0, "a comment in the middle of the command"),
-    "an empty line": (SEED_LINE + "\n", 1, "an empty line in the middle of the command"),
-    "no second quotation mark": ('  --max_steps "$MAX_STEPS \\\n', 0, "a quotation mark without its partner"),
-    "quotation marks of prose": ("  --max_steps “$MAX_STEPS” \\\n", 0, "quotation marks of prose"),
-    "a dash of prose": ('  —max_steps "$MAX_STEPS" \\\n', 0, "a dash of prose"),
+# What is written in place of the line of --max_steps, and how far below it the command goes on, which bash has ended.
+ENDS = {
+    "a comment behind the \\": ('  --max_steps "$MAX_STEPS" \\ # more\n', 1),
+    "a space behind the \\": ('  --max_steps "$MAX_STEPS" \\ \n', 1),
+    "no \\": ('  --max_steps "$MAX_STEPS"\n', 1),
+    "a comment instead of the \\": ('  --max_steps "$MAX_STEPS" # more\n', 1),
+    "a flag commented out": ('  # --max_steps "$MAX_STEPS" \\\n', 1),
+    "an empty line": (SEED_LINE + "\n", 2),
+    "a comment between empty lines": (SEED_LINE + "\n# more\n\n", 4),
 }
 
 
-@pytest.mark.parametrize(("lines", "offset", "problem"), SLIPS.values(), ids=SLIPS.keys())
-def test_a_slip_in_the_command_is_said_with_its_line(lines, offset, problem, folder):
+@pytest.mark.parametrize(("lines", "offset"), ENDS.values(), ids=ENDS.keys())
+def test_a_command_that_ends_too_early_is_said_with_the_first_line_that_is_lost(lines, offset, folder):
     done = run_edited(folder, replaced(SEED_LINE, lines))
     number = line_of((ROOT / "train.sh").read_text(), "--max_steps") + offset
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: train.sh, line {number}: {problem}")
+    assert done.stderr.startswith(
+        f"error: train.sh, line {number}: this line is not part of the command, which has ended"
+    )
+    assert done.stderr.splitlines()[1] == "    --logging_steps 10 \\"
     assert len(done.stderr.splitlines()) == 2 and done.stdout == ""
+
+
+def test_the_last_line_of_a_command_is_missed_too(folder):
+    done = run_edited(folder, lambda text: text.replace('"$QUANTIZATION_BIT"} \\\n', '"$QUANTIZATION_BIT"}\n'))
+    assert done.returncode == 2 and done.stderr.splitlines()[1] == '    "$@"'
+
+
+def test_a_line_without_its_second_quotation_mark_is_said(folder):
+    done = run_edited(folder, replaced(SEED_LINE, '  --max_steps "$MAX_STEPS \\\n'))
+    number = line_of((ROOT / "train.sh").read_text(), "--max_steps")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: train.sh, line {number}: a quotation mark without its partner.\n")
+    assert len(done.stderr.splitlines()) == 2 and done.stdout == ""
+
+
+# What bash takes for text, and main.py does not.
+PROSE = {
+    "quotation marks": (
+        "  --max_steps “$MAX_STEPS” \\\n",
+        """'“3000”' (behind --max_steps): the quotation marks of prose""",
+    ),
+    "a dash": ('  —max_steps "$MAX_STEPS" \\\n', "begins with a dash of prose. Write --max_steps"),
+    "quotation marks in a variable": (
+        "  --max_steps “5” \\\n",
+        'the quotation marks of prose are part of it. Write "5"',
+    ),
+}
+
+
+@pytest.mark.parametrize(("lines", "message"), PROSE.values(), ids=PROSE.keys())
+def test_a_sign_of_prose_is_said_with_its_flag(lines, message, folder):
+    done = run_edited(folder, replaced(SEED_LINE, lines))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_bash_cannot_read_is_said_before_anything_runs(folder):
+    done = run_edited(folder, replaced("launch ptuning", "if true; then launch ptuning"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: bash cannot read train.sh: line \d+: syntax error: .*\n", done.stderr)
 
 
 def test_a_variable_without_its_second_quotation_mark_is_said_with_its_line(folder):
@@ -88,6 +137,19 @@ def test_a_script_without_slips_starts_the_program_with_all_its_flags(script, fo
 
 
 HARMLESS = {
+    "quotation marks of prose in a value": (SEED_LINE, SEED_LINE + "  --source_prefix '“广告”：' \\\n"),
+    "such marks alone": (SEED_LINE, SEED_LINE + "  --source_prefix=“广告” \\\n"),
+    "marks without a partner": (SEED_LINE, SEED_LINE + "  --source_prefix 'a \"quoted word: ' \\\n"),
+    "a list over two lines": ("launch ptuning", "more=(--seed 1\n  --data_seed 2)\nlaunch ptuning"),
+    "a list that ends behind a flag": (
+        "launch ptuning",
+        "more=(\n  --seed 1 # one\n\n  --data_seed 2)\nlaunch ptuning",
+    ),
+    "a list behind the command": (SEED_LINE, SEED_LINE + "  $(echo --seed 1 # one\n  echo --data_seed 2) \\\n"),
+    "a text of flags for the command": ('  "$@"\n', '  "$@" <<TEXT\n  --seed 1\nTEXT\n'),
+    "a value of two lines": (SEED_LINE, SEED_LINE + '  --source_prefix "one\n  --two" \\\n'),
+    "commands behind it": ('  "$@"\n', '  "$@"\n\n# the end\necho --seed\n'),
+    "a comment with a \\": ("LR=${LR:-2e-2} ", "# a flag ends in \\ \nLR=${LR:-2e-2} "),
     "text in quotes": (SEED_LINE, SEED_LINE + '  --source_prefix "“写” — # 1" \\\n'),
     "an apostrophe in a comment": ("LR=${LR:-2e-2} ", 'LR=${LR:-2e-2} # don\'t raise it; "2e-2" is '),
     "a list": ("launch ptuning", "more=(\n  --seed\n  1\n)\nlaunch ptuning"),
