@@ -14,6 +14,7 @@ Without words of torchrun's the program is one process, which needs no torchrun:
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,9 +100,14 @@ def connect(arguments):
     return TCPStore(arguments.master_addr, arguments.master_port, is_master=False, timeout=patience)
 
 
+def keeps_store(arguments):
+    """Whether the store is where these words say: with another rendezvous than by an address, torchrun chooses."""
+    return arguments.rdzv_backend == "static" and not arguments.rdzv_endpoint
+
+
 def report_failure(arguments):
     """Tell the other machines that this one has failed. That machine 0 has, they see by themselves."""
-    if arguments.node_rank > 0:
+    if arguments.node_rank > 0 and keeps_store(arguments):
         with contextlib.suppress(RuntimeError):
             connect(arguments).set(FAILED, f"machine {arguments.node_rank}")
 
@@ -115,7 +121,9 @@ def follow_other_machines(arguments, told):
         store = connect(arguments)
         while not store.check([FAILED]):
             time.sleep(1)
-        culprit = store.get(FAILED).decode()
+        culprit = store.get(FAILED).decode(errors="replace")
+        if not re.fullmatch(r"machine \d{1,6}", culprit):  # whoever reaches the port can write there
+            culprit = "another machine"
     except RuntimeError:
         culprit = "machine 0"
         time.sleep(3)  # it may have ended as all do
@@ -141,7 +149,8 @@ def prepare_several_machines(arguments, told):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if arguments.node_rank == 0:
         print(warn_of_port(arguments.master_port), flush=True)
-    threading.Thread(target=follow_other_machines, args=(arguments, told), daemon=True).start()
+    if keeps_store(arguments):
+        threading.Thread(target=follow_other_machines, args=(arguments, told), daemon=True).start()
 
 
 # ---- one machine
@@ -161,6 +170,9 @@ def run_on_this_machine(arguments):
 
 def main(words):
     """Run torchrun with these words; the exit status."""
+    if not words:
+        print("error: Nothing to start. Give a program: python ptuning/launch.py ptuning/main.py …", file=sys.stderr)
+        return 2
     for name, value in KEEP_MEMORY.items():
         os.environ.setdefault(name, value)
     os.environ[LAUNCHED] = "1"

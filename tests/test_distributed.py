@@ -193,6 +193,7 @@ def train_on_two_machines(folder, **more):
 def test_two_machines_train_like_one_process_and_the_first_writes(network, one, tmp_path):
     (status, output), (other_status, other_output) = train_on_two_machines(tmp_path)
     assert (status, other_status) == (0, 0), output[-3000:] + other_output[-3000:]
+    assert output.count("Warning: whoever reaches port") == (output + other_output).count("Warning: ") == 1
     both = Run(tmp_path, 2, output)
     assert both.rows == one.rows
     assert losses(both.run_folder) == pytest.approx(losses(one.run_folder), rel=1e-4)

@@ -3,6 +3,7 @@
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 
@@ -76,6 +77,25 @@ def test_ctrl_c_while_torchrun_loads_is_no_traceback(tmp_path):
     assert running.stdout.readline() == "ready\n"
     running.send_signal(signal.SIGINT)
     assert (running.communicate(timeout=60)[1], running.returncode) == ("", 130)
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+def test_who_may_reach_the_port_of_several_machines_is_said_once_by_the_first(machine, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--nnodes=2", f"--node-rank={machine}", "--master-addr=127.0.0.1", f"--master-port={port}", "program.py"]
+    running = subprocess.Popen([*LAUNCH, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if machine == 0:
+        assert running.stdout.readline().startswith(f"Warning: whoever reaches port {port} of machine 0 (MASTER_PORT) ")
+    running.terminate()
+    assert "Warning" not in running.communicate(timeout=60)[0]
+
+
+def test_without_any_word_the_launcher_says_what_is_missing():
+    done = subprocess.run(LAUNCH, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: Nothing to start. Give a program: ") and len(done.stderr.splitlines()) == 1
 
 
 DEATHS = {
