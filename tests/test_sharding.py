@@ -31,8 +31,8 @@ def pretend(self, *args, **kwargs):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_SDAA
 PartialState.__init__ = pretend
 if "--deepspeed" in sys.argv:  # its kernel for sums in shared memory takes minutes to compile; gloo does the same
-    import deepspeed.comm.torch
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    import deepspeed
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # the package's own name of it is torch itself
 sys.argv[0] = {str(ROOT / "ptuning" / "main.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
