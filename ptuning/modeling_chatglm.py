@@ -11,6 +11,7 @@ N query heads (32), G KV groups (2), R = N / G, D head channels (128), F feed-fo
 V padded vocabulary (65024), U supervised tokens. The figures are ChatGLM2-6B's.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from attention import attend, make_mask
 from configuration_chatglm import ChatGLMConfig
 from prefix_encoder import PrefixEncoder
 from products import Linear, OwnGradient, multiply, round_rows
+from quantization import choose_backend, prepare_quantized_, quantize_model_, use_backend_
 from tokenization_chatglm import ChatGLMTokenizer
 
 ROPE_BASE = 10000
@@ -384,7 +386,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = GLMTransformer(config)
         # Lies here and not beside the transformer, because the official parameter names say so.
         self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=False)
-        self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len else None
+        self.prefix_encoder = None
+        if config.pre_seq_len:  # as official: the prefix alone trains
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -494,10 +499,43 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     official_loss = None  # with --precision official, the function of official.py that training goes through
 
-    def __init__(self, config):
+    def __init__(self, config, empty_init=True, device=None):
+        """As official, with the frozen integer layers that `quantization_bit` asks for, and all but a prefix frozen.
+
+        `device` is where the weights are made. They are random numbers whatever `empty_init` says.
+        """
         super().__init__(config)
-        self.transformer = ChatGLMModel(config)
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            self.transformer = ChatGLMModel(config)
+        if config.quantization_bit:
+            unfilled = self.device.type == "meta"
+            (prepare_quantized_ if unfilled else quantize_model_)(self, config.quantization_bit)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """What load_model makes of a folder; see pretrained.py. Without one, transformers builds the model."""
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        from pretrained import load_pretrained  # above this file: it knows folders
+
+        return load_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def quantize(self, bits, empty_init=False, device=None):
+        """Quantize the linear layers in place to 4 or 8 bits, as official; the model itself.
+
+        0 changes nothing, and neither does the width that the weights have already. `device` is where the model goes
+        first; the integers are made of its weights, whatever `empty_init` says.
+        """
+        already = self.config.quantization_bit
+        if device is not None:
+            self.to(device)
+        if bits in (0, None) or bits == already:
+            return self
+        quantize_model_(self, bits)
+        self.config.quantization_bit = bits
+        use_backend_(self, choose_backend("auto", self.device, bits, self.transformer.dtype_of_blocks))
+        return self
 
     def get_output_embeddings(self):
         return self.transformer.output_layer
