@@ -26,9 +26,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from arguments import SUPPORTED_BITS, check_quantization_bit
+from chat_chatglm import unknown_token_ids
 from configuration_chatglm import ChatGLMConfig
 from data import parse_json
-from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies, unknown_token_ids
+from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies
 from products import Linear, convert
 from quantization import (
     choose_backend,

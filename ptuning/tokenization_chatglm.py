@@ -17,6 +17,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
+from conversation import read_history
+
 VOCABULARY_FILE = "tokenizer.model"
 # In the order of their ids, which follow the last SentencePiece piece: 64789 to 64793 in ChatGLM2-6B.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -187,10 +189,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.encode(texts, out_type=int, num_threads=min(8, os.cpu_count() or 1))
 
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
-        """The chat prompt ChatGLM2 was trained on: past (query, answer) turns, then the open question."""
+        """The chat prompt ChatGLM2 was trained on: past (query, answer) turns, then the open question.
+
+        `history` may also be messages of role and content. ValueError for anything else.
+        """
+        query, history = read_history(query, history)
         turns = [
             self.build_turn(question, number) + f"{answer}\n\n"
-            for number, (question, answer) in enumerate(history or [], start=1)
+            for number, (question, answer) in enumerate(history, start=1)
         ]
         return "".join(turns) + self.build_turn(query, len(turns) + 1)
 
@@ -206,6 +212,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         The turns that stay are counted from 1, as if the conversation began with them. The question is never
         left out: a longer one comes back whole.
         """
+        query, history = read_history(query, history)
 
         def encode(start):
             prompt = source_prefix + self.build_prompt(query, history[start:])
