@@ -77,6 +77,10 @@ ADAPTER_FIELDS = (
     "alpha_pattern",
     "use_dora",
     "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
 )
 # What it is not given because it tells where the adapter comes from, or (megatron_core) names code to import.
 ADAPTER_NOTES = (
@@ -255,7 +259,10 @@ def adapter_config(settings, file):
     for field in dataclasses.fields(LoraConfig):
         value = settings.get(field.name)
         if field.name not in (*ADAPTER_FIELDS, *ADAPTER_NOTES) and value and value != field.default:
-            raise ValueError(f"{file}: {field.name} is {value!r}, which cannot be used here. Leave it out in training.")
+            raise ValueError(
+                f"{file}: {field.name} is {value!r}. PEFT cannot use the adapter here with that setting; give one "
+                "that was trained without it."
+            )
     try:
         return LoraConfig(**{name: settings[name] for name in ADAPTER_FIELDS if name in settings})
     except Exception as error:  # settings of any type make PEFT raise anything
