@@ -46,7 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from checkpoint import PREFIX_FILE
-from data import conversation
+from conversation import conversation
 from serving import BodyLimit, Busy, Sampling, check_port, load_server
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there

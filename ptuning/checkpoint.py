@@ -26,14 +26,14 @@ from torch import nn
 from transformers import GenerationConfig
 
 from arguments import SUPPORTED_BITS, check_quantization_bit
+from chat_chatglm import unknown_token_ids
 from configuration_chatglm import ChatGLMConfig
 from data import parse_json
-from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies, unknown_token_ids
+from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies
 from products import Linear, convert
 from quantization import (
     choose_backend,
     is_quantized_weight,
-    prepare_quantized_,
     quantize_weight,
     use_backend_,
 )
@@ -286,34 +286,39 @@ def load_model(
     `dtype` and `device`, quantized on the way with `quantization_bit` 4 or 8 (or already so in the folder). What
     computes with integer weights is one of quantization.BACKENDS, tried before any weight is read.
     `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
-    prefix. The prefix encoder is float32 and is the only part with gradients. `model.fingerprint` tells base
-    models apart; `model.base_folder` is `folder`.
+    prefix. The prefix encoder is float32 and is the only part with gradients; a prefix among the weights fills it.
+    `device` may be a dictionary of modules to devices. `model.fingerprint` tells base models apart;
+    `model.base_folder` is `folder`.
 
     Raises FileNotFoundError and ValueError: missing or unreadable files, and missing, unexpected or
     wrongly shaped tensors, by name.
     """
     config = config or read_config(folder, pre_seq_len=None)
-    bits = check_quantization_bit(quantization_bit, config.quantization_bit)
+    bits = config.quantization_bit = check_quantization_bit(quantization_bit, config.quantization_bit)
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
     if bits:
-        prepare_quantized_(model, bits)
-        use_backend_(model, choose_backend(quantization_backend, device, bits, dtype))
-        config.quantization_bit = bits
+        use_backend_(model, choose_backend(quantization_backend, device_of("", device), bits, dtype))
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
+    for name in expected:
+        device_of(name, device)  # or an error, before any weight is read
     multiplied = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     model.base_folder = Path(folder)
-    missing, unexpected = set(expected), []
+    missing, unexpected, prefix = set(expected), [], {}
     for file in weight_files(folder):
         for stored_name, stored in read_tensors(file):
             if stored_name == NOT_NEEDED:
+                continue
+            if stored_name.startswith(PREFIX_KEY) and config.pre_seq_len:
+                check_trained(stored, stored_name, file)
+                prefix[stored_name.removeprefix(PREFIX_KEY)] = stored
                 continue
             if stored_name not in expected:
                 unexpected.append(stored_name)
                 continue
             if stored_name == FINGERPRINT_TENSOR:
                 model.fingerprint = hashlib.sha256(stored.float().numpy().tobytes()).hexdigest()[:16]
-            tensors = {stored_name: stored.to(device)}
+            tensors = {stored_name: stored.to(device_of(stored_name, device))}
             if bits and is_quantized_weight(stored_name) and stored.is_floating_point():
                 weight, scale = quantize_weight(tensors[stored_name], bits)  # in the file's dtype, as official
                 tensors = {stored_name: weight, stored_name + "_scale": scale}
@@ -339,8 +344,25 @@ def load_model(
     if prefix_encoder is not None:
         prefix_encoder.to_empty(device="cpu")  # initialized on the CPU: the same numbers on every device and rank
         prefix_encoder.reset_parameters()
-        prefix_encoder.to(device).requires_grad_(True)
+        if prefix:
+            fill_with_prefix(prefix_encoder, prefix, folder)
+        prefix_encoder.to(device_of(PREFIX_KEY, device)).requires_grad_(True)
     return model.eval()
+
+
+def device_of(name, devices):
+    """Where the tensor `name` goes: `devices` is a device, or {module: device}, of which the innermost counts.
+
+    "" gives the first that is no CPU: the one that computes.
+    """
+    if not isinstance(devices, dict):
+        return devices
+    if not name:
+        return next((device for device in devices.values() if torch.device(device).type != "cpu"), "cpu")
+    fitting = [module for module in devices if not module or f"{name}.".startswith(f"{module}.")]
+    if not fitting:
+        raise ValueError(f"device_map does not say where {name} goes; it names {', '.join(devices)}.")
+    return devices[max(fitting, key=len)]
 
 
 def stored_dtype(folder):
@@ -380,7 +402,7 @@ def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / (pattern.format(suffix="") + ".index.json"), index)
-    settings = read_json(model.base_folder / "config.json")
+    settings = ChatGLMConfig.known_settings(read_json(model.base_folder / "config.json"))
     for name in ("dtype", "pre_seq_len", "prefix_projection"):
         settings.pop(name, None)
     bits = {"quantization_bit": model.config.quantization_bit} if model.config.quantization_bit else {}
@@ -681,14 +703,18 @@ def warn_of_other_base(model, checkpoint):
 
 
 def fill_prefix_encoder(prefix_encoder, checkpoint):
-    """The same for a PrefixEncoder that is in no model."""
-    tensors = read_prefix(checkpoint)
+    """Fill a PrefixEncoder that is in no model from a checkpoint folder, all of it or ValueError."""
+    fill_with_prefix(prefix_encoder, read_prefix(checkpoint), checkpoint)
+
+
+def fill_with_prefix(prefix_encoder, tensors, source):
+    """Fill a PrefixEncoder with the `tensors` of the folder `source`, all of it or ValueError."""
     expected = prefix_encoder.state_dict()
     found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if found_shapes != expected_shapes:
         raise ValueError(
-            f"The prefix in {checkpoint} does not fit this base model: found {found_shapes}, "
+            f"The prefix in {source} does not fit this base model: found {found_shapes}, "
             f"expected {expected_shapes}. It was trained on a model of another size, or with other settings."
         )
     prefix_encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -1,13 +1,29 @@
 """ChatGLMConfig: every field of the official ChatGLM2 `config.json`.
 
 Answers to the official `configuration_chatglm.py`. It differs in that a value the model cannot
-honour is a ValueError that names the field, instead of a wrong model.
+honour is a ValueError that names the field, instead of a wrong model, and in that transformers never meets
+a setting that this file does not know: a config.json can name kernels, classes and repositories there
+(`_attn_implementation`, `quantization_config`, `per_layer_config`, …), which the library then fetches and runs.
 """
+
+import inspect
 
 from transformers import PretrainedConfig
 
 LARGEST_SIZE = 2**20
 MOST_LAYERS = 1000
+# What transformers is given of a config.json beside the fields of the model: nothing that chooses code.
+LIBRARY_SETTINGS = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "output_hidden_states",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+)
+# Official keys that are written to another config.json as they were read, and used by nothing here.
+CARRIED_SETTINGS = ("_name_or_path", "auto_map", "model_type", "vocab_size")
 
 
 def is_integer(value):
@@ -71,6 +87,7 @@ class ChatGLMConfig(PretrainedConfig):
         **kwargs,
     ):
         kwargs.pop("vocab_size", None)  # older checkpoints repeat padded_vocab_size under this name
+        self._auto_map = kwargs.get("auto_map")  # for whoever loads a saved folder with the official code
         self.num_layers = num_layers
         self.padded_vocab_size = padded_vocab_size
         self.hidden_size = hidden_size
@@ -105,10 +122,29 @@ class ChatGLMConfig(PretrainedConfig):
         # Set by hand as well: transformers 5 no longer defines these on every configuration.
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
+        for name in kwargs.keys() & self.attribute_map.keys():  # the library's names of these fields
+            setattr(self, name, kwargs[name])
         self._check(kwargs.get("rope_scaling"))
+        settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
         super().__init__(
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **settings
         )
+
+    def to_dict(self):
+        settings = super().to_dict()
+        auto_map = settings.pop("_auto_map", None)
+        return settings if auto_map is None else {**settings, "auto_map": auto_map}
+
+    @classmethod
+    def known_settings(cls, settings):
+        """Those of a config.json's `settings` that belong into another one: of the model, and no other."""
+        known = {*cls.fields(), *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
+        return {name: value for name, value in settings.items() if name in known}
+
+    @classmethod
+    def fields(cls):
+        """Names of the model's own settings in a config.json."""
+        return inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
 
     @property
     def num_key_value_heads(self):

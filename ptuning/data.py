@@ -23,6 +23,8 @@ from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
+from conversation import conversation
+
 IGNORED_LABEL = -100
 DATASET_INFO_FILE = "dataset_info.json"
 COLUMNS = ("prompt", "query", "response", "history", "messages")
@@ -316,27 +318,6 @@ def _history(name: str, number: int, column: str | None, row: dict, flag: str) -
                 raise ValueError(f"{expected} of text, but its item {position} contains {_kind(text)}")
             _checked(text, f"{name} row {number}", column)
     return history
-
-
-def conversation(messages: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
-    """(question, history) of (role, text) messages, for build_prompt.
-
-    ChatGLM2 knows questions and answers only: system messages stand before the question they precede, and
-    messages of one side in a row become one. ValueError unless a user has the last word.
-    """
-    history, pending = [], []
-    for role, text in messages:
-        if role != "assistant":
-            pending.append(text)
-        elif pending or not history:
-            history.append(("\n".join(pending), text))
-            pending = []
-        else:
-            question, answer = history[-1]
-            history[-1] = (question, f"{answer}\n{text}")
-    if messages[-1][0] != "user":
-        raise ValueError(f"The last message is of role {messages[-1][0]!r}; expected 'user', whom the model answers.")
-    return "\n".join(pending), history
 
 
 def _dialogue(

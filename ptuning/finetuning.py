@@ -14,6 +14,7 @@ autocast (full, freeze), or the adapter computes in float32 (lora).
 """
 
 import copy
+import dataclasses
 import math
 import re
 import warnings
@@ -57,6 +58,40 @@ DEFAULTS = {
 }
 ADAPTER_SETTINGS = "adapter_config.json"
 ADAPTER_KEY = "base_model.model."  # what PEFT puts before the names of a model's tensors
+# What PEFT is given of an adapter_config.json: numbers, and names of the model's own layers.
+ADAPTER_FIELDS = (
+    "task_type",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+)
+# What it is not given because it tells where the adapter comes from, or (megatron_core) names code to import.
+ADAPTER_NOTES = (
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "megatron_core",
+    "inference_mode",
+)
 
 
 # ---- what a checkpoint says of itself
@@ -204,23 +239,34 @@ def read_adapter_settings(checkpoint):
 
 def read_adapter(checkpoint):
     """(PEFT's LoraConfig, {name: tensor}) of an adapter folder, names as in the base model. ValueError for others."""
-    from peft import LoraConfig
-
     checkpoint = Path(checkpoint)
     files = [checkpoint / name for name in ADAPTER_FILES if (checkpoint / name).is_file()]
     if not files:
         raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {ADAPTER_FILES[0]} in it.")
-    read_adapter_settings(checkpoint)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about settings of another version of PEFT
-            config = LoraConfig.from_pretrained(str(checkpoint))
-    except Exception as error:  # settings of any type make PEFT raise anything
-        raise ValueError(f"{checkpoint / ADAPTER_SETTINGS} cannot be used ({first_line(error)}).") from error
+    config = adapter_config(read_adapter_settings(checkpoint), checkpoint / ADAPTER_SETTINGS)
     tensors = {name.removeprefix(ADAPTER_KEY): tensor for name, tensor in read_tensors(files[0])}
     for name, tensor in tensors.items():
         check_trained(tensor, name, files[0])
     return config, tensors
+
+
+def adapter_config(settings, file):
+    """PEFT's LoraConfig of the settings in `file`. ValueError for one that would change what is computed, and is none
+    of ADAPTER_FIELDS.
+    """
+    from peft import LoraConfig
+
+    for field in dataclasses.fields(LoraConfig):
+        value = settings.get(field.name)
+        if field.name not in (*ADAPTER_FIELDS, *ADAPTER_NOTES) and value and value != field.default:
+            raise ValueError(
+                f"{file}: {field.name} is {value!r}. PEFT cannot use the adapter here with that setting; give one "
+                "that was trained without it."
+            )
+    try:
+        return LoraConfig(**{name: settings[name] for name in ADAPTER_FIELDS if name in settings})
+    except Exception as error:  # settings of any type make PEFT raise anything
+        raise ValueError(f"{file} cannot be used ({first_line(error)}).") from error
 
 
 def add_adapter(model, config, tensors=None, source=""):

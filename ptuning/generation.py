@@ -26,7 +26,7 @@ import warnings
 
 import torch
 
-from modeling_chatglm import TOP_K
+from chat_chatglm import TOP_K
 
 PREFILL_TOKENS = 1024  # of prompts fed at once: bounds the memory of their activations and attention mask
 WIDTH_STEP = 64  # the cache grows by so many slots

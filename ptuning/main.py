@@ -25,6 +25,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging
 
+from chat_chatglm import TOP_K
 from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config, resolve_folder
 from data import (
     collate_prediction,
@@ -45,7 +46,6 @@ from finetuning import (
     read_settings,
 )
 from memory import count_weights, memory_table, needs_checkpointing, peak_memory_gb, rows_that_fit
-from modeling_chatglm import TOP_K
 from prediction import dev_scores, predict, predict_with_each
 from reports import close_reports, prepare_reports
 from resume import (

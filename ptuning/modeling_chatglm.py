@@ -1,4 +1,4 @@
-"""ChatGLM2: the transformer, the language-model head and its loss, hooks for generate(), chat.
+"""ChatGLM2: the transformer, the language-model head and its loss, hooks for generate().
 
 Answers to the official `modeling_chatglm.py`. Parameter names and numbers are the same; it differs in
 that tensors are batch-first inside, attention (attention.py) expands neither mask nor KV groups
@@ -11,6 +11,7 @@ N query heads (32), G KV groups (2), R = N / G, D head channels (128), F feed-fo
 V padded vocabulary (65024), U supervised tokens. The figures are ChatGLM2-6B's.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -25,26 +26,21 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationMixin,
-    LogitsProcessorList,
     PreTrainedModel,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from attention import attend, make_mask
+from chat_chatglm import ChatMethods
 from configuration_chatglm import ChatGLMConfig
 from prefix_encoder import PrefixEncoder
 from products import Linear, OwnGradient, multiply, round_rows
+from quantization import choose_backend, prepare_quantized_, quantize_model_, use_backend_
 from tokenization_chatglm import ChatGLMTokenizer
 
 ROPE_BASE = 10000
-TRAINING_DATE = "[[训练时间]]"  # written by the official model where its training date belongs
 FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probability is about 1 / V = 1.5e-5
-TOP_K = 50  # the official code samples through generate(), whose default this was in transformers 4
 
 
 def rotary_frequencies(head_channels, device=None):
@@ -384,7 +380,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = GLMTransformer(config)
         # Lies here and not beside the transformer, because the official parameter names say so.
         self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=False)
-        self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len else None
+        self.prefix_encoder = None
+        if config.pre_seq_len:  # as official: the prefix alone trains
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -484,20 +483,48 @@ def supervised_loss(hidden_states, labels, output_layer, num_items_in_batch=None
     return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
-def unknown_token_ids(tokenizer, config):
-    """Ids of the padded vocabulary that the tokenizer has no token for, None where there are none."""
-    return list(range(tokenizer.vocab_size, config.padded_vocab_size)) or None
-
-
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
-    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods."""
+class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat_chatglm.py)."""
 
     official_loss = None  # with --precision official, the function of official.py that training goes through
 
-    def __init__(self, config):
+    def __init__(self, config, empty_init=True, device=None):
+        """As official, with the frozen integer layers that `quantization_bit` asks for, and all but a prefix frozen.
+
+        `device` is where the weights are made. They are random numbers whatever `empty_init` says.
+        """
         super().__init__(config)
-        self.transformer = ChatGLMModel(config)
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            self.transformer = ChatGLMModel(config)
+        if config.quantization_bit:
+            unfilled = self.device.type == "meta"
+            (prepare_quantized_ if unfilled else quantize_model_)(self, config.quantization_bit)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """What load_model makes of a folder; see pretrained.py. Without one, transformers builds the model."""
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        from pretrained import load_pretrained  # above this file: it knows folders
+
+        return load_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def quantize(self, bits, empty_init=False, device=None):
+        """Quantize the linear layers in place to 4 or 8 bits, as official; the model itself.
+
+        0 changes nothing, and neither does the width that the weights have already. `device` is where the model goes
+        first; the integers are made of its weights, whatever `empty_init` says.
+        """
+        already = self.config.quantization_bit
+        if device is not None:
+            self.to(device)
+        if bits in (0, None) or bits == already:
+            return self
+        quantize_model_(self, bits)
+        self.config.quantization_bit = bits
+        use_backend_(self, choose_backend("auto", self.device, bits, self.transformer.dtype_of_blocks))
+        return self
 
     def get_output_embeddings(self):
         return self.transformer.output_layer
@@ -579,121 +606,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         return attention_mask  # the 2D mask: forward adds the prefix and the causal part
-
-    # Chat: the official signatures, defaults and returns.
-
-    def process_response(self, response):
-        return response.strip().replace(TRAINING_DATE, "2023年")
-
-    def limit_length(self, max_length):
-        """`max_length` (prompt and answer), cut to what the model was made for."""
-        return min(max_length, self.config.seq_length)
-
-    @torch.inference_mode()
-    def chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        max_length=8192,
-        num_beams=1,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        **kwargs,
-    ):
-        """Answer `query`: (response, history with the new turn). `max_length` counts prompt and answer."""
-        history = history or []
-        inputs = tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(self.device)
-        sampling = {"top_p": top_p, "temperature": temperature, "top_k": TOP_K} if do_sample else {}
-        output = self.generate(
-            **inputs,
-            max_length=self.limit_length(max_length),
-            num_beams=num_beams,
-            do_sample=do_sample,
-            logits_processor=logits_processor,
-            suppress_tokens=unknown_token_ids(tokenizer, self.config),
-            **sampling,
-            **kwargs,
-        )
-        response = self.process_response(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()))
-        return response, [*history, (query, response)]
-
-    @torch.inference_mode()
-    def stream_chat(
-        self,
-        tokenizer,
-        query,
-        history=None,
-        past_key_values=None,
-        max_length=8192,
-        do_sample=True,
-        top_p=0.8,
-        temperature=0.8,
-        logits_processor=None,
-        return_past_key_values=False,
-        **kwargs,
-    ):
-        """Yield the growing answer: (response, history) or (response, history, past_key_values).
-
-        With `return_past_key_values` the cache that comes back holds the whole conversation; given as
-        `past_key_values` with the returned history, the next turn feeds its question only. A text that ends
-        in half a character is held back until the character is whole.
-        """
-        history = history or []
-        if past_key_values is not None and history:
-            # The cache lacks only the blank line that ends the last answer, and the new turn.
-            turn = "\n\n" + tokenizer.build_turn(query, len(history) + 1)
-            token_ids = tokenizer.encode(turn, add_special_tokens=False)
-            if tokenizer.convert_ids_to_tokens(token_ids[0]) == "▁":  # SentencePiece's mark for a new text
-                token_ids = token_ids[1:]
-        else:
-            token_ids = tokenizer.encode(tokenizer.build_prompt(query, history))
-        processors = LogitsProcessorList(logits_processor or [])
-        if unknown := unknown_token_ids(tokenizer, self.config):
-            processors.append(SuppressTokensLogitsProcessor(unknown, device=self.device))
-        if do_sample:
-            processors.append(TemperatureLogitsWarper(float(temperature)))
-            processors.append(TopKLogitsWarper(TOP_K))
-            processors.append(TopPLogitsWarper(float(top_p)))
-
-        if past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        input_ids = torch.tensor([token_ids], device=self.device)
-        response_ids = []
-        for token_id in self.stream_tokens(input_ids, past_key_values, processors, max_length, do_sample, **kwargs):
-            response_ids.append(token_id)
-            response = tokenizer.decode(response_ids)
-            if not response or response.endswith("\ufffd"):
-                continue
-            response = self.process_response(response)
-            result = response, [*history, (query, response)]
-            yield (*result, past_key_values) if return_past_key_values else result
-
-    def stream_tokens(self, input_ids, past_key_values, processors, max_length, do_sample, max_new_tokens=None):
-        """Yield the ids that follow `input_ids` (1, S) and what the cache holds, up to the end of sequence.
-
-        `max_length` counts the tokens in the cache (not the prefix), the input and the answer.
-        """
-        past_length = max(0, int(past_key_values.get_seq_length()) - self.prefix_length)
-        room = self.limit_length(max_length) - past_length - input_ids.shape[1]
-        if room < 1:
-            raise ValueError(
-                f"The conversation has {past_length + input_ids.shape[1]} tokens, which leaves no room for an answer "
-                f"within max_length {self.limit_length(max_length)}. Raise max_length or shorten the history."
-            )
-        if max_new_tokens is not None:
-            room = min(room, max_new_tokens)
-        next_ids = input_ids
-        for _ in range(room):
-            output = self(next_ids, past_key_values=past_key_values, use_cache=True, logits_to_keep=1)
-            scores = processors(input_ids, output.logits[:, -1])
-            next_ids = scores.softmax(-1).multinomial(1) if do_sample else scores.argmax(-1, keepdim=True)  # (1, 1)
-            if next_ids.item() == self.config.eos_token_id:
-                return
-            input_ids = torch.cat((input_ids, next_ids), dim=1)
-            yield next_ids.item()
 
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)

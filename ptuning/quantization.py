@@ -69,7 +69,7 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             "the weight holds infinite or NaN values and cannot be quantized. Check the base model's files."
         )
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-    quantized = (weight / divisor[:, None]).round_().clamp_(-largest, largest).to(torch.int8)
+    quantized = (weight / divisor[:, None]).round_().clamp_(-largest, largest).to(torch.int8).contiguous()
     return (pack_int4(quantized) if bits == 4 else quantized), scale
 
 
@@ -337,6 +337,11 @@ def _swap_linears_(model: nn.Module, replacement: Callable[[nn.Linear], Quantize
             parent_path, name = path.split(".")
             parent = layer.get_submodule(parent_path)
             linear = getattr(parent, name)
+            if not isinstance(linear, nn.Linear | QuantizedLinear):
+                raise ValueError(
+                    f"layer {number} {path} is a {type(linear).__name__}, not the float layer that can be quantized. Merge "
+                    "a LoRA adapter first: python ptuning/export_model.py."
+                )
             if isinstance(linear, QuantizedLinear):
                 raise ValueError(
                     f"layer {number} {path} has int{linear.bits} weights already, and a quantized model is not "
@@ -353,6 +358,8 @@ def quantize_model_(model: nn.Module, bits: int) -> None:
 
     Raises ValueError, with the layer's name, where a layer is quantized already or cannot be.
     """
+    if bits not in (4, 8):
+        raise ValueError(f"quantize: bits is {bits!r}, expected 4 or 8, or 0 for float weights.")
     _swap_linears_(model, lambda linear: QuantizedLinear.from_linear(linear, bits))
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from arguments import check_bits_train, check_quantization_bit, check_ranges
+from chat_chatglm import TRAINING_DATE
 from checkpoint import (
     choose_dtype,
     fill_prefix_encoder,
@@ -36,9 +37,9 @@ from checkpoint import (
     resolve_folder,
 )
 from configuration_chatglm import ChatGLMConfig
+from conversation import read_history
 from finetuning import check_adapters, find_trained, prepare_model, read_settings
 from generation import Batch, choose
-from modeling_chatglm import TRAINING_DATE
 from prefix_encoder import PrefixEncoder
 
 BASE = "base"  # name of the model without a prefix
@@ -203,7 +204,7 @@ class ChatServer:
 
     def encode(self, query, history=()):
         """Token ids of the chat prompt; ValueError for text that no UTF-8 file could hold."""
-        history = list(history)
+        query, history = read_history(query, history)
         check_text(query, history)
         return self.tokenizer.encode(self.tokenizer.build_prompt(query, history))
 
@@ -212,6 +213,7 @@ class ChatServer:
 
         Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
         """
+        query, history = read_history(query, history)
         check_text(query, history)
         seq_length = self.model.config.seq_length
         limit = seq_length - min(max_new_tokens, seq_length // 4)

@@ -17,17 +17,34 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
+from conversation import read_history
+
 VOCABULARY_FILE = "tokenizer.model"
 # In the order of their ids, which follow the last SentencePiece piece: 64789 to 64793 in ChatGLM2-6B.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-OTHER_SPECIAL_TOKEN_SETTINGS = (
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "model_specific_special_tokens",
+# What transformers is given of a tokenizer_config.json, or of a caller's arguments: no special tokens, which it would
+# cut out of the text, and nothing that names a file or a class.
+LIBRARY_SETTINGS = (
+    "chat_template",
+    "do_lower_case",
+    "is_local",
+    "local_files_only",
+    "model_max_length",
+    "name_or_path",
+    "remove_space",
+    "truncation_side",
+    "verbose",
 )
 # What transformers adds to tokenizer_config.json and the official file has not.
 KEYS_NOT_SAVED = ("added_tokens_decoder", "backend", "is_local", "local_files_only")
+
+
+def read_settings(folder):
+    """The object in a folder's tokenizer_config.json, with the chat template beside it; {} without these files."""
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {name: value for name, value in settings.items() if name not in ("vocab_file", "is_local")}
+    return {**settings, "chat_template": template.read_text(encoding="utf-8")} if template.is_file() else settings
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -53,13 +70,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.special_token_to_id = {
             token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(SPECIAL_TOKENS)
         }
-        for name in (*self.SPECIAL_TOKENS_ATTRIBUTES, *OTHER_SPECIAL_TOKEN_SETTINGS):
-            kwargs.pop(name, None)
-        super().__init__(padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **kwargs)
+        settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
+        super().__init__(
+            padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **settings
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
-        """As in transformers; FileNotFoundError for a local folder without `tokenizer.model`."""
+        """As in transformers; FileNotFoundError for a local folder without `tokenizer.model`.
+
+        Of a local folder this reads tokenizer.model, tokenizer_config.json and chat_template.jinja, and no file that
+        one of these names.
+        """
         folder = Path(pretrained_model_name_or_path)
         file = folder / (kwargs.get("subfolder") or "") / VOCABULARY_FILE
         if folder.is_dir() and not file.is_file():
@@ -68,7 +90,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 f"copy {VOCABULARY_FILE} and tokenizer_config.json from the ChatGLM2-6B model folder"
             )
         if file.is_file():
-            file.open("rb").close()  # or the reason why it cannot be read would be lost
+            return cls(str(file), **{**read_settings(file.parent), "name_or_path": str(folder), **kwargs})
         return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     def _load_sentencepiece(self):
@@ -167,10 +189,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.encode(texts, out_type=int, num_threads=min(8, os.cpu_count() or 1))
 
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
-        """The chat prompt ChatGLM2 was trained on: past (query, answer) turns, then the open question."""
+        """The chat prompt ChatGLM2 was trained on: past (query, answer) turns, then the open question.
+
+        `history` may also be messages of role and content. ValueError for anything else.
+        """
+        query, history = read_history(query, history)
         turns = [
             self.build_turn(question, number) + f"{answer}\n\n"
-            for number, (question, answer) in enumerate(history or [], start=1)
+            for number, (question, answer) in enumerate(history, start=1)
         ]
         return "".join(turns) + self.build_turn(query, len(turns) + 1)
 
@@ -186,6 +212,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         The turns that stay are counted from 1, as if the conversation began with them. The question is never
         left out: a longer one comes back whole.
         """
+        query, history = read_history(query, history)
 
         def encode(start):
             prompt = source_prefix + self.build_prompt(query, history[start:])

@@ -8,9 +8,9 @@ import torch
 from conftest import SYNTHETIC, synthetic_model
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from chat_chatglm import TOP_K
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, read_prefix_settings
 from generation import Batch, answer_prompts, choose
-from modeling_chatglm import TOP_K
 
 NUM_KNOWN = 315  # of the 320 ids; the others are never chosen
 MAX_LENGTH = 40

@@ -9,6 +9,7 @@ from conftest import OFFICIAL_FIELDS, SYNTHETIC, formula_model, relative_differe
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from chat_chatglm import unknown_token_ids
 from configuration_chatglm import ChatGLMConfig
 from modeling_chatglm import (
     ChatGLMForConditionalGeneration,
@@ -19,7 +20,6 @@ from modeling_chatglm import (
     SwiGLU,
     rotary_cos_sin,
     supervised_loss,
-    unknown_token_ids,
 )
 from products import ONEDNN, round_rows
 

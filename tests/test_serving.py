@@ -9,8 +9,8 @@ import torch
 from conftest import TINY
 
 from arguments import add_model_arguments
+from chat_chatglm import TRAINING_DATE
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_prefix
-from modeling_chatglm import TRAINING_DATE
 from serving import (
     BASE,
     Answer,

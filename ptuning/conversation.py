@@ -1,0 +1,78 @@
+"""What was said so far, in the two forms that there are: (question, answer) pairs, or messages of a role.
+
+Answers to the `history` of the official `chat`, which are pairs; messages are those of a data file and of the API.
+"""
+
+ROLES = ("system", "user", "assistant")
+EXPECTED = (
+    'expected a list of (question, answer) pairs, such as [("你好", "你好！")], or of messages, such as '
+    '[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]'
+)
+
+
+def conversation(messages: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
+    """(question, history) of (role, text) messages, for build_prompt.
+
+    ChatGLM2 knows questions and answers only: system messages stand before the question they precede, and
+    messages of one side in a row become one. ValueError unless a user has the last word.
+    """
+    history, pending = [], []
+    for role, text in messages:
+        if role != "assistant":
+            pending.append(text)
+        elif pending or not history:
+            history.append(("\n".join(pending), text))
+            pending = []
+        else:
+            question, answer = history[-1]
+            history[-1] = (question, f"{answer}\n{text}")
+    if messages[-1][0] != "user":
+        raise ValueError(f"The last message is of role {messages[-1][0]!r}; expected 'user', whom the model answers.")
+    return "\n".join(pending), history
+
+
+def read_history(query, history) -> tuple[str, list[tuple[str, str]]]:
+    """(question, pairs) of a question and what was said before it, in either form. ValueError for anything else."""
+    if not isinstance(query, str):
+        raise ValueError(f"The question is {shown(query)}, expected one text.")
+    if history is None:
+        return query, []
+    if not isinstance(history, list | tuple):
+        raise ValueError(f"history is {shown(history)}, {EXPECTED}.")
+    if any(isinstance(turn, dict) for turn in history):
+        messages = [read_message(message, position) for position, message in enumerate(history, start=1)]
+        return conversation([*messages, ("user", query)])
+    for position, turn in enumerate(history, start=1):
+        if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"history, turn {position}: found {shown(turn)}, {EXPECTED}.")
+    return query, [tuple(turn) for turn in history]
+
+
+def read_message(message, position):
+    """(role, text) of one message. ValueError, with its number, for what is none."""
+    place = f"history, turn {position}"
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        found = (
+            f"an object of {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, dict) else shown(message)
+        )
+        raise ValueError(f"{place}: expected an object of role and content, found {found}")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(f"{place}: the role is {shown(role)}, expected {' or '.join(map(repr, ROLES))}")
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: the content is {shown(content)}, expected text")
+    return role, content
+
+
+def continued(history, query, response):
+    """`history` with the new turn, in the form that it has."""
+    history = list(history or [])
+    if history and isinstance(history[0], dict):
+        return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
+    return [*history, (query, response)]
+
+
+def shown(value):
+    """A value as a message names it: short, on one line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
