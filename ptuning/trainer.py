@@ -28,6 +28,7 @@ from checkpoint import (
     STATE_FILE,
     next_save_number,
     nothing_half_written,
+    point_to_best,
     publish_checkpoint,
     read_json,
     rotate_checkpoints,
@@ -63,6 +64,12 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
     # --per_device_eval_batch_size where it was given, which holds for the dev loss in any case; None: what fits
     prediction_batch_size: int | None = field(default=None, init=False)
 
+    def __post_init__(self):
+        if self.metric_for_best_model is None and self.eval_strategy != "no":
+            self.metric_for_best_model, self.greater_is_better = "loss", False
+        self.enable_jit_checkpoint = False  # StopOnSignal saves on SIGTERM in any case, and one handler must be enough
+        super().__post_init__()
+
 
 class PrefixTrainer(Seq2SeqTrainer):
     """Trains the prefix encoder of a ChatGLM model.
@@ -94,8 +101,6 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.add_callback(run_watch)
         last_checkpoint = run_watch.last_checkpoint
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
-        if self.args.metric_for_best_model is None and self.args.eval_strategy != "no":
-            self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         self.add_callback(RunLog())
@@ -258,6 +263,8 @@ class PrefixTrainer(Seq2SeqTrainer):
             staging = staging or stage_checkpoint(folder)
             self._write_files(staging, folder, processes, weights)
             publish_checkpoint(staging, folder)
+        if self.state.best_global_step == self.state.global_step:
+            point_to_best(folder.parent, self.state.global_step)  # or else the one before would count as the best, too
         if (self.args.save_total_limit or 0) > 0:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, self.args.save_total_limit, newest=folder, best=best)
@@ -342,6 +349,15 @@ class PrefixTrainer(Seq2SeqTrainer):
             return
         model = self.accelerator.unwrap_model(model or self.model)
         load_trained(model, resume_from_checkpoint, self.sidecar["finetuning_type"])
+
+    def _load_best_model(self):
+        """Take what the best checkpoint has trained, for --load_best_model_at_end."""
+        best = self.state.best_model_checkpoint
+        if self.sharded:  # nothing is computed after training, and the weights are divided
+            self.say(f"--load_best_model_at_end: with an engine nothing is left to do for {best}.")
+            return
+        load_trained(self.accelerator.unwrap_model(self.model), best, self.sidecar["finetuning_type"])
+        self.say(f"The best checkpoint has been loaded: {best} (--load_best_model_at_end).")
 
     def _evaluate(self, *args, **kwargs):
         if self.stop.agreed:  # what stops the run may not wait for the dev loss

@@ -251,8 +251,6 @@ class RunWatch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
-        if state.is_world_process_zero and state.best_global_step == state.global_step:
-            point_to_best(args.output_dir, state.global_step)
 
 
 def describe_checkpoints(state, output_dir):
