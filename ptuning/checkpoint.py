@@ -487,14 +487,27 @@ def save_prefix(model, folder, sidecar=None):
         write_json(folder / SIDECAR_FILE, sidecar)
 
 
-def write_text(file, text):
-    """Write a file completely or not at all: what it held before stays until the new text is there."""
+def write_bytes(file, data):
+    """Write a file completely or not at all: what it held before stays until the new content is there.
+
+    OSError names the file, which the system does not where a disk is full.
+    """
+    file = Path(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, file)
+        finally:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                partial.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def write_text(file, text):
+    """Write a text file in UTF-8, as write_bytes does."""
+    write_bytes(file, text.encode("utf-8"))
 
 
 def write_json(file, value):

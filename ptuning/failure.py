@@ -63,6 +63,13 @@ def describe(error):
     return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback(error)}", 1
 
 
+def reason_of(error):
+    """One sentence that says what the system refused and what to do, or what else an exception says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}. {REMEDIES.get(error.errno, '')}".strip()
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip('.')}."
+
+
 def save_traceback(error):
     """Write the traceback of an exception to a file that stays, and say where."""
     try:
@@ -127,7 +134,8 @@ def exit_with(error):
     message, status = describe(error)
     rank = os.environ.get("RANK", "0")
     flush()
-    print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{shorten(message)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk
+        print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{shorten(message)}", file=sys.stderr, flush=True)
     os._exit(status)  # without waiting for other processes, and without tearing the process group down
 
 
@@ -136,7 +144,8 @@ def leave(status, message):
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(RuntimeError):
             flush()
-        os.write(2, f"{message}\n".encode())
+        with contextlib.suppress(OSError):  # a log on a full disk
+            os.write(2, f"{message}\n".encode())
     os._exit(status)
 
 

@@ -13,6 +13,7 @@ from checkpoint import dev_loss_of, write_text
 from finetuning import prepare_model
 from metrics import metric_table, score_all
 from resume import on_first_rank
+from run_log import going_on_without
 from trainer import plot_checkpoints
 
 
@@ -47,7 +48,8 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets):
     if trainer.args.should_save:
         text = checkpoint_table(table)
         write_text(folder / "table.txt", text + "\n")
-        plot_checkpoints(table, folder / "scores.png")
+        with going_on_without(folder / "scores.png", trainer.say):
+            plot_checkpoints(table, folder / "scores.png")
         trainer.say(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
 
 

@@ -358,7 +358,8 @@ class StopOnSignal(TrainerCallback):
                 self.arrived = time.monotonic()
                 if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                     line = f"\n{name}: finishing this step, then saving and leaving. A second time leaves at once.\n"
-                    os.write(2, line.encode())
+                    with contextlib.suppress(OSError):  # a log on a full disk
+                        os.write(2, line.encode())
             elif time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS:
                 leave(128 + number[0], f"{name}, the second time: left at once, without saving.")
         os.close(reader)

@@ -7,10 +7,11 @@ everything that a resumed run needs to go on exactly like one that was never sto
 """
 
 import contextlib
+import io
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from accelerate.utils.memory import clear_device_cache
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
@@ -33,6 +35,8 @@ from checkpoint import (
     read_json,
     rotate_checkpoints,
     stage_checkpoint,
+    write_bytes,
+    write_text,
 )
 from data import EvenBatches, RowOrder, WithBlankRow
 from finetuning import load_trained, save_trained
@@ -51,9 +55,10 @@ from resume import (
     read_process_states,
     restore_random_state,
 )
+from run_log import RunLog, guard_callback
 from watch import RunWatch, StepWatch, follow, watched_key
 
-LOG_FILE = "trainer_log.jsonl"
+LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
 
 
@@ -103,7 +108,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
-        self.add_callback(RunLog())
+        self.add_callback(RunLog(say))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LOGGERS):
+                guard_callback(callback, say)
 
     # ---- batches and steps
 
@@ -381,6 +389,27 @@ class PrefixTrainer(Seq2SeqTrainer):
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self.first_loss_step)
         super().log(logs, start_time)
 
+    def save_metrics(self, split, metrics, combined=True):
+        """As the Trainer's: <split>_results.json and all_results.json, but each completely or not at all."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder / f"{split}_results.json", metrics)
+        if combined:
+            before, file = {}, folder / "all_results.json"
+            try:
+                before = read_json(file) if file.exists() else {}
+            except ValueError as error:
+                self.say(f"{error} It is written anew.")
+            write_results(file, {**before, **metrics})
+
+    def save_state(self):
+        """Write trainer_state.json into the run's folder, completely or not at all."""
+        if self.is_world_process_zero():
+            file = Path(self.args.output_dir) / STATE_FILE
+            write_text(file, json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n")
+
     def why_finished(self, checkpoint):
         """One line that says why a run has nothing left to train after a checkpoint; empty where it has."""
         state = read_json(Path(checkpoint, STATE_FILE))
@@ -519,6 +548,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         return None, answers, inputs["labels"]
 
 
+def write_results(file, metrics):
+    """Write figures as the Trainer writes them."""
+    write_text(file, json.dumps(metrics, indent=4, sort_keys=True))
+
+
 def new_figure(rows=1):
     """(figure, its `rows` axes one above the other), drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -529,53 +563,11 @@ def new_figure(rows=1):
     return figure, figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
 
 
-class RunLog(TrainerCallback):
-    """Writes trainer_log.jsonl: one line for every training loss and dev loss, as the run goes on.
-
-    For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
-    resumed run goes on where its checkpoint was: what was logged after that is dropped, and logged again.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step, self.written = time.monotonic(), state.global_step, set()
-        self.file = Path(args.output_dir) / LOG_FILE
-        if not state.is_world_process_zero:
-            return
-        kept = []
-        if state.global_step and self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a killed run
-                    entry = json.loads(line)
-                    if entry["current_steps"] <= state.global_step:
-                        kept.append(line + "\n")
-                        self.written.add((entry["current_steps"], entry["eval_loss"] is not None))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("".join(kept), encoding="utf-8")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        event = state.global_step, "eval_loss" in logs
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
-            return
-        self.written.add(event)
-        elapsed = time.monotonic() - self.start
-        steps_to_go, steps_done = state.max_steps - state.global_step, state.global_step - self.first_step
-        entry = {
-            "current_steps": state.global_step,
-            "total_steps": state.max_steps,
-            **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
-            "epoch": state.epoch,
-            "percentage": round(100 * state.global_step / state.max_steps, 2),
-            "elapsed_time": clock(elapsed),
-            "remaining_time": clock(elapsed * steps_to_go / steps_done) if steps_done else None,
-        }
-        with open(self.file, "a", encoding="utf-8") as opened:
-            opened.write(json.dumps(entry) + "\n")
-
-
-def clock(seconds):
-    """1:02:03"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+def save_figure(figure, file):
+    """Write a PNG completely or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_bytes(file, picture.getvalue())
 
 
 def plot_loss(log_history, file):
@@ -589,7 +581,7 @@ def plot_loss(log_history, file):
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def plot_checkpoints(table, file):
@@ -606,4 +598,4 @@ def plot_checkpoints(table, file):
         axes.grid(alpha=0.3)
         axes.legend()
     all_axes[-1].set(xlabel="step")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
