@@ -38,6 +38,7 @@ from quantization import (
     use_backend_,
 )
 from tokenization_chatglm import ChatGLMTokenizer
+from trainer_state import check_state, is_count, shown
 
 PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
 PREFIX_KEY = "transformer.prefix_encoder."
@@ -49,8 +50,12 @@ SIDECAR_KINDS = {
     **dict.fromkeys(
         "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
     ),
+    **dict.fromkeys(("base_fingerprint", "engine"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
+    "training": dict,
+    "merged_checkpoints": list,
 }
+KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
@@ -594,8 +599,8 @@ def dev_loss_of(checkpoint):
     file = Path(checkpoint) / STATE_FILE
     if not file.is_file():
         return None
-    state = read_json(file)
-    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    state = check_state(read_json(file), file)
+    losses = {entry["step"]: entry["eval_loss"] for entry in state.get("log_history") or [] if "eval_loss" in entry}
     return losses.get(state["global_step"])
 
 
@@ -647,9 +652,13 @@ def check_sidecar(settings, file):
     """Raise ValueError where what the sidecar `file` says has the wrong type."""
     for name, kind in SIDECAR_KINDS.items():
         value = settings.get(name)
-        if value is not None and (not isinstance(value, kind) or (kind is int and value < 1)):
-            expected = "text" if kind is str else "a positive integer"
-            raise ValueError(f"{file}: {name} is {value!r}, expected {expected}. Repair or delete that file.")
+        fits = is_count(value, 1) if kind is int else isinstance(value, kind)
+        if kind is list and fits:
+            fits = all(isinstance(item, str) for item in value)
+        if value is not None and not fits:
+            raise ValueError(
+                f"{file}: {name} is {shown(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
+            )
 
 
 def read_prefix_settings(checkpoint):
@@ -864,7 +873,10 @@ def save_number(folder):
     """How many checkpoints the run folder had seen when this one was written; 0 in older ones, infinity if unknown."""
     try:
         verify_checkpoint(folder, [SIDECAR_FILE])
-        return read_json(folder / SIDECAR_FILE)["training"]["save_number"]
+        number = read_json(folder / SIDECAR_FILE)["training"]["save_number"]
+        if not is_count(number):
+            raise ValueError(f"{folder / SIDECAR_FILE}: save_number is no number.")
+        return number
     except ValueError:
         return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
     except (OSError, KeyError, TypeError):

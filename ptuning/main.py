@@ -234,7 +234,7 @@ def main():
         trainer.score_dev_rows = partial(dev_scores, trainer, tokenizer, dev_prompts)
 
     # ------------------------------------------------------------------ 7. Train
-    if resume_from and (differences := describe_differences(saved.get("training", {}), record)):
+    if resume_from and (differences := describe_differences(saved.get("training") or {}, record)):
         say(differences)
     if resume_from and (reason := trainer.why_finished(resume_from)):
         say(reason)

@@ -45,8 +45,11 @@ from memory import explaining_out_of_memory, rows_that_fit
 from official import OfficialAdamW, official_loss
 from resume import (
     StopOnSignal,
+    check_optimizer,
+    check_schedule,
     count_writers,
     divide_anew,
+    fitting,
     gather,
     on_first_rank,
     on_writing_ranks,
@@ -56,6 +59,7 @@ from resume import (
     restore_random_state,
 )
 from run_log import RunLog, guard_callback
+from trainer_state import reading_known_keys
 from watch import RunWatch, StepWatch, follow, watched_key
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
@@ -123,7 +127,8 @@ class PrefixTrainer(Seq2SeqTrainer):
                 plugin = self.accelerator.state.deepspeed_plugin
                 for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
                     config["checkpoint"] = {"load_universal": True}
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with reading_known_keys():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
         """As the Trainer's, but for a loss no row is repeated to give every process as many as the others."""
@@ -325,28 +330,43 @@ class PrefixTrainer(Seq2SeqTrainer):
         if not states:
             return
         state = states[self.args.process_index] if self.args.process_index < len(states) else states[0]
-        restore_random_state(state, self.args.device)
-        if "losses" not in state:  # written by transformers' own trainer
-            return
-        losses = state["losses"]
-        if len(states) != self.args.world_size:  # the log shows the mean over the processes
-            losses["since_log"] = torch.stack([other["losses"]["since_log"] for other in states]).mean()
-        self._tr_loss = losses["since_log"].to(self.args.device)
-        self._globalstep_last_logged = losses["last_logged_step"]
-        self._total_loss_scalar = losses["sum"]
-        self.first_loss_step = losses["first_step"]
+        with fitting(Path(checkpoint, random_state_file(0, len(states)))):
+            self._restore_process_state(state, states)
         if Path(checkpoint).suffix == ".divided":  # now everything has been read from it
             for state in self.model_wrapped.optimizer.optimizer.state.values():
                 state["step"] = torch.as_tensor(state["step"]).clone()  # ZeRO-3 lets all weights count in one tensor
             self.accelerator.wait_for_everyone()
             on_first_rank(shutil.rmtree, checkpoint)
 
+    def _restore_process_state(self, state, states):
+        restore_random_state(state, self.args.device)
+        if "losses" not in state:  # written by transformers' own trainer
+            return
+        losses = state["losses"]
+        if len(states) != self.args.world_size:  # the log shows the mean over the processes
+            losses["since_log"] = torch.stack([other["losses"]["since_log"] for other in states]).mean()
+        self._tr_loss = losses["since_log"].to(self.args.device).reshape(())
+        self._globalstep_last_logged = int(losses["last_logged_step"])
+        self._total_loss_scalar = float(losses["sum"])
+        self.first_loss_step = int(losses["first_step"])
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         # By way of the CPU: transformers 5.17 cannot load for several processes on one.
         if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            part.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+        optim = getattr(self.args.optim, "value", self.args.optim)
+        file = Path(checkpoint, "optimizer.pt")
+        with fitting(file, f"Another --optim than {optim}, or other flags of what trains, have written it. "):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            check_optimizer(state, self.optimizer, optim)
+            self.optimizer.load_state_dict(state)
+        file = Path(checkpoint, "scheduler.pt")
+        with fitting(
+            file, f"Another --lr_scheduler_type than {self.args.lr_scheduler_type.value} may have written it. "
+        ):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            check_schedule(state)
+            self.lr_scheduler.load_state_dict(state)
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # a run in fp16 may go on in another dtype
@@ -419,7 +439,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 f"{checkpoint} is the last step of this run: nothing is left to train. "
                 "A larger --max_steps continues it."
             )
-        if self.args.early_stopping and follow(state["log_history"], watched_key(self.args))[1]:
+        if self.args.early_stopping and follow(state.get("log_history") or [], watched_key(self.args))[1]:
             return (
                 f"{checkpoint}: the loss had been rising, and with --early_stopping the run ended there. "
                 "Without the flag it goes on."
