@@ -9,6 +9,7 @@ converted tensor by tensor, so there is never a second copy of them in memory.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -542,17 +543,24 @@ def trained_files(checkpoint):
 def point_to_best(run_folder, step):
     """Make `best` in a run's folder a relative link to the checkpoint of `step`; None, or a step without one: no link.
 
-    Replaced in one move: whoever reads it meets the old one or the new one.
+    Replaced in one move: whoever reads it meets the old one or the new one. A folder of that name, as a copy with
+    `cp -rL` makes of the link, is renamed. Returns a line that says so, or "".
     """
     link = Path(run_folder) / BEST_LINK
     target = f"checkpoint-{step}"
+    said = ""
+    if link.is_dir() and not link.is_symlink():
+        aside = next(path for number in itertools.count(1) if not (path := link.with_name(f"best-{number}")).exists())
+        link.rename(aside)
+        said = f"{link} is a folder, where this run keeps a link to its best checkpoint: it is now called {aside.name}."
     if not (link.parent / target).is_dir():
         link.unlink(missing_ok=True)
-        return
+        return said
     new = link.with_name(f".{BEST_LINK}.new")
     new.unlink(missing_ok=True)
     new.symlink_to(target)
     new.replace(link)
+    return said
 
 
 def find_checkpoints(path):
@@ -564,6 +572,8 @@ def find_checkpoints(path):
     """
     path = Path(path)
     run, wanted = path, None
+    if path.name in ("last", "all") and (path / trained_file(path)).is_file():
+        return [path], []  # a checkpoint that the user has called so
     if path.name in ("best", "last", "all") and not list_checkpoints(path):
         run, wanted = path.parent, path.name
     best = run / BEST_LINK

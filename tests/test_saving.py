@@ -1,6 +1,7 @@
 """Every way of tuning with every flag of the Trainer that touches checkpoints: what a run leaves, and what it refuses."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -147,3 +148,18 @@ def test_a_flag_of_checkpoints_that_cannot_be_meant_is_refused_before_anything_i
     base += " --prompt_column content --response_column summary "
     with pytest.raises(ValueError, match=message):
         parse_flags((base + words).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [{"resume_from_checkpoint": "last", "max_steps": 6}, {"overwrite_output_dir": True}])
+def test_a_copy_of_a_run_whose_links_have_become_folders_trains_on(start, tmp_path, monkeypatch, capsys):
+    settings = {**TRAIN, **METHODS["prefix"], **DEV, "save_steps": 1}
+    run(monkeypatch, settings, output_dir=tmp_path / "run")
+    subprocess.run(["cp", "-rL", tmp_path / "run", tmp_path / "copy"], check=True)
+    weights = (tmp_path / "copy" / "best" / "pytorch_model.bin").read_bytes()
+    capsys.readouterr()
+    trainer = run(monkeypatch, {**settings, **start}, output_dir=tmp_path / "copy")
+    assert capsys.readouterr().out.count("copy/best is a folder") == 1
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert (tmp_path / "copy" / "best").is_symlink() and (tmp_path / "copy" / "best").resolve().name == best
+    assert (tmp_path / "copy" / "best-1" / "pytorch_model.bin").read_bytes() == weights
