@@ -27,6 +27,7 @@ from typing import Literal
 
 from data import parse_json
 from failure import refuse
+from paths import READ, seen_from_caller
 from saving import check_saving
 
 SUPPORTED_BITS = (4, 8)
@@ -488,6 +489,8 @@ def parse_flags(argv):
             add_flag(arguments, flag)
     given = vars(parser.parse_args(argv))
     chosen = {title: {name: given[name] for name in group if name in given} for title, group in flags.items()}
+    for group in chosen.values():
+        group.update({name: seen_from_caller(group[name]) for name in READ if name in group})
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")

@@ -175,7 +175,7 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
         if folder is None and kind == "last":
             return None, [f"--resume_from_checkpoint last: {output_dir} has no checkpoint yet, starting afresh."]
     else:
-        folder = Path(wanted)
+        folder = next((path for path in (Path(wanted), output_dir / wanted) if path.is_dir()), Path(wanted))
     if folder is None or not any((folder / name).is_file() for name in (STATE_FILE, CHECKSUM_FILE)):
         raise FileNotFoundError(
             f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
