@@ -59,7 +59,7 @@ from resume import (
     restore_random_state,
 )
 from run_log import RunLog, guard_callback
-from trainer_state import reading_known_keys
+from trainer_state import drawable, reading_known_keys
 from watch import RunWatch, StepWatch, follow, watched_key
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
@@ -594,7 +594,7 @@ def plot_loss(log_history, file):
     """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
     figure, (axes,) = new_figure()
     for key, label in (("loss", "training loss"), ("eval_loss", "dev loss")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        points = drawable((entry["step"], entry[key]) for entry in log_history if key in entry)
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
     axes.set(xlabel="step", ylabel="loss (nats per token)")

@@ -38,6 +38,11 @@ def is_history(value):
     )
 
 
+def drawable(points):
+    """Those of some (step, loss) that a plot can show: it fails beside a number near the largest one there is."""
+    return [(step, loss) for step, loss in points if abs(loss) < 1e30]
+
+
 def or_none(fits):
     return lambda value: value is None or fits(value)
 
