@@ -27,6 +27,8 @@ from typing import Literal
 
 from data import parse_json
 from failure import refuse
+from paths import READ, seen_from_caller
+from saving import check_saving
 
 SUPPORTED_BITS = (4, 8)
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
@@ -487,6 +489,8 @@ def parse_flags(argv):
             add_flag(arguments, flag)
     given = vars(parser.parse_args(argv))
     chosen = {title: {name: given[name] for name in group if name in given} for title, group in flags.items()}
+    for group in chosen.values():
+        group.update({name: seen_from_caller(group[name]) for name in READ if name in group})
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
@@ -554,7 +558,7 @@ def parse_arguments(argv):
         raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error
     except ValueError as error:  # transformers names the value, seldom the flag
         suspects = [f"--{name} {value}" for name, value in given.items() if str(value) and str(value) in str(error)]
-        if not suspects:
+        if not suspects or str(error).startswith("--"):
             raise
         raise ValueError(f"A flag of training has a wrong value: {' or '.join(suspects)} ({error}).") from error
     if training_args.fsdp and training_args.parallel_mode.value != "distributed":
@@ -716,6 +720,7 @@ def check(model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
     check_precision(training_args)
+    check_saving(training_args)
     if not 0 < data_args.top_p:
         raise ValueError(f"--top_p {data_args.top_p}: expected more than 0 and at most 1.")
     if data_args.do_sample and not 0 < data_args.temperature:

@@ -9,6 +9,7 @@ converted tensor by tensor, so there is never a second copy of them in memory.
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from quantization import (
     use_backend_,
 )
 from tokenization_chatglm import ChatGLMTokenizer
+from trainer_state import check_state, is_count, shown
 
 PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
 PREFIX_KEY = "transformer.prefix_encoder."
@@ -49,8 +51,12 @@ SIDECAR_KINDS = {
     **dict.fromkeys(
         "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
     ),
+    **dict.fromkeys(("base_fingerprint", "engine"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
+    "training": dict,
+    "merged_checkpoints": list,
 }
+KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
@@ -509,14 +515,27 @@ def save_prefix(model, folder, sidecar=None):
         write_json(folder / SIDECAR_FILE, sidecar)
 
 
-def write_text(file, text):
-    """Write a file completely or not at all: what it held before stays until the new text is there."""
+def write_bytes(file, data):
+    """Write a file completely or not at all: what it held before stays until the new content is there.
+
+    OSError names the file, which the system does not where a disk is full.
+    """
+    file = Path(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, file)
+        finally:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                partial.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def write_text(file, text):
+    """Write a text file in UTF-8, as write_bytes does."""
+    write_bytes(file, text.encode("utf-8"))
 
 
 def write_json(file, value):
@@ -546,17 +565,24 @@ def trained_files(checkpoint):
 def point_to_best(run_folder, step):
     """Make `best` in a run's folder a relative link to the checkpoint of `step`; None, or a step without one: no link.
 
-    Replaced in one move: whoever reads it meets the old one or the new one.
+    Replaced in one move: whoever reads it meets the old one or the new one. A folder of that name, as a copy with
+    `cp -rL` makes of the link, is renamed. Returns a line that says so, or "".
     """
     link = Path(run_folder) / BEST_LINK
     target = f"checkpoint-{step}"
+    said = ""
+    if link.is_dir() and not link.is_symlink():
+        aside = next(path for number in itertools.count(1) if not (path := link.with_name(f"best-{number}")).exists())
+        link.rename(aside)
+        said = f"{link} is a folder, where this run keeps a link to its best checkpoint: it is now called {aside.name}."
     if not (link.parent / target).is_dir():
         link.unlink(missing_ok=True)
-        return
+        return said
     new = link.with_name(f".{BEST_LINK}.new")
     new.unlink(missing_ok=True)
     new.symlink_to(target)
     new.replace(link)
+    return said
 
 
 def find_checkpoints(path):
@@ -568,6 +594,8 @@ def find_checkpoints(path):
     """
     path = Path(path)
     run, wanted = path, None
+    if path.name in ("last", "all") and (path / trained_file(path)).is_file():
+        return [path], []  # a checkpoint that the user has called so
     if path.name in ("best", "last", "all") and not list_checkpoints(path):
         run, wanted = path.parent, path.name
     best = run / BEST_LINK
@@ -603,8 +631,8 @@ def dev_loss_of(checkpoint):
     file = Path(checkpoint) / STATE_FILE
     if not file.is_file():
         return None
-    state = read_json(file)
-    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    state = check_state(read_json(file), file)
+    losses = {entry["step"]: entry["eval_loss"] for entry in state.get("log_history") or [] if "eval_loss" in entry}
     return losses.get(state["global_step"])
 
 
@@ -656,9 +684,13 @@ def check_sidecar(settings, file):
     """Raise ValueError where what the sidecar `file` says has the wrong type."""
     for name, kind in SIDECAR_KINDS.items():
         value = settings.get(name)
-        if value is not None and (not isinstance(value, kind) or (kind is int and value < 1)):
-            expected = "text" if kind is str else "a positive integer"
-            raise ValueError(f"{file}: {name} is {value!r}, expected {expected}. Repair or delete that file.")
+        fits = is_count(value, 1) if kind is int else isinstance(value, kind)
+        if kind is list and fits:
+            fits = all(isinstance(item, str) for item in value)
+        if value is not None and not fits:
+            raise ValueError(
+                f"{file}: {name} is {shown(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
+            )
 
 
 def read_prefix_settings(checkpoint):
@@ -877,7 +909,10 @@ def save_number(folder):
     """How many checkpoints the run folder had seen when this one was written; 0 in older ones, infinity if unknown."""
     try:
         verify_checkpoint(folder, [SIDECAR_FILE])
-        return read_json(folder / SIDECAR_FILE)["training"]["save_number"]
+        number = read_json(folder / SIDECAR_FILE)["training"]["save_number"]
+        if not is_count(number):
+            raise ValueError(f"{folder / SIDECAR_FILE}: save_number is no number.")
+        return number
     except ValueError:
         return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
     except (OSError, KeyError, TypeError):

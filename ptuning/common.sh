@@ -1,5 +1,7 @@
 # What train.sh, train_chat.sh, evaluate.sh and web_demo.sh share; sourced by them, in the project's folder.
 
+export PTUNING_CALLED_FROM=${OLDPWD:-} # where a relative path in "$@" is looked for, too; see ptuning/paths.py
+
 # GPUs to use: those that CUDA_VISIBLE_DEVICES names, else all there are; 1 process without a GPU.
 count_gpus() {
   local gpus

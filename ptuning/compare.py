@@ -17,6 +17,7 @@ from pathlib import Path
 import failure
 from arguments import parse_words
 from data import parse_json, read_rows
+from trainer_state import drawable, is_count, is_history, is_number, shown
 
 STATE_FILE, RESULTS_FILE, ANSWERS_FILE = "trainer_state.json", "all_results.json", "generated_predictions.txt"
 # (title, key of all_results.json or of `losses`, how to show it, whether the highest, the lowest or none is the best)
@@ -91,6 +92,11 @@ def read_run(folder):
         raise FileNotFoundError(f"{folder} is no folder. Give folders that main.py wrote, such as output/my-run.")
     trained = next((place for place in (folder, folder.parent) if (place / STATE_FILE).is_file()), folder)
     history = read_object(trained / STATE_FILE).get("log_history") or []
+    if not is_history(history):
+        raise ValueError(
+            f"{trained / STATE_FILE}: log_history is {shown(history)}, expected a list of logged losses, each with its "
+            "step. Was that file changed?"
+        )
     results = {**read_object(trained / RESULTS_FILE), **read_object(folder / RESULTS_FILE)}
     answers_file = folder / ANSWERS_FILE
     answers = {}
@@ -98,16 +104,16 @@ def read_run(folder):
         for number, row in enumerate(read_rows(answers_file), start=1):
             if not isinstance(row.get("predict"), str) or not isinstance(row.get("labels"), str):
                 raise ValueError(f"{answers_file} line {number} lacks the texts `labels` and `predict`.")
-            answers[str(row.get("dataset", "")), row.get("row", number)] = row
+            place = row.get("row", number)
+            if not is_count(place):
+                raise ValueError(f"{answers_file} line {number}: row is {shown(place)}, expected its number.")
+            answers[str(row.get("dataset", "")), place] = row
     if not (history or results or answers):
         raise ValueError(
             f"{folder} has none of {STATE_FILE}, {RESULTS_FILE} and {ANSWERS_FILE}. Give a folder that main.py trained "
             "or predicted in, not one above it or a checkpoint in it."
         )
-    curves = {
-        key: [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
-        for key in ("loss", "eval_loss")
-    }
+    curves = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in ("loss", "eval_loss")}
     return {"figures": {**results, **losses(curves), **shares(results)}, "curves": curves, "answers": answers}
 
 
@@ -127,7 +133,7 @@ def losses(curves):
 
 def shares(results):
     trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
-    return {"trained_share": trained / total} if trained and total else {}
+    return {"trained_share": trained / total} if is_number(trained) and is_number(total) and trained and total else {}
 
 
 def short_names(folders):
@@ -158,19 +164,15 @@ def table(runs):
     columns = [column for column in COLUMNS if any(is_number(run["figures"].get(column[1])) for run in runs.values())]
     titles = [title for title, *_ in columns]
     texts, best = {name: [] for name in runs}, set()
-    for index, (_, key, shown, choose) in enumerate(columns):
+    for index, (_, key, form, choose) in enumerate(columns):
         figures = {name: run["figures"].get(key) for name, run in runs.items()}
         figures = {name: value for name, value in figures.items() if is_number(value)}
         for name in runs:
-            texts[name].append(shown.format(figures[name]) if name in figures else "-")
+            texts[name].append(form.format(figures[name]) if name in figures else "-")
         finite = [value for value in figures.values() if value == value]
         if choose and len(finite) > 1:
             best.update((name, index) for name, value in figures.items() if value == choose(finite))
     return titles, texts, best
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def text_table(titles, texts):
@@ -206,7 +208,7 @@ def draw(runs):
     FigureCanvasAgg(figure)
     for axes, (key, title) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for index, (name, run) in enumerate(runs.items()):  # a run keeps its colour in both
-            if points := run["curves"][key]:
+            if points := drawable(run["curves"][key]):
                 marker = "." if len(points) < 50 else None
                 axes.plot(*zip(*points, strict=True), color=f"C{index}", marker=marker, label=name.replace("$", r"\$"))
         axes.set(title=title, xlabel="step", ylabel="nats per token")

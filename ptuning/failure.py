@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -38,6 +39,33 @@ def refuse(message):
     raise ValueError(f"{message[0].upper()}{message[1:]}. See python {sys.argv[0]} --help.")
 
 
+# How libraries that are no Python say that the system gives them no memory, or no addresses.
+NO_MEMORY = (
+    *("DefaultCPUAllocator", "failed to map segment", "annot allocate memory", "can't start new thread"),
+    *("std::bad_alloc", "unable to mmap"),
+)
+
+
+def lacks_memory(error):
+    """Whether the system has refused memory to this program, or a package could not be loaded for want of it."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY)
+
+
+def memory_remedy():
+    """What to do for memory: lift the limit of the shell where there is one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        return f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
+    return "Lower the batch size or the lengths."
+
+
+def is_symlink_loop(error):
+    """Whether a path could not be followed to its end. Python raises either of two errors for it."""
+    return (isinstance(error, OSError) and error.errno == errno.ELOOP) or (
+        isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
+    )
+
+
 def describe(error):
     """(message, exit status) for an exception; no traceback in it."""
     if is_lost_connection(error):  # none of the process at hand, so without its traceback
@@ -45,11 +73,14 @@ def describe(error):
         late = re.search("time(d )?out", first_line, re.IGNORECASE)
         what = "does not answer, and --ddp_timeout has passed" if late else "is gone"
         return f"Another process {what}; the messages of its machine tell why. Seen here: {first_line}", 1
+    if lacks_memory(error):
+        detail = f" ({error})" if str(error) else ""
+        return f"This machine has not enough memory{detail}. {memory_remedy()}", 2
+    if is_symlink_loop(error):
+        place = error.filename if isinstance(error, OSError) else str(error).partition("from ")[2].strip("'\"")
+        return f"{place}: a symbolic link there leads back to itself. Look with ls -l, and choose another path.", 2
     if isinstance(error, ImportError):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        detail = f" ({error})" if str(error) else ""
-        return f"This machine has not enough memory{detail}. Lower the batch size or the lengths.", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         message = str(error)
         if not message.startswith("Out of memory"):  # not memory.py's, which knows the batch
@@ -61,6 +92,13 @@ def describe(error):
     if isinstance(error, ValueError | OSError):
         return str(error) or type(error).__name__, 2
     return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback(error)}", 1
+
+
+def reason_of(error):
+    """One sentence that says what the system refused and what to do, or what else an exception says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}. {REMEDIES.get(error.errno, '')}".strip()
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip('.')}."
 
 
 def save_traceback(error):
@@ -127,7 +165,8 @@ def exit_with(error):
     message, status = describe(error)
     rank = os.environ.get("RANK", "0")
     flush()
-    print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{shorten(message)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk
+        print(f"error: {f'[rank {rank}] ' if rank != '0' else ''}{shorten(message)}", file=sys.stderr, flush=True)
     os._exit(status)  # without waiting for other processes, and without tearing the process group down
 
 
@@ -136,7 +175,8 @@ def leave(status, message):
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(RuntimeError):
             flush()
-        os.write(2, f"{message}\n".encode())
+        with contextlib.suppress(OSError):  # a log on a full disk
+            os.write(2, f"{message}\n".encode())
     os._exit(status)
 
 

@@ -151,7 +151,7 @@ def read_settings(checkpoints):
     if sidecar.is_file():
         settings.update(read_json(sidecar))
     check_sidecar(settings, sidecar)
-    merged = settings.pop("merged_checkpoints", []) if len(checkpoints) == 1 else []
+    merged = (settings.pop("merged_checkpoints", None) or []) if len(checkpoints) == 1 else []
     return {**settings, "finetuning_type": kind, "checkpoints": [*merged, *checkpoints]}
 
 

@@ -57,6 +57,7 @@ from resume import (
     release_run,
     training_record,
 )
+from run_log import going_on_without, keep_printing
 from splits import check_data, check_fits, longest_example, read_split
 from trainer import PrefixTrainer, plot_loss
 from watch import describe_checkpoints
@@ -233,7 +234,7 @@ def main():
         trainer.score_dev_rows = partial(dev_scores, trainer, tokenizer, dev_prompts)
 
     # ------------------------------------------------------------------ 7. Train
-    if resume_from and (differences := describe_differences(saved.get("training", {}), record)):
+    if resume_from and (differences := describe_differences(saved.get("training") or {}, record)):
         say(differences)
     if resume_from and (reason := trainer.why_finished(resume_from)):
         say(reason)
@@ -256,7 +257,9 @@ def main():
             trainer.save_metrics("train", result.metrics)
             trainer.save_state()
             if training_args.should_save and training_args.plot_loss:
-                plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "training_loss.png")
+                plot = Path(training_args.output_dir) / "training_loss.png"
+                with going_on_without(plot, say):
+                    plot_loss(trainer.state.log_history, plot)
             say(describe_checkpoints(trainer.state, training_args.output_dir))
         if trainer.stop.agreed:
             close_reports(trainer)
@@ -420,6 +423,7 @@ def describe_schedule(training_args, num_rows, model):
 
 
 if __name__ == "__main__":
+    keep_printing()
     run(main)
     if torch.distributed.is_initialized():
         # Leave without tearing the process group down: the destructor of gloo's (torch 2.13) waits, holding the

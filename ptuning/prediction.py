@@ -12,6 +12,8 @@ import torch
 from checkpoint import dev_loss_of, write_text
 from finetuning import prepare_model
 from metrics import metric_table, score_all
+from resume import on_first_rank
+from run_log import going_on_without
 from trainer import plot_checkpoints
 
 
@@ -46,7 +48,8 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets):
     if trainer.args.should_save:
         text = checkpoint_table(table)
         write_text(folder / "table.txt", text + "\n")
-        plot_checkpoints(table, folder / "scores.png")
+        with going_on_without(folder / "scores.png", trainer.say):
+            plot_checkpoints(table, folder / "scores.png")
         trainer.say(f"\n{text}\nThis table, a plot, and each one's answers and metrics are in {folder}.")
 
 
@@ -94,11 +97,9 @@ def score_labelled(predictions, labels):
 
 
 def dev_scores(trainer, tokenizer, dataset):
-    """The same of the answers to the dev rows, during training, on the process that writes."""
+    """BLEU-4 and ROUGE of the answers to the dev rows, during training: the same in every process."""
     answers = trainer.predict(dataset, metric_key_prefix="eval").predictions
-    if not trainer.args.should_save:
-        return {}
-    scores = score_labelled(decode(tokenizer, answers), decode(tokenizer, dataset["labels"]))
+    scores = on_first_rank(lambda: score_labelled(decode(tokenizer, answers), decode(tokenizer, dataset["labels"])))
     return {f"eval_{name}": value for name, value in scores.items()}
 
 

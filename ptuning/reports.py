@@ -4,6 +4,7 @@ Answers to nothing in the official scripts, whose runs stop at wandb's question 
 library's.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -54,4 +55,5 @@ def close_reports(trainer):
     if any(type(callback).__name__ == "WandbCallback" for callback in trainer.callback_handler.callbacks):
         import wandb
 
-        wandb.finish()
+        with contextlib.suppress(Exception):  # a logger's service raises anything, and a log ends no run
+            wandb.finish()

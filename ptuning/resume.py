@@ -39,8 +39,10 @@ from checkpoint import (
     verify_checkpoint,
 )
 from failure import catch_signals, leave
+from trainer_state import check_state
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
+SHAPED_LIKE_WEIGHTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum"}  # in an optimizer's state
 SHARD_FOLDERS = ("optimizer_*", "global_step*")  # what FSDP and DeepSpeed write instead
 SAME_SIGNAL_SECONDS = 2.0  # torchrun hands a signal on that the terminal has sent to every process already
 
@@ -173,7 +175,7 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
         if folder is None and kind == "last":
             return None, [f"--resume_from_checkpoint last: {output_dir} has no checkpoint yet, starting afresh."]
     else:
-        folder = Path(wanted)
+        folder = next((path for path in (Path(wanted), output_dir / wanted) if path.is_dir()), Path(wanted))
     if folder is None or not any((folder / name).is_file() for name in (STATE_FILE, CHECKSUM_FILE)):
         raise FileNotFoundError(
             f"--resume_from_checkpoint {wanted}: no complete checkpoint (with trainer_state.json) at "
@@ -184,7 +186,7 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             verify_checkpoint(folder)
         except ValueError as error:
             raise ValueError(f"--resume_from_checkpoint {wanted}: {error} Give an earlier one, or `last`.") from error
-    state = read_json(folder / STATE_FILE)
+    state = check_state(read_json(folder / STATE_FILE), folder / STATE_FILE)
     if state.get("train_batch_size") is None:  # transformers 4.30 did not write it, and today's cannot do without
         raise ValueError(
             f"--resume_from_checkpoint {folder} was written by the official scripts of 2023; its optimizer cannot "
@@ -198,12 +200,9 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             f"--resume_from_checkpoint {folder} has no {' and no '.join(missing)}, so it cannot be continued. Start a "
             f"new run from its prefix: --ptuning_checkpoint {folder}"
         )
-    if not isinstance(state.get("global_step"), int):
-        raise ValueError(f"{folder / STATE_FILE}: global_step is {state.get('global_step')!r}, expected a number.")
-    if not (folder / CHECKSUM_FILE).is_file():  # so nobody knows yet whether these are whole
-        files = [folder / name for name in RESUME_FILES if (folder / name).is_file()]
-        for file in sorted(folder.glob("rng_state*.pth")) + files:
-            check_readable(file)
+    files = [folder / name for name in RESUME_FILES if (folder / name).is_file()]
+    for file in sorted(folder.glob("rng_state*.pth")) + files:
+        check_readable(file)
     lines.append(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
     return str(folder), lines
 
@@ -211,8 +210,9 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
 def check_readable(file):
     """ValueError for a file of the Trainer's state that cannot be read, or that would run code."""
     try:
-        with safe_globals():
-            torch.load(file, map_location="cpu", weights_only=True)
+        with safe_globals(), open(file, "rb") as opened:
+            is_zip = opened.read(4) == b"PK\x03\x04"  # then no tensor is read yet, which may be many GB
+            torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
     except Exception as error:  # bytes at random make torch.load raise anything
         raise ValueError(
             f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier checkpoint, "
@@ -226,6 +226,8 @@ COMPARED = {
     "per_device_train_batch_size": "",
     "gradient_accumulation_steps": "",
     "rows_per_step": "the position in the data is counted in steps of the new size",
+    "optim": "",
+    "lr_scheduler_type": "the schedule is that of the new type from here on",
     "learning_rate": "not used: the checkpoint's goes on",
     "max_steps": "the schedule is that of the new length from here on",
     "num_train_epochs": "the schedule is that of the new length from here on",
@@ -247,7 +249,8 @@ def training_record(training_args, train_file, train_rows, quantization_bit):
         "train_file": str(train_file),
         "train_rows": train_rows,
     }
-    return record | {name: getattr(training_args, name) for name in COMPARED if name not in record}
+    others = {name: getattr(training_args, name) for name in COMPARED if name not in record}
+    return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
 
 
 def describe_differences(before, now):
@@ -255,7 +258,7 @@ def describe_differences(before, now):
     changed = []
     for name, consequence in COMPARED.items():
         if name in before and before[name] != now[name]:
-            shown = "" if name == "train_rows" else f" {before[name]} -> {now[name]}"
+            shown = "" if name == "train_rows" else f" {str(before[name])[:200]} -> {now[name]}"
             changed.append(f"{name}{shown}{f' ({consequence})' if consequence else ''}")
     return f"Not as in the checkpoint's run: {'; '.join(changed)}." if changed else ""
 
@@ -277,6 +280,53 @@ def random_state(device):
 
 def random_state_file(process, processes):
     return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
+
+
+@contextlib.contextmanager
+def fitting(file, hint=""):
+    """Around taking over what `file` of a checkpoint holds: ValueError where it is nothing that fits this run."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # values of any type make torch raise anything
+        raise ValueError(
+            f"{file} does not fit this run ({type(error).__name__}: {first_line(error)}), so that run cannot be continued. "
+            f"{hint}Give an earlier checkpoint, or start a new run from its prefix: --ptuning_checkpoint "
+            f"{Path(file).parent}"
+        ) from error
+
+
+def check_optimizer(saved, optimizer, name):
+    """ValueError where the state `saved` is that of another optimizer than this run's, --optim `name`.
+
+    torch takes any state of as many tensors, and fails in the first step or computes something else.
+    """
+    found = {key for group in saved["param_groups"] for key in group}
+    known = {key for group in optimizer.param_groups for key in group} | {"initial_lr"}
+    if strange := sorted(found - known):
+        raise ValueError(
+            f"another optimizer's, which has {', '.join(strange)}; --optim {name} has "
+            f"{', '.join(sorted(known - {'params', 'initial_lr'}))}"
+        )
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        for key in group.keys() & fresh.keys() - {"params"}:
+            numbers = [isinstance(value, int | float) for value in (group[key], fresh[key])]
+            if fresh[key] is not None and numbers[1] and not (numbers[0] or isinstance(group[key], torch.Tensor)):
+                raise ValueError(f"{key} is {type(group[key]).__name__}, not a number")
+    for number, state in saved["state"].items():
+        for key in state.keys() & SHAPED_LIKE_WEIGHTS:
+            if state[key] is not None and state[key].shape != weights[number].shape:
+                shapes = f"{tuple(state[key].shape)}, expected {tuple(weights[number].shape)}"
+                raise ValueError(f"{key} of weight {number} is {shapes}")
+
+
+def check_schedule(saved):
+    """ValueError where the state `saved` of a learning rate schedule is none that can be continued."""
+    rates = saved.get("_last_lr", []), saved.get("base_lrs", [])
+    if not isinstance(saved["last_epoch"], int) or not all(isinstance(rate, float | int) for rate in sum(rates, [])):
+        raise ValueError("its last_epoch is no whole number, or its rates are no numbers")
 
 
 def read_process_states(checkpoint):
@@ -358,7 +408,8 @@ class StopOnSignal(TrainerCallback):
                 self.arrived = time.monotonic()
                 if int(os.environ.get("LOCAL_RANK", 0)) == 0:
                     line = f"\n{name}: finishing this step, then saving and leaving. A second time leaves at once.\n"
-                    os.write(2, line.encode())
+                    with contextlib.suppress(OSError):  # a log on a full disk
+                        os.write(2, line.encode())
             elif time.monotonic() - self.arrived > SAME_SIGNAL_SECONDS:
                 leave(128 + number[0], f"{name}, the second time: left at once, without saving.")
         os.close(reader)

@@ -7,10 +7,11 @@ everything that a resumed run needs to go on exactly like one that was never sto
 """
 
 import contextlib
+import io
 import json
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from accelerate.utils.memory import clear_device_cache
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
@@ -28,10 +30,13 @@ from checkpoint import (
     STATE_FILE,
     next_save_number,
     nothing_half_written,
+    point_to_best,
     publish_checkpoint,
     read_json,
     rotate_checkpoints,
     stage_checkpoint,
+    write_bytes,
+    write_text,
 )
 from data import EvenBatches, RowOrder, WithBlankRow
 from finetuning import load_trained, save_trained
@@ -40,8 +45,11 @@ from memory import explaining_out_of_memory, rows_that_fit
 from official import OfficialAdamW, official_loss
 from resume import (
     StopOnSignal,
+    check_optimizer,
+    check_schedule,
     count_writers,
     divide_anew,
+    fitting,
     gather,
     on_first_rank,
     on_writing_ranks,
@@ -50,9 +58,11 @@ from resume import (
     read_process_states,
     restore_random_state,
 )
+from run_log import RunLog, guard_callback
+from trainer_state import drawable, reading_known_keys
 from watch import RunWatch, StepWatch, follow, watched_key
 
-LOG_FILE = "trainer_log.jsonl"
+LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
 
 
@@ -62,6 +72,12 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
 
     # --per_device_eval_batch_size where it was given, which holds for the dev loss in any case; None: what fits
     prediction_batch_size: int | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        if self.metric_for_best_model is None and self.eval_strategy != "no":
+            self.metric_for_best_model, self.greater_is_better = "loss", False
+        self.enable_jit_checkpoint = False  # StopOnSignal saves on SIGTERM in any case, and one handler must be enough
+        super().__post_init__()
 
 
 class PrefixTrainer(Seq2SeqTrainer):
@@ -94,11 +110,12 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.add_callback(run_watch)
         last_checkpoint = run_watch.last_checkpoint
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
-        if self.args.metric_for_best_model is None and self.args.eval_strategy != "no":
-            self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
-        self.add_callback(RunLog())
+        self.add_callback(RunLog(say))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LOGGERS):
+                guard_callback(callback, say)
 
     # ---- batches and steps
 
@@ -110,7 +127,8 @@ class PrefixTrainer(Seq2SeqTrainer):
                 plugin = self.accelerator.state.deepspeed_plugin
                 for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
                     config["checkpoint"] = {"load_universal": True}
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with reading_known_keys():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
         """As the Trainer's, but for a loss no row is repeated to give every process as many as the others."""
@@ -258,6 +276,8 @@ class PrefixTrainer(Seq2SeqTrainer):
             staging = staging or stage_checkpoint(folder)
             self._write_files(staging, folder, processes, weights)
             publish_checkpoint(staging, folder)
+        if self.state.best_global_step == self.state.global_step:
+            point_to_best(folder.parent, self.state.global_step)  # or else the one before would count as the best, too
         if (self.args.save_total_limit or 0) > 0:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, self.args.save_total_limit, newest=folder, best=best)
@@ -310,28 +330,43 @@ class PrefixTrainer(Seq2SeqTrainer):
         if not states:
             return
         state = states[self.args.process_index] if self.args.process_index < len(states) else states[0]
-        restore_random_state(state, self.args.device)
-        if "losses" not in state:  # written by transformers' own trainer
-            return
-        losses = state["losses"]
-        if len(states) != self.args.world_size:  # the log shows the mean over the processes
-            losses["since_log"] = torch.stack([other["losses"]["since_log"] for other in states]).mean()
-        self._tr_loss = losses["since_log"].to(self.args.device)
-        self._globalstep_last_logged = losses["last_logged_step"]
-        self._total_loss_scalar = losses["sum"]
-        self.first_loss_step = losses["first_step"]
+        with fitting(Path(checkpoint, random_state_file(0, len(states)))):
+            self._restore_process_state(state, states)
         if Path(checkpoint).suffix == ".divided":  # now everything has been read from it
             for state in self.model_wrapped.optimizer.optimizer.state.values():
                 state["step"] = torch.as_tensor(state["step"]).clone()  # ZeRO-3 lets all weights count in one tensor
             self.accelerator.wait_for_everyone()
             on_first_rank(shutil.rmtree, checkpoint)
 
+    def _restore_process_state(self, state, states):
+        restore_random_state(state, self.args.device)
+        if "losses" not in state:  # written by transformers' own trainer
+            return
+        losses = state["losses"]
+        if len(states) != self.args.world_size:  # the log shows the mean over the processes
+            losses["since_log"] = torch.stack([other["losses"]["since_log"] for other in states]).mean()
+        self._tr_loss = losses["since_log"].to(self.args.device).reshape(())
+        self._globalstep_last_logged = int(losses["last_logged_step"])
+        self._total_loss_scalar = float(losses["sum"])
+        self.first_loss_step = int(losses["first_step"])
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         # By way of the CPU: transformers 5.17 cannot load for several processes on one.
         if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            part.load_state_dict(torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True))
+        optim = getattr(self.args.optim, "value", self.args.optim)
+        file = Path(checkpoint, "optimizer.pt")
+        with fitting(file, f"Another --optim than {optim}, or other flags of what trains, have written it. "):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            check_optimizer(state, self.optimizer, optim)
+            self.optimizer.load_state_dict(state)
+        file = Path(checkpoint, "scheduler.pt")
+        with fitting(
+            file, f"Another --lr_scheduler_type than {self.args.lr_scheduler_type.value} may have written it. "
+        ):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            check_schedule(state)
+            self.lr_scheduler.load_state_dict(state)
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # a run in fp16 may go on in another dtype
@@ -342,6 +377,15 @@ class PrefixTrainer(Seq2SeqTrainer):
             return
         model = self.accelerator.unwrap_model(model or self.model)
         load_trained(model, resume_from_checkpoint, self.sidecar["finetuning_type"])
+
+    def _load_best_model(self):
+        """Take what the best checkpoint has trained, for --load_best_model_at_end."""
+        best = self.state.best_model_checkpoint
+        if self.sharded:  # nothing is computed after training, and the weights are divided
+            self.say(f"--load_best_model_at_end: with an engine nothing is left to do for {best}.")
+            return
+        load_trained(self.accelerator.unwrap_model(self.model), best, self.sidecar["finetuning_type"])
+        self.say(f"The best checkpoint has been loaded: {best} (--load_best_model_at_end).")
 
     def _evaluate(self, *args, **kwargs):
         if self.stop.agreed:  # what stops the run may not wait for the dev loss
@@ -365,6 +409,27 @@ class PrefixTrainer(Seq2SeqTrainer):
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self.first_loss_step)
         super().log(logs, start_time)
 
+    def save_metrics(self, split, metrics, combined=True):
+        """As the Trainer's: <split>_results.json and all_results.json, but each completely or not at all."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder / f"{split}_results.json", metrics)
+        if combined:
+            before, file = {}, folder / "all_results.json"
+            try:
+                before = read_json(file) if file.exists() else {}
+            except ValueError as error:
+                self.say(f"{error} It is written anew.")
+            write_results(file, {**before, **metrics})
+
+    def save_state(self):
+        """Write trainer_state.json into the run's folder, completely or not at all."""
+        if self.is_world_process_zero():
+            file = Path(self.args.output_dir) / STATE_FILE
+            write_text(file, json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n")
+
     def why_finished(self, checkpoint):
         """One line that says why a run has nothing left to train after a checkpoint; empty where it has."""
         state = read_json(Path(checkpoint, STATE_FILE))
@@ -374,7 +439,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 f"{checkpoint} is the last step of this run: nothing is left to train. "
                 "A larger --max_steps continues it."
             )
-        if self.args.early_stopping and follow(state["log_history"], watched_key(self.args))[1]:
+        if self.args.early_stopping and follow(state.get("log_history") or [], watched_key(self.args))[1]:
             return (
                 f"{checkpoint}: the loss had been rising, and with --early_stopping the run ended there. "
                 "Without the flag it goes on."
@@ -503,6 +568,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         return None, answers, inputs["labels"]
 
 
+def write_results(file, metrics):
+    """Write figures as the Trainer writes them."""
+    write_text(file, json.dumps(metrics, indent=4, sort_keys=True))
+
+
 def new_figure(rows=1):
     """(figure, its `rows` axes one above the other), drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -513,67 +583,25 @@ def new_figure(rows=1):
     return figure, figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
 
 
-class RunLog(TrainerCallback):
-    """Writes trainer_log.jsonl: one line for every training loss and dev loss, as the run goes on.
-
-    For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
-    resumed run goes on where its checkpoint was: what was logged after that is dropped, and logged again.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.start, self.first_step, self.written = time.monotonic(), state.global_step, set()
-        self.file = Path(args.output_dir) / LOG_FILE
-        if not state.is_world_process_zero:
-            return
-        kept = []
-        if state.global_step and self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line of a killed run
-                    entry = json.loads(line)
-                    if entry["current_steps"] <= state.global_step:
-                        kept.append(line + "\n")
-                        self.written.add((entry["current_steps"], entry["eval_loss"] is not None))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("".join(kept), encoding="utf-8")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        event = state.global_step, "eval_loss" in logs
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
-            return
-        self.written.add(event)
-        elapsed = time.monotonic() - self.start
-        steps_to_go, steps_done = state.max_steps - state.global_step, state.global_step - self.first_step
-        entry = {
-            "current_steps": state.global_step,
-            "total_steps": state.max_steps,
-            **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
-            "epoch": state.epoch,
-            "percentage": round(100 * state.global_step / state.max_steps, 2),
-            "elapsed_time": clock(elapsed),
-            "remaining_time": clock(elapsed * steps_to_go / steps_done) if steps_done else None,
-        }
-        with open(self.file, "a", encoding="utf-8") as opened:
-            opened.write(json.dumps(entry) + "\n")
-
-
-def clock(seconds):
-    """1:02:03"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+def save_figure(figure, file):
+    """Write a PNG completely or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_bytes(file, picture.getvalue())
 
 
 def plot_loss(log_history, file):
     """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
     figure, (axes,) = new_figure()
     for key, label in (("loss", "training loss"), ("eval_loss", "dev loss")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        points = drawable((entry["step"], entry[key]) for entry in log_history if key in entry)
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def plot_checkpoints(table, file):
@@ -590,4 +618,4 @@ def plot_checkpoints(table, file):
         axes.grid(alpha=0.3)
         axes.legend()
     all_axes[-1].set(xlabel="step")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)

@@ -214,7 +214,8 @@ class RunWatch(TrainerCallback):
         self.key = watched_key(args)
         self.trend, self.rise_said = follow(state.log_history, self.key)
         if state.is_world_process_zero:  # of a run before this one in the same folder, or after where this one resumes
-            point_to_best(args.output_dir, state.best_global_step)
+            if said := point_to_best(args.output_dir, state.best_global_step):
+                self.say(said)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save and args.eval_strategy != "no":
@@ -251,8 +252,6 @@ class RunWatch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.saved_step = state.global_step
-        if state.is_world_process_zero and state.best_global_step == state.global_step:
-            point_to_best(args.output_dir, state.global_step)
 
 
 def describe_checkpoints(state, output_dir):

@@ -547,3 +547,22 @@ def test_the_link_to_the_best_checkpoint_is_relative_and_moves_with_the_run(a_ru
     moved = a_run.rename(a_run.with_name("moved"))
     assert os.readlink(moved / "best") == "checkpoint-10"
     assert find_checkpoints(moved) == ([moved / "checkpoint-10"], [])
+
+
+def test_a_folder_called_best_is_used_where_it_is_and_renamed_by_training(a_run):
+    (a_run / "best").unlink()
+    for name in ("best", "best-1"):
+        (a_run / name).mkdir()
+        (a_run / name / "pytorch_model.bin").write_text(name)
+    assert find_checkpoints(a_run / "best") == find_checkpoints(a_run) == ([a_run / "best"], [])
+    assert "best is a folder, where this run keeps a link" in point_to_best(a_run, 10)
+    assert point_to_best(a_run, 10) == ""
+    assert os.readlink(a_run / "best") == "checkpoint-10"
+    assert [(a_run / name / "pytorch_model.bin").read_text() for name in ("best-1", "best-2")] == ["best-1", "best"]
+
+
+@pytest.mark.parametrize("name", ["last", "all"])
+def test_a_checkpoint_that_is_called_like_a_word_is_itself(name, a_run):
+    (a_run / name).mkdir()
+    (a_run / name / "pytorch_model.bin").touch()
+    assert find_checkpoints(a_run / name) == ([a_run / name], [])

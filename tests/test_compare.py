@@ -263,3 +263,53 @@ def test_comparing_needs_neither_torch_nor_transformers():
     code = "import sys, compare; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "ptuning", capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# ---- files that no run has written
+
+
+STATE, ANSWER = "trainer_state.json", "generated_predictions.txt"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (STATE, '{"log_history": 5}', "log_history is 5, expected a list"),
+        (STATE, '{"log_history": {"a": 1}}', 'log_history is {"a": 1}, expected a list'),
+        (STATE, '{"log_history": [5]}', "log_history is [5], expected a list"),
+        (STATE, '{"log_history": [{"loss": "1", "step": 1}]}', "expected a list"),
+        (STATE, '{"log_history": [{"loss": 1.0, "step": 1%s}]}' % ("0" * 400), "expected a list"),
+        (STATE, '{"log_history": [{"loss": 1.0, "step": 1%s}]}' % ("0" * 5000), "thousands of digits"),
+        (STATE, '{"log_history": [{"loss": 1%s, "step": 1}]}' % ("0" * 400), "expected a list"),
+        (STATE, '{"log_history": [{"loss": 1.0, "step": NaN}]}', "expected a list"),
+        (STATE, '{"log_history": [{"loss": 1.0, "step": true}]}', "expected a list"),
+        (STATE, "[" * 100_000, "nested too deep"),
+        (STATE, "[]", "holds no JSON object"),
+        (STATE, "\xff", "not valid JSON"),
+        ("all_results.json", "[1]", "holds no JSON object"),
+        (ANSWER, '{"labels": "a", "predict": "b", "row": [1]}', "line 1: row is [1], expected its number"),
+        (ANSWER, '{"labels": "a", "predict": "b", "row": 1%s}' % ("0" * 400), "expected its number"),
+        (ANSWER, '{"labels": "a", "predict": 5}', "lacks the texts"),
+    ],
+)
+def test_a_malformed_file_of_a_run_is_one_message(file, text, message, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as refused:
+        compare.main([str(tmp_path / "run"), "--output_dir", str(tmp_path / "out")])
+    assert message in str(refused.value) and str(tmp_path / "run" / file) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-1e308", "1e308", '"x"', "null", "[1]", "true", "1" + "0" * 400]
+)
+def test_a_figure_of_any_kind_is_shown_or_left_out(number, tmp_path):
+    (tmp_path / "run").mkdir()
+    names = ["predict_bleu-4", "trainable_parameters", "total_parameters", "train_peak_memory_gb", "predict_samples"]
+    results = ", ".join(f'"{name}": {number}' for name in names)
+    (tmp_path / "run" / "all_results.json").write_text(f"{{{results}}}")
+    if number in ("NaN", "Infinity", "-1e308", "1e308"):
+        state = f'{{"log_history": [{{"loss": {number}, "step": 1}}, {{"eval_loss": {number}, "step": 1}}]}}'
+        (tmp_path / "run" / "trainer_state.json").write_text(state)
+    compare.main([str(tmp_path / "run"), "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "comparison.html").is_file()

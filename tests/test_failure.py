@@ -106,3 +106,30 @@ def test_ctrl_c_ends_with_status_130_and_no_traceback():
 
 def test_a_program_that_ends_well_goes_on():
     assert end("print('问')").stdout == "问\nthe end\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise ImportError('libarrow.so: failed to map segment from shared object')",
+        "raise OSError(12, os.strerror(12), '/lib/x.so')",
+        'raise RuntimeError("can\'t start new thread")',
+        "raise RuntimeError('std::bad_alloc')",
+        "raise MemoryError",
+    ],
+)
+def test_a_limit_of_addresses_is_named_where_memory_is_refused(body):
+    limit = "import os, resource; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)); "
+    done = end(limit + body)
+    assert done.returncode == 2
+    assert "has not enough memory" in done.stderr and "pip" not in done.stderr
+    assert "The shell allows 1.0 GB of addresses; lift that limit: ulimit -v unlimited." in done.stderr
+
+
+@pytest.mark.parametrize("body", ["pathlib.Path('{}').resolve(strict=True)", "open('{}/x')"])
+def test_a_symbolic_link_that_leads_to_itself_is_named(body, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    done = end("import pathlib; " + body.format(loop))
+    assert done.returncode == 2
+    assert f"{loop}" in done.stderr and ": a symbolic link there leads back to itself. Look with ls -l" in done.stderr
