@@ -6,13 +6,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh
 
-MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
-if [ "$MODEL" = tiny ]; then
-  source ptuning/tiny/settings.sh # smaller defaults for the variables below
-fi
+MODEL=${MODEL:-}                           # hub id or folder of the base model, or tiny
+defaults_of_tiny                           # with tiny: smaller defaults for the variables below
 DATA=${DATA:-AdvertiseGen}                 # folder with train.json and dev.json
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # as in train.sh: part of the run's default name
-LR=${LR:-2e-2}                             # likewise
+LR=${LR:-2e-2}                             # as in train.sh: part of the run's default name
 STEP=${STEP:-}                             # which checkpoint: 3000, best (lowest dev loss), last, or all in one table
                                            # empty: best, or last where no dev loss was measured
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-}       # rows a GPU answers at once, at most; empty: as many as fit
@@ -22,6 +20,7 @@ QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: as 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes, one for each GPU
 NNODES=1                                   # one machine answers: that which has the checkpoint
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
+checkpoint_flag=${checkpoint_flag:-ptuning_checkpoint} # the flag for a prefix; evaluate_finetune.sh sets its own
 
 check_model_and_data "$DATA/dev.json"
 launch ptuning/main.py \
@@ -31,7 +30,7 @@ launch ptuning/main.py \
   --prompt_column content \
   --response_column summary \
   --model_name_or_path "$MODEL" \
-  --ptuning_checkpoint "$(checkpoint_of_step)" \
+  --"$checkpoint_flag" "$(checkpoint_of_step)" \
   --output_dir "output/$CHECKPOINT" \
   --overwrite_output_dir \
   --max_source_length "$MAX_SOURCE_LENGTH" \

@@ -5,39 +5,20 @@ grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh
+set -a # what is set below, evaluate.sh reads from the environment
 
+# evaluate.sh does the work. Its other variables are explained there, and may be set here too.
 FINETUNING_TYPE=${FINETUNING_TYPE:-full}   # as in finetune.sh: part of the run's default name
 case $FINETUNING_TYPE in
-  lora) LR=${LR:-1e-3} ;;                  # likewise
+  lora) LR=${LR:-1e-3} ;;                  # as in finetune.sh: part of the run's default name
   *) LR=${LR:-1e-4} ;;
 esac
-MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
-if [ "$MODEL" = tiny ]; then
-  source ptuning/tiny/settings.sh # smaller defaults for the variables below
-fi
-DATA=${DATA:-AdvertiseGen}                 # folder with train.json and dev.json
-STEP=${STEP:-}                             # which checkpoint: 5000, best (lowest dev loss) or last
-                                           # empty: best, or last where no dev loss was measured
-EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-}       # rows a GPU answers at once, at most; empty: as many as fit
+MODEL=${MODEL:-}                           # hub id or folder of the base model, or tiny
+defaults_of_tiny                           # with tiny: smaller defaults for the variables below
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} # longest prompt, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256} # longest reference, tokens; prompt and answer get both together and 1
-NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes, one for each GPU
-NNODES=1                                   # one machine answers: that which has the checkpoint
+QUANTIZATION_BIT=                          # as in training
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-$FINETUNING_TYPE-$LR} # name of the run: output/$CHECKPOINT
+checkpoint_flag=checkpoint_dir             # the flag for what is no prefix
 
-check_model_and_data "$DATA/dev.json"
-launch ptuning/main.py \
-  --do_predict \
-  --validation_file "$DATA/dev.json" \
-  --test_file "$DATA/dev.json" \
-  --prompt_column content \
-  --response_column summary \
-  --model_name_or_path "$MODEL" \
-  --checkpoint_dir "$(checkpoint_of_step)" \
-  --output_dir "output/$CHECKPOINT" \
-  --overwrite_output_dir \
-  --max_source_length "$MAX_SOURCE_LENGTH" \
-  --max_target_length "$MAX_TARGET_LENGTH" \
-  ${EVAL_BATCH_SIZE:+--per_device_eval_batch_size "$EVAL_BATCH_SIZE"} \
-  --predict_with_generate \
-  "$@"
+exec bash "$PWD/evaluate.sh" "$@"

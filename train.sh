@@ -6,10 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh
 
-MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
-if [ "$MODEL" = tiny ]; then
-  source ptuning/tiny/settings.sh # smaller defaults for the variables below
-fi
+MODEL=${MODEL:-}                           # hub id or folder of the base model, or tiny
+defaults_of_tiny                           # with tiny: smaller defaults for the variables below
 DATA=${DATA:-AdvertiseGen}                 # folder with train.json and dev.json
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # virtual tokens of the prefix
 LR=${LR:-2e-2}                             # learning rate at the start; falls to 0 in a straight line
@@ -28,6 +26,11 @@ NODE_RANK=${NODE_RANK:-}                   # which of them this is: 0, 1, …; 0
 MASTER_ADDR=${MASTER_ADDR:-}               # address of machine 0, the same on all. Needed if NNODES > 1
 MASTER_PORT=${MASTER_PORT:-29500}          # a free port of machine 0, the same on all
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
+# In small letters: what other scripts set that end as this one.
+prompt_column=${prompt_column:-content}    # what the prompt is called in the rows; train_chat.sh has other names
+response_column=${response_column:-summary} # what the response is called
+history_column=${history_column:-}         # what earlier questions and answers are called; empty: there are none
+with_prefix=${with_prefix-yes}             # empty: no prefix, for finetune.sh
 
 check_model_and_data "$DATA/train.json" "$DATA/dev.json"
 launch ptuning/main.py \
@@ -39,8 +42,9 @@ launch ptuning/main.py \
   --eval_on_start \
   --max_eval_samples "$DEV_ROWS" \
   --preprocessing_num_workers 10 \
-  --prompt_column content \
-  --response_column summary \
+  --prompt_column "$prompt_column" \
+  --response_column "$response_column" \
+  ${history_column:+--history_column "$history_column"} \
   --model_name_or_path "$MODEL" \
   --output_dir "output/$CHECKPOINT" \
   --overwrite_output_dir \
@@ -54,6 +58,6 @@ launch ptuning/main.py \
   --logging_steps 10 \
   --save_steps "$SAVE_STEPS" \
   --learning_rate "$LR" \
-  --pre_seq_len "$PRE_SEQ_LEN" \
+  ${with_prefix:+--pre_seq_len "$PRE_SEQ_LEN"} \
   ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
   "$@"

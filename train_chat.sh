@@ -5,56 +5,19 @@ grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh
+set -a # what is set below, train.sh reads from the environment
 
-MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
-if [ "$MODEL" = tiny ]; then
-  source ptuning/tiny/settings.sh # smaller defaults for the variables below
-fi
+# train.sh does the work. Its other variables are explained there, and may be set here too.
+MODEL=${MODEL:-}                           # hub id or folder of the base model, or tiny
+defaults_of_tiny                           # with tiny: smaller defaults for the variables below
 DATA=${DATA:-data}                         # folder with train.json and dev.json
+prompt_column=prompt                       # what the prompt is called in its rows
+response_column=response                   # what the response is called
+history_column=history                     # what earlier questions and answers are called
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # virtual tokens of the prefix
 LR=${LR:-1e-2}                             # learning rate at the start; falls to 0 in a straight line
-MAX_STEPS=${MAX_STEPS:-3000}               # optimizer steps
-SAVE_STEPS=${SAVE_STEPS:-1000}             # steps between checkpoints
-BATCH_SIZE=${BATCH_SIZE:-1}                # rows a GPU handles at once
-ACCUMULATION=${ACCUMULATION:-16}           # such batches in one step
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} # longest prompt with its history, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256} # longest response, tokens
-DEV_ROWS=${DEV_ROWS:-200}                  # first rows of dev.json, for the dev loss at the start and every save
-EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}      # the same in one batch; changes nothing but speed and memory
-QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: bf16 or fp16
-NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes on this machine, one for each GPU
-NNODES=${NNODES:-1}                        # machines that train together; each runs this script
-NODE_RANK=${NODE_RANK:-}                   # which of them this is: 0, 1, …; 0 writes the run. Needed if NNODES > 1
-MASTER_ADDR=${MASTER_ADDR:-}               # address of machine 0, the same on all. Needed if NNODES > 1
-MASTER_PORT=${MASTER_PORT:-29500}          # a free port of machine 0, the same on all
 CHECKPOINT=${CHECKPOINT:-chat-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
 
-check_model_and_data "$DATA/train.json" "$DATA/dev.json"
-launch ptuning/main.py \
-  --do_train \
-  --train_file "$DATA/train.json" \
-  --validation_file "$DATA/dev.json" \
-  --eval_strategy steps \
-  --eval_steps "$SAVE_STEPS" \
-  --eval_on_start \
-  --max_eval_samples "$DEV_ROWS" \
-  --preprocessing_num_workers 10 \
-  --prompt_column prompt \
-  --response_column response \
-  --history_column history \
-  --model_name_or_path "$MODEL" \
-  --output_dir "output/$CHECKPOINT" \
-  --overwrite_output_dir \
-  --max_source_length "$MAX_SOURCE_LENGTH" \
-  --max_target_length "$MAX_TARGET_LENGTH" \
-  --per_device_train_batch_size "$BATCH_SIZE" \
-  --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
-  --gradient_accumulation_steps "$ACCUMULATION" \
-  --predict_with_generate \
-  --max_steps "$MAX_STEPS" \
-  --logging_steps 10 \
-  --save_steps "$SAVE_STEPS" \
-  --learning_rate "$LR" \
-  --pre_seq_len "$PRE_SEQ_LEN" \
-  ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
-  "$@"
+exec bash "$PWD/train.sh" "$@"

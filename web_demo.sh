@@ -6,12 +6,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ptuning/common.sh
 
-MODEL=${MODEL:-} # hub id or folder of the base model, or tiny
-if [ "$MODEL" = tiny ]; then
-  source ptuning/tiny/settings.sh # smaller defaults for the variables below
-fi
+MODEL=${MODEL:-}                # hub id or folder of the base model, or tiny
+defaults_of_tiny                # with tiny: smaller defaults for the variables below
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} # as in train.sh: part of the run's default name
-LR=${LR:-2e-2}                  # likewise
+LR=${LR:-2e-2}                  # as in train.sh: part of the run's default name
 STEP=${STEP:-}                  # which checkpoint to start with: 3000, best or last; empty: best, or last
 HOST=${HOST:-0.0.0.0}           # address to listen on: 0.0.0.0 for everyone, 127.0.0.1 for this machine only
 PORT=${PORT:-7860}              # port to listen on

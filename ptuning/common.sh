@@ -1,4 +1,12 @@
-# What train.sh, train_chat.sh, evaluate.sh and web_demo.sh share; sourced by them, in the project's folder.
+# What the scripts at the top of the project share; sourced by them, in the project's folder.
+# train_chat.sh and finetune.sh set other defaults and end as train.sh, evaluate_finetune.sh as evaluate.sh.
+
+# With MODEL=tiny: the small model that ships with the project, and what suits it for variables that are not set yet.
+defaults_of_tiny() {
+  if [ "$MODEL" = tiny ]; then
+    source ptuning/tiny/settings.sh
+  fi
+}
 
 export PTUNING_CALLED_FROM=${OLDPWD:-} # where a relative path in "$@" is looked for, too; see ptuning/paths.py
 
@@ -136,7 +144,7 @@ check_end_of_command() {
   script=$(readlink "/proc/$$/fd/255" 2>/dev/null) && [ -f "$script" ] || return 0
   position=$(awk '$1 == "pos:" { print $2 }' "/proc/$$/fdinfo/255")
   next=$(tail -c "+$((position + 1))" "$script" | grep -m 1 -n -v '^[[:space:]]*\(#.*\)\?$') || return 0
-  if [[ ${next#*:} =~ ^[[:space:]]*(--[a-z]|\"\$@\"|\$\{[A-Z_]+:\+--) ]]; then
+  if [[ ${next#*:} =~ ^[[:space:]]*(--[a-z\"]|\"\$@\"|\$\{[A-Za-z_]+:\+--) ]]; then
     local line=$(($(head -c "$position" "$script" | wc -l) + ${next%%:*}))
     echo "error: ${0##*/}, line $line: this line is not part of the command, which has ended above it: a line of the" \
       "command ends in a \\, with nothing behind it, and no comment or empty line stands between two of them." >&2

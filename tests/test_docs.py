@@ -137,11 +137,17 @@ def test_every_flag_of_the_other_programs_has_a_row_and_every_row_a_flag(page):
 
 
 def variables_of(script):
-    """{variable: its defaults} of the lines NAME=${NAME:-default} of a script."""
-    found = {}
+    """{variable: its defaults} of a script: its lines NAME=${NAME:-default}, and those of the script that it ends as."""
+    found, inherited = {}, {}
     for name, default in re.findall(r"\b([A-Z_]+)=\$\{\1:?-(.*?)\}(?= |$|\s)", script, flags=re.MULTILINE):
         found.setdefault(name, []).append(default)
-    return found
+    if other := re.search(r'^exec bash "\$PWD/(.+?)"', script, flags=re.MULTILINE):
+        fixed = re.findall(r"^([A-Z_]+)=(?!\$\{)", script, flags=re.MULTILINE)
+        if "FINETUNING_TYPE" in found:
+            fixed.append("PRE_SEQ_LEN")  # no prefix
+        inherited = variables_of((ROOT / other[1]).read_text(encoding="utf-8"))
+        inherited = {name: defaults for name, defaults in inherited.items() if name not in fixed}
+    return {**inherited, **found}
 
 
 def table_of_defaults(page):

@@ -22,6 +22,8 @@ print(sys.argv[1:])
 def folder(tmp_path):
     """A copy of the scripts' folder, with a main.py that takes its words as the real one, prints them, and ends."""
     shutil.copytree(ROOT / "ptuning", tmp_path / "ptuning", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
+    for script in ROOT.glob("*.sh"):  # one may end as another
+        shutil.copy(script, tmp_path)
     (tmp_path / "ptuning" / "main.py").write_text(PROGRAM)
     return tmp_path
 

@@ -1,0 +1,41 @@
+"""Who takes part in benchmarks.speed: one file a contender, NAME.py with the class Name, and one line in CONTENDERS.
+
+A further contender needs nothing else: its process, its turns, its lines in the tables and its bars follow from the line.
+"""
+
+import importlib
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    title: str  # in the tables
+    takes_bits: bool = False  # --quantization_bit means something to it
+
+
+CONTENDERS = {
+    "ours": Entry("ours", takes_bits=True),
+    "official": Entry("official recipe, restated", takes_bits=True),
+    "peft": Entry("GlmForCausalLM + PEFT"),
+}
+FLOAT = "float"  # ours without --quantization_bit, beside those that take it
+
+
+def taking_part(settings):
+    """The names of those that --quantization_bit, or its absence, lets take part."""
+    if not settings.quantization_bit:
+        return list(CONTENDERS)
+    return [*(name for name, entry in CONTENDERS.items() if entry.takes_bits), FLOAT]
+
+
+def titles(settings):
+    """{name: title}, with the second line of ours in prediction."""
+    found = {name: entry.title for name, entry in CONTENDERS.items()}
+    if settings.official:
+        found["official"] = "official scripts"
+    return {**found, "automatic": "ours, automatic batch size", FLOAT: "ours, float"}
+
+
+def make_contender(name, settings):
+    """The contender, whose file is imported only here: it may need a library that the others do without."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    return getattr(module, name.capitalize())(settings)
