@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import secrets
 import sys
 import time
@@ -36,18 +37,22 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch takes 
     run(parse_arguments, sys.argv[1:])
 
 import uvicorn
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from api_index import docs_page, endpoints, names
 from checkpoint import PREFIX_FILE
 from conversation import conversation
-from serving import BodyLimit, Busy, Sampling, check_port, load_server
+from limits import Attempts, BodyLimit, client_of, uvicorn_settings
+from serving import Busy, Sampling, check_port, load_server
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
@@ -68,7 +73,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]  # one problem of a list is told, not half a million
 
     def text(self):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -82,7 +87,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class ChatRequest(Strict):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
@@ -97,7 +102,9 @@ class ChatRequest(Strict):
 
 class OfficialRequest(Strict):
     prompt: str
-    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
+    history: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(fail_fast=True)] | None = (
+        None
+    )
     max_length: int | None = Field(None, ge=1, description="Tokens of prompt and answer together [2048].")
     top_p: float | None = Field(None, ge=0, le=1, description="[0.7]")
     temperature: float | None = Field(None, ge=0, le=2, description="[0.95]")
@@ -118,18 +125,41 @@ ERRORS = {
     400: "The request, or the prompt's length.",
     401: "The key.",
     404: "No such model.",
+    408: "The request did not arrive in time.",
     413: "More than 1 MiB.",
-    429: "All places are taken and the queue is full.",
+    429: "All places are taken, or this client's share of them is, or it has tried too many wrong keys.",
     500: "The model failed.",
 }
 RESPONSES = {status: {"model": Error, "description": text} for status, text in ERRORS.items()}
 CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
-def error_response(status, message, headers=None):
+class NoModel(HTTPException):
+    """404 for a model, not for a path."""
+
+
+def error_response(status, message, headers=None, code=None):
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": CODES.get(status)}}
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
     return JSONResponse(body, status, headers=headers)
+
+
+class JsonWithoutAType:
+    """ASGI middleware: the body of a POST is JSON whatever its Content-Type says, as in the official api.py.
+
+    Not where a web page asks (it has an Origin): a page of strangers may send any type but JSON unasked.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and scope["method"] == "POST":
+            headers = dict(scope["headers"])
+            if b"origin" not in headers:
+                headers[b"content-type"] = b"application/json"
+                scope = {**scope, "headers": list(headers.items())}
+        await self.app(scope, receive, send)
 
 
 # ---- waiting for answers without blocking
@@ -139,7 +169,7 @@ class Pending:
     """The answers of one request: submitted together, cancelled together."""
 
     def __init__(self, server, request):
-        self.server, self.request = server, request
+        self.server, self.request, self.client = server, request, client_of(request.scope)
         self.answers = []
         self.changed = asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -150,13 +180,32 @@ class Pending:
         except RuntimeError:  # the loop is closed: the program is ending
             answer.cancel()
 
+    async def encode(self, limiter, turns):
+        """Token ids of what turns() returns, question and history, on a thread; HTTPException 400 or 429."""
+
+        def tokenize():
+            with self.server.preparing(self.client):
+                return self.server.encode(*turns())
+
+        try:
+            return await run_sync(tokenize, limiter=limiter)
+        except Busy as error:
+            raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+
     async def submit(self, token_ids, model, samplings):
         """HTTPException 404, 400 or 429 where the request cannot be taken."""
         try:
             for sampling in samplings:
                 # On a thread: a prefix may have to be read first.
                 answer = await run_in_threadpool(
-                    self.server.submit, token_ids, model=model, sampling=sampling, notify=self.notify
+                    self.server.submit,
+                    token_ids,
+                    model=model,
+                    sampling=sampling,
+                    notify=self.notify,
+                    client=self.client,
                 )
                 self.answers.append(answer)
         except Busy as error:
@@ -242,7 +291,8 @@ async def stream_chat(pending, head, include_usage):
 
 def create_app(server, api_key=None, cors_origins=()):
     """The API of a ChatServer."""
-    app = FastAPI(title="ChatGLM2 P-Tuning", description=__doc__.partition("\n")[0], redoc_url=None)
+    app = FastAPI(title="ChatGLM2 P-Tuning", description=__doc__.partition("\n")[0], redoc_url=None, docs_url=None)
+    app.add_middleware(JsonWithoutAType)
     app.add_middleware(BodyLimit)
     if cors_origins:
         app.add_middleware(
@@ -250,27 +300,44 @@ def create_app(server, api_key=None, cors_origins=()):
         )
     bearer = HTTPBearer(auto_error=False, description="The key of --api_key, where one is set.")
 
-    def check_key(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]):
-        given = credentials.credentials if credentials else ""
-        if api_key and not secrets.compare_digest(given.encode(), api_key.encode()):
+    attempts = Attempts()
+    limiter = CapacityLimiter(server.max_batch + server.max_queue)  # threads that wait for their turn to tokenize
+
+    async def check_key(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]):
+        """Not on a thread: nothing may come between the look at the tries and the comparison."""
+        client, given = client_of(request.scope), credentials.credentials if credentials else ""
+        wait = math.ceil(attempts.begin(client)) if given else 0
+        if wait:
+            message = f"Too many wrong API keys from this address. Try again in {wait} s."
+            raise HTTPException(429, message, {"Retry-After": str(wait)})
+        if not secrets.compare_digest(given.encode(), api_key.encode()):
             raise HTTPException(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+        attempts.succeeded(client)
 
     locked = [Depends(check_key)] if api_key else []
 
     @app.exception_handler(HTTPException)
     async def refuse(request, error):
-        return error_response(error.status_code, str(error.detail), error.headers)
+        status, message, code = error.status_code, str(error.detail), CODES.get(error.status_code)
+        if status in (404, 405) and not isinstance(error, NoModel):
+            message = f"There is no {request.method} {request.url.path} here; there are {names(app)}."
+            code = "unknown_url"
+        return error_response(status, message, error.headers, code)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_request(request, error):
         # Without the input, which may be anything.
-        problems = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
+        if isinstance(error.body, bytes) and error.body:  # not read as JSON, see JsonWithoutAType
+            return error_response(400, "A web page must send this with the header Content-Type: application/json.")
+        problems = [
+            f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in error.errors()
+        ]
         return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode())
 
     def model_name(name):
         name = name or server.default
         if name not in server.models():
-            raise HTTPException(404, f"There is no model {name!r}; there are {', '.join(server.models())}.")
+            raise NoModel(404, f"There is no model {name!r}; there are {', '.join(server.models())}.")
         return name
 
     def describe_model(name):
@@ -285,13 +352,13 @@ def create_app(server, api_key=None, cors_origins=()):
     @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
-        model = model_name(body.model)
+        model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
         pending = Pending(server, request)
-        try:
-            question, history = conversation([(message.role, message.text()) for message in body.messages])
-            token_ids = await run_in_threadpool(server.encode, question, history)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+
+        def turns():
+            return conversation([(message.role, message.text()) for message in body.messages])
+
+        token_ids = await pending.encode(limiter, turns)
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         samplings = [
             Sampling(
@@ -322,12 +389,12 @@ def create_app(server, api_key=None, cors_origins=()):
         return {**head, "object": "chat.completion", "choices": choices, "usage": pending.usage()}
 
     @app.get("/v1/models", dependencies=locked, responses={401: RESPONSES[401]})
-    async def models():
+    def models():
         """The base model and every checkpoint of the run."""
         return {"object": "list", "data": [describe_model(name) for name in server.models()]}
 
     @app.get("/v1/models/{model}", dependencies=locked, responses={401: RESPONSES[401], 404: RESPONSES[404]})
-    async def one_model(model: str):
+    def one_model(model: str):
         """One of them."""
         return describe_model(model_name(model))
 
@@ -336,10 +403,7 @@ def create_app(server, api_key=None, cors_origins=()):
         """The official API: prompt and history in, response and longer history out."""
         history = [(question, answer) for question, answer in body.history or []]
         pending = Pending(server, request)
-        try:
-            token_ids = await run_in_threadpool(server.encode, body.prompt, history)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+        token_ids = await pending.encode(limiter, lambda: (body.prompt, history))
         max_length = min(body.max_length or 2048, server.model.config.seq_length)
         if len(token_ids) >= max_length:
             raise HTTPException(
@@ -359,6 +423,15 @@ def create_app(server, api_key=None, cors_origins=()):
             "status": 200,
             "time": datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
         }
+
+    @app.get("/")
+    async def index():
+        """Where everything is."""
+        return {"name": app.title, "model": server.default, "docs": "/docs", "paths": endpoints(app)}
+
+    @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)
+    async def docs():
+        return docs_page(app)
 
     @app.get("/health")
     async def health():
@@ -388,7 +461,7 @@ def main(argv):
     if args.server_name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
         print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)
     try:
-        uvicorn.run(app, host=args.server_name, port=args.server_port, log_level="warning")
+        uvicorn.run(app, host=args.server_name, port=args.server_port, log_level="warning", **uvicorn_settings())
     finally:
         server.close()
 

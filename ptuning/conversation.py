@@ -16,19 +16,18 @@ def conversation(messages: list[tuple[str, str]]) -> tuple[str, list[tuple[str, 
     ChatGLM2 knows questions and answers only: system messages stand before the question they precede, and
     messages of one side in a row become one. ValueError unless a user has the last word.
     """
-    history, pending = [], []
+    history, pending = [], []  # texts are joined once, at the end: a stranger may send very many
     for role, text in messages:
         if role != "assistant":
             pending.append(text)
         elif pending or not history:
-            history.append(("\n".join(pending), text))
+            history.append((pending, [text]))
             pending = []
         else:
-            question, answer = history[-1]
-            history[-1] = (question, f"{answer}\n{text}")
+            history[-1][1].append(text)
     if messages[-1][0] != "user":
         raise ValueError(f"The last message is of role {messages[-1][0]!r}; expected 'user', whom the model answers.")
-    return "\n".join(pending), history
+    return "\n".join(pending), [("\n".join(questions), "\n".join(answers)) for questions, answers in history]
 
 
 def read_history(query, history) -> tuple[str, list[tuple[str, str]]]:

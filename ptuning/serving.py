@@ -11,14 +11,17 @@ token of each running answer. New answers join and finished ones leave between s
 
 A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
 what follows the part they share is computed: an edited history simply shares less.
+
+Places are shared: a client that has none does not wait for one that has many. See `_make_room`.
 """
 
+import contextlib
 import queue
 import random
 import socket
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,10 +43,12 @@ from configuration_chatglm import ChatGLMConfig
 from conversation import read_history
 from finetuning import check_adapters, find_trained, prepare_model, read_settings
 from generation import Batch, choose
+from limits import Turns, fair_share
 from prefix_encoder import PrefixEncoder
 
 BASE = "base"  # name of the model without a prefix
-MAX_BODY_BYTES = 2**20  # of a request to the page or the API
+CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
+TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
 
 
 class Busy(RuntimeError):
@@ -83,6 +88,7 @@ class Answer:
     sampling: Sampling
     notify: object = None
     session: object = None
+    client: object = None  # who asked
     prefix: list = field(default_factory=list, repr=False)
     text: str = ""
     response_ids: list[int] = field(default_factory=list)
@@ -91,6 +97,7 @@ class Answer:
     cancelled: bool = False
     seconds: float = 0.0  # since the first token was asked for
     reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
+    paused: object = field(default=None, repr=False)  # its Paused while it waits for its place again
 
     def cancel(self):
         """Give the place free at the next token."""
@@ -109,6 +116,15 @@ class Row:
     generator: random.Random
     started: float
     next_id: int = 0
+
+
+@dataclass(eq=False)
+class Paused:
+    """An answer that gave its place away, with its cache."""
+
+    row: Row
+    layers: list
+    prefix_length: int
 
 
 @dataclass
@@ -151,7 +167,9 @@ class ChatServer:
         self._batch = Batch(model, max_batch)
         self._waiting = []
         self._unfinished = 0  # answers waiting, starting and running
-        self._closed = False
+        self._held = Counter()  # client -> its unfinished answers and texts being tokenized
+        self._tokenizing = Turns(TOKENIZE_AT_ONCE)
+        self._ending = self._closed = False
         self._changed = threading.Condition()
         self._loading = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="chat-server", daemon=True)
@@ -172,6 +190,8 @@ class ChatServer:
 
         Read once and kept. Raises ValueError for an unknown name or a checkpoint that does not fit the model.
         """
+        if name in self._prefixes:  # without waiting for another one that is being read
+            return self._prefixes[name]
         with self._loading:
             if name not in self._prefixes:
                 checkpoints = self.checkpoints()
@@ -205,6 +225,7 @@ class ChatServer:
     def encode(self, query, history=()):
         """Token ids of the chat prompt; ValueError for text that no UTF-8 file could hold."""
         query, history = read_history(query, history)
+        self.check_characters(query, history)
         check_text(query, history)
         return self.tokenizer.encode(self.tokenizer.build_prompt(query, history))
 
@@ -214,12 +235,34 @@ class ChatServer:
         Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
         """
         query, history = read_history(query, history)
+        self.check_characters(query)
         check_text(query, history)
+        too_old = self.count_too_old(history)
+        history = history[too_old:]
         seq_length = self.model.config.seq_length
         limit = seq_length - min(max_new_tokens, seq_length // 4)
         token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit)
         self.check_length(token_ids)
-        return token_ids, dropped
+        return token_ids, dropped + too_old
+
+    def check_characters(self, query, history=()):
+        """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
+        characters = len(query) + sum(map(len_of_turn, history))
+        seq_length = self.model.config.seq_length
+        if characters > CHARACTERS_A_TOKEN * seq_length:
+            raise ValueError(
+                f"The prompt has {characters:,} characters; this model takes {seq_length} tokens for prompt and answer "
+                "together (seq_length of its config.json). Shorten the question or the history."
+            )
+
+    def count_too_old(self, history):
+        """How many of the oldest turns have too many characters behind them to be a part of any prompt."""
+        room = CHARACTERS_A_TOKEN * self.model.config.seq_length
+        for number in range(len(history), 0, -1):
+            room -= len_of_turn(history[number - 1])
+            if room < 0:
+                return number
+        return 0
 
     def check_length(self, token_ids):
         """ValueError where a prompt leaves no room for an answer."""
@@ -232,25 +275,53 @@ class ChatServer:
 
     # ---- asking
 
-    def submit(self, token_ids, *, model=None, sampling=None, notify=None, session=None):
+    @contextlib.contextmanager
+    def preparing(self, client):
+        """A client's turn to have text tokenized: one of its own and two in all at once. Raises Busy."""
+        with self._changed:
+            self._take(client)
+        try:
+            with self._tokenizing.turn(client):
+                yield
+        finally:
+            with self._changed:
+                self._give_back(client)
+
+    def _take(self, client):
+        """Count one more of a client; Busy where all places are taken, or its share of them is."""
+        places = self.max_batch + self.max_queue
+        if self._ending:
+            raise Busy("The server is shutting down.")
+        if self._held.total() >= places:
+            raise Busy(f"All {self.max_batch} places are taken and {self.max_queue} requests wait. Try again later.")
+        share = fair_share(places, self._held, client)
+        if client is not None and self._held[client] >= share:
+            raise Busy(
+                f"This client has {self._held[client]} requests here, and its share is {share} of {places}. "
+                "Try again when one of them has ended."
+            )
+        self._held[client] += 1
+
+    def _give_back(self, client):
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
+
+    def submit(self, token_ids, *, model=None, sampling=None, notify=None, session=None, client=None):
         """Ask for the answer to a prompt and return it at once, as an `Answer` that fills up.
 
         `notify(answer)` runs on the worker's thread and must not block. `session`: any key; answers with the
-        same one continue each other's cache. Raises Busy, and ValueError as `prefix` and `check_length` do.
+        same one continue each other's cache. `client`: any key; none has more than its share, None has no bound.
+        Raises Busy, and ValueError as `prefix` and `check_length` do.
         """
         self.check_length(token_ids)
         model = model or self.default
-        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, self.prefix(model))
+        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client, self.prefix(model))
         with self._changed:
-            if self._closed:
-                raise Busy("The server is shutting down.")
-            if self._unfinished >= self.max_batch + self.max_queue:
-                raise Busy(
-                    f"All {self.max_batch} places are taken and {self.max_queue} requests wait. Try again later."
-                )
+            self._take(client)
             self._waiting.append(answer)
             self._unfinished += 1
-            self._changed.notify()
+            self._changed.notify_all()
         return answer
 
     def stream(self, token_ids, **how):
@@ -288,11 +359,13 @@ class ChatServer:
         with self._changed:
             self._memories.pop(session, None)
 
-    def close(self):
-        """End the worker; what is running ends as cancelled."""
+    def close(self, seconds=0):
+        """Take no more, give what is on its way some seconds, and end the worker; what is left ends as cancelled."""
         with self._changed:
+            self._ending = True
+            self._changed.wait_for(lambda: not self._unfinished, timeout=seconds)
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._worker.join()
 
     # ---- the worker's thread
@@ -306,11 +379,12 @@ class ChatServer:
                         self._end(answer, "cancelled")
                     return
                 gone = [answer for answer in self._waiting if answer.cancelled]
-                waiting = [answer for answer in self._waiting if not answer.cancelled]
-                free = self.max_batch - len(self._running)
-                arrived, self._waiting = waiting[:free], waiting[free:]
+                self._waiting = [answer for answer in self._waiting if not answer.cancelled]
             for answer in gone:
                 self._end(answer, "cancelled")
+            with contextlib.suppress(RuntimeError):  # no memory to put a cache aside: then nobody makes room
+                self._make_room()
+            arrived = self._next_answers()
             try:
                 self._advance(arrived)
             except RuntimeError as error:  # out of memory, most likely: give all of it back and go on
@@ -323,10 +397,46 @@ class ChatServer:
                         self._end(answer, "error", error)
 
     @torch.inference_mode()
+    def _make_room(self):
+        """Pause the newest answer of the client with the most places for one that has at least two fewer."""
+        with self._changed:
+            running = Counter(row.answer.client for row in self._running)
+            fewest = min((running[answer.client] for answer in self._waiting), default=self.max_batch)
+            num_paused = sum(answer.paused is not None for answer in self._waiting)
+        if len(self._running) < self.max_batch or num_paused >= self.max_batch:
+            return
+        client, most = running.most_common(1)[0]
+        if most < fewest + 2:
+            return
+        row = max((row for row in self._running if row.answer.client == client), key=lambda row: row.started)
+        place = self._running.index(row)
+        layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
+        paused = Paused(row, layers, self._batch.prefix_lengths[place])
+        self._remove(row)
+        row.answer.paused = paused
+        with self._changed:
+            self._waiting.insert(0, row.answer)
+
+    def _next_answers(self):
+        """Those to start now, taken off the queue: of the client with the fewest places, the one that came first."""
+        arrived = []
+        with self._changed:
+            running = Counter(row.answer.client for row in self._running)
+            while self._waiting and len(self._running) + len(arrived) < self.max_batch:
+                answer = min(self._waiting, key=lambda answer: running[answer.client])
+                self._waiting.remove(answer)
+                arrived.append(answer)
+                running[answer.client] += 1
+        return arrived
+
+    @torch.inference_mode()
     def _advance(self, arrived):
         """Feed the prompts that arrived, hand out the token each answer has chosen, and compute the next ones."""
         for answer in arrived:
             try:
+                if answer.paused:
+                    self._resume(answer)
+                    continue
                 logits = self._start(answer)
             except RuntimeError as error:  # the others go on
                 self._end(answer, "error", error)
@@ -355,6 +465,15 @@ class ChatServer:
         with self._changed:
             self._running.append(Row(answer, random.Random(answer.sampling.seed), started))
         return logits
+
+    def _resume(self, answer):
+        """Give an answer its place again. A row needs a token to be fed: the last one of its cache, once more."""
+        paused, answer.paused = answer.paused, None
+        layers = [(key[:, :, :-1], value[:, :, :-1]) for key, value in paused.layers]
+        token_ids = answer.token_ids + answer.response_ids
+        self._feed(self._batch.admit, [token_ids[-1:]], layers, paused.prefix_length)
+        with self._changed:
+            self._running.append(paused.row)
 
     def _feed(self, feed, *inputs):
         """Logits (rows, V) from admit() or step() of the batch, of the ids that are tokens."""
@@ -408,6 +527,8 @@ class ChatServer:
         answer.finish_reason = reason
         with self._changed:
             self._unfinished -= 1
+            self._give_back(answer.client)
+            self._changed.notify_all()
         if answer.notify:
             answer.notify(answer)
 
@@ -435,6 +556,10 @@ def check_text(query, history):
             raise ValueError(f"The text holds half a surrogate pair ({ascii(text[error.start])}).") from error
 
 
+def len_of_turn(turn):
+    return len(turn[0]) + len(turn[1])
+
+
 def shared_length(left, right):
     """How many tokens two sequences have in common at their start."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
@@ -454,36 +579,6 @@ def hold_back(text, patterns):
 
 
 # ---- what the page and the API share beside the model
-
-
-class BodyLimit:
-    """ASGI middleware: 413 for a request body over 1 MiB, which is read whole before anything looks at it."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        body, size, more = b"", 0, True
-        while more and size <= 16 * MAX_BODY_BYTES:  # clients listen when they have sent all, so let them
-            message = await receive()
-            if message["type"] != "http.request":  # the client has gone
-                return
-            part, more = message.get("body", b""), message.get("more_body", False)
-            size += len(part)
-            body += part if size <= MAX_BODY_BYTES else b""
-        if size > MAX_BODY_BYTES:
-            text = f"The request is longer than {MAX_BODY_BYTES:,} bytes.".encode()
-            headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-            await send({"type": "http.response.start", "status": 413, "headers": headers})
-            return await send({"type": "http.response.body", "body": text})
-        parts = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay():
-            return parts.pop() if parts else await receive()
-
-        await self.app(scope, replay, send)
 
 
 def check_port(name, port):

@@ -12,13 +12,11 @@ import argparse
 import html
 import os
 import queue
-import re
-import string
 import sys
 import time
 
 from arguments import add_model_arguments, parse_words
-from failure import run
+from failure import catch_signals, leave_on_signal, run
 
 
 def parse_arguments(argv):
@@ -42,10 +40,13 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch and gr
 
 import gradio as gr
 import torch
+from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from serving import BASE, BodyLimit, Busy, Sampling, check_port, load_server
+from limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, Protocol, client_key, trusted_proxies
+from serving import BASE, Busy, Sampling, check_port, load_server
+from shown_text import LATEX_DELIMITERS, as_markdown, literally
 
 EXAMPLES = (
     "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",
@@ -54,8 +55,8 @@ EXAMPLES = (
 )
 MODES = ("tuned", "base", "both")
 SIDES = ("left", "right")  # the two columns; the right one is there in mode both only
-LATEX_DELIMITERS = ({"left": "$$", "right": "$$"}, {"left": "\\[", "right": "\\]"}, {"left": "\\(", "right": "\\)"})
 YIELD_SECONDS = 0.05  # a page that is told of every token does little else
+LONG_TEXT = 4000  # characters; one that is longer is refreshed less often, because all of it is rendered anew
 TEXTS = {
     "en": {
         "title": "Talk to the tuned model",
@@ -126,63 +127,7 @@ TEXTS = {
 }
 
 
-# ---- text that is shown, never run
-
-
-# A code block as the page's own Markdown parser (marked) finds it, but only in the first column: there it
-# cannot be a part of a list or a quotation, which would end it earlier.
-FENCE = re.compile(
-    r"^(?P<fence>`{3,}(?=[^`\n]*(?:\n|$))|~{3,})(?P<info>[^\n]*)(?:\n|$)"
-    r"(?:|(?P<code>[\s\S]*?)(?:\n|$))(?: {0,3}(?P=fence)[~`]* *(?=\n|$)|\Z)",
-    re.MULTILINE,
-)
-CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)([^\n]+?)(?<!`)\1(?!`)")
-MATH_MARK = "\ue000{}\ue001"  # private characters, taken out of the text first
-
-
-def as_markdown(text):
-    """Markdown that shows `text` with its Markdown, code and formulas, and every HTML tag and image as text.
-
-    Tags and entities are escaped outside code blocks; the page escapes those inside, and its sanitizer comes after
-    both.
-    """
-    text = re.sub("[\ue000\ue001]", "", text)
-    formulas = []
-
-    def keep(match):
-        formulas.append(match[0])
-        return MATH_MARK.format(len(formulas) - 1)
-
-    for delimiter in LATEX_DELIMITERS:  # in the page's order: a formula may hold what looks like a code block
-        text = re.sub(f"{re.escape(delimiter['left'])}[\\s\\S]+?{re.escape(delimiter['right'])}", keep, text)
-    parts, end = [], 0
-    for match in FENCE.finditer(text):
-        parts.append(escape_markdown(text[end : match.start()]))
-        parts.append(re.sub(r"^(\S*?)mermaid", r"\1text", match[0], flags=re.IGNORECASE))  # would be drawn
-        end = match.end()
-    text = "".join([*parts, escape_markdown(text[end:])])
-    return re.sub("\ue000(\\d+)\ue001", lambda match: escape_tags(formulas[int(match[1])]), text)
-
-
-def literally(text):
-    """Markdown that shows `text` as it is: a prompt of ADGEN is full of * and #."""
-    text = re.sub(r"^ +", lambda match: "\u00a0" * len(match[0]), text, flags=re.MULTILINE)
-    return "".join(f"&#{ord(char)};" if char in string.punctuation else char for char in text)
-
-
-def escape_markdown(text):
-    parts, end = [], 0
-    for match in CODE_SPAN.finditer(text):
-        parts += [escape_tags(text[end : match.start()]), f"<code>{literally(match[2].strip())}</code>"]
-        end = match.end()
-    return "".join([*parts, escape_tags(text[end:])])
-
-
-def escape_tags(text):
-    """Show what would be a tag, an entity, an image or a link definition as it is written."""
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
-    return text.replace("![", "!&#91;").replace("]:", "]&#58;")
+# ---- what is shown
 
 
 def bubbles(turns):
@@ -217,7 +162,7 @@ class Page:
 
     def respond(self, question, turns, mode, checkpoint, max_length, top_p, temperature, request: gr.Request):
         """Answer in every column that is there; yields what `outputs` of `build` names, as the answers grow."""
-        session = request.session_hash
+        session, client = request.session_hash, client_key(request.client.host)
         if not question.strip() or session in self.running:
             yield self.update()
             return
@@ -228,10 +173,16 @@ class Page:
         try:
             sampling = Sampling(max_new_tokens=int(max_length), top_p=top_p, temperature=temperature)
             for side, model in self.models(mode, checkpoint).items():
-                token_ids, dropped = self.server.fit(question, turns[side], sampling.max_new_tokens)
+                with self.server.preparing(client):
+                    token_ids, dropped = self.server.fit(question, turns[side], sampling.max_new_tokens)
                 notes[side] = [words["dropped"].format(count=dropped)] if dropped else []
                 answers[side] = self.server.submit(
-                    token_ids, model=model, sampling=sampling, notify=changes.put, session=(session, side)
+                    token_ids,
+                    model=model,
+                    sampling=sampling,
+                    notify=changes.put,
+                    session=(session, side),
+                    client=client,
                 )
             yield from self.show(question, turns, answers, notes, words, changes)
         except (ValueError, OSError, Busy) as error:
@@ -244,13 +195,14 @@ class Page:
     def show(self, question, turns, answers, notes, words, changes):
         """Yield the growing answers until all of them have ended."""
         box, busy = "", True
+        before = {side: bubbles(turns[side]) for side in answers}  # once, not at every refresh
         while True:
             finished = all(answer.finish_reason for answer in answers.values())
             new = {**turns, **{side: [*turns[side], (question, answer.text)] for side, answer in answers.items()}}
             lines = [self.status(answer, notes[side], words) for side, answer in answers.items()]
             yield self.update(
                 box=box,
-                columns=[bubbles(new[side]) if side in answers else gr.skip() for side in SIDES],
+                columns=[[*before[side], *bubbles(new[side][-1:])] if side in answers else gr.skip() for side in SIDES],
                 status=as_status(lines),
                 turns=new,
                 busy=False if finished else busy,
@@ -258,7 +210,7 @@ class Page:
             if finished:
                 return
             box, busy = gr.skip(), None
-            time.sleep(YIELD_SECONDS)
+            time.sleep(YIELD_SECONDS * (1 + sum(len(answer.text) for answer in answers.values()) / LONG_TEXT))
             try:
                 changes.get(timeout=1)
                 while not changes.empty():
@@ -490,6 +442,8 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
     """Open the page; returns the gr.Blocks, to close() where `block` is false."""
     blocks, i18n = build(server)
     at_once = server.max_batch + server.max_queue
+    login = [Middleware(LoginLimit, Attempts())] if auth else []
+    trusted_proxies()  # read by uvicorn when gradio starts it
     blocks.queue(api_open=False, max_size=4 * at_once, default_concurrency_limit=at_once)
     font = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
     blocks.launch(
@@ -497,7 +451,8 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         server_port=server_port,
         share=share,
         auth=auth,
-        prevent_thread_lock=not block,
+        auth_message="After several wrong passwords there is a wait. · 密码多次输错后，需等待一段时间再试。",
+        prevent_thread_lock=True,
         quiet=True,
         max_threads=at_once + 16,
         max_file_size=1,
@@ -509,13 +464,37 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
         css=CSS,
         app_kwargs={
-            "middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly)],
+            "middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login],
             "docs_url": None,
             "redoc_url": None,
             "openapi_url": None,
         },
     )
+    # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
+    blocks.server.config.http_protocol_class = Protocol
+    blocks.server.config.timeout_graceful_shutdown = END_SECONDS
+    if block:
+        wait_for_the_end(server)
     return blocks
+
+
+def wait_for_the_end(server):
+    """Keep the page open until a signal, then give the answers on their way a little time, and end the program."""
+    told = queue.SimpleQueue()
+
+    def tell(number, frame):
+        if not told.empty():  # a second time
+            leave_on_signal(number, frame)
+        told.put(number)
+
+    catch_signals(tell)
+    while told.empty():  # not get(): the second signal looks at what is in there
+        time.sleep(0.1)
+    server.close(END_SECONDS)
+    time.sleep(0.5)  # the pages are told the ends of their answers
+    for tunnel in CURRENT_TUNNELS:
+        tunnel.kill()
+    leave_on_signal(told.get(), None)  # without waiting for open pages, which listen for ever
 
 
 # ---- the program

@@ -16,6 +16,7 @@ from test_serving import GREEDY, QUERIES, SlowServer, finish, make_run, open_ser
 from test_web_demo import free_port, wait_for
 
 import api_demo
+from limits import uvicorn_settings
 from serving import BASE
 
 USER = [{"role": "user", "content": QUERIES[0]}]
@@ -40,7 +41,9 @@ def usual_speed(server):
 def serve(app):
     """Run an application on a free port; returns it and what ends it."""
     port = free_port()
-    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    running = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", **uvicorn_settings())
+    )
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     wait_for(lambda: running.started)
@@ -433,3 +436,166 @@ def test_no_request_that_the_documentation_allows_or_forbids_breaks_the_api(serv
             check()
     assert {status for _, path, status in seen if path == "/v1/chat/completions"} >= {200, 400}
     assert {status for _, path, status in seen if path == "/"} >= {200, 400}
+
+
+# ---- one client and the others
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(port, server, monkeypatch):
+    monkeypatch.setattr(server.tokenizer, "sp_model", None)  # any use of it would fail
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": " " * 1_000_000}]}),
+        ("/", {"prompt": " " * 1_000_000}),
+        ("/", {"prompt": "a", "history": [["a", " " * 1_000_000]]}),
+    ):
+        status, answer = call(port, "POST", path, body)
+        assert status == 400 and "characters; this model takes 1024 tokens" in answer["error"]["message"]
+
+
+def test_few_texts_are_tokenized_at_once_and_health_answers_meanwhile(port, server, monkeypatch):
+    entered, go_on, inside = threading.Semaphore(0), threading.Event(), []
+    encode = server.encode
+
+    def encode_slowly(*arguments):
+        inside.append(1)
+        entered.release()
+        go_on.wait(60)
+        inside.pop()
+        return encode(*arguments)
+
+    monkeypatch.setattr(server, "encode", encode_slowly)
+    with ThreadPoolExecutor(21) as clients:  # 20 are less than the share of one of two clients
+        asked = [clients.submit(complete, port) for _ in range(20)]
+        try:
+            assert entered.acquire(timeout=60)
+            assert call(port, "GET", "/health")[0] == 200
+            assert len(inside) == 1  # all of them are one client
+            other = clients.submit(complete_from, "127.0.0.2", port)
+            assert entered.acquire(timeout=60)
+            assert len(inside) == 2
+        finally:
+            go_on.set()
+        assert {request.result()[0] for request in asked} == {200} and other.result() == 200
+
+
+def complete_from(address, port):
+    """Status of a completion that is asked for from another address."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=(address, 0))
+    body = json.dumps({"messages": USER, **GREEDY_FIELDS})
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    return connection.getresponse().status
+
+
+def test_a_second_address_is_answered_while_the_first_has_all_it_may_have(port, server):
+    server.endless, server.delay = True, 0.01
+    client = "127.0.0.1"
+    greedy = [server.submit(server.encode(QUERIES[0]), client=client) for _ in range(36)]
+    status, body = complete(port)
+    assert status == 429 and "its share is 36 of 72" in body["error"]["message"]
+    assert complete_from("127.0.0.2", port) == 200
+    assert not any(answer.finish_reason for answer in greedy)
+    for answer in greedy:
+        answer.cancel()
+
+
+@pytest.mark.parametrize(
+    "model, body",
+    [
+        ("ChatRequest", {"messages": [1] * 1000}),
+        ("ChatRequest", {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        ("OfficialRequest", {"prompt": "a", "history": [1] * 1000}),
+        ("OfficialRequest", {"prompt": "a", "history": [[1, 2]] * 1000}),
+    ],
+)
+def test_a_long_list_of_mistakes_is_not_read_to_its_end(model, body):
+    with pytest.raises(ValueError) as refused:
+        getattr(api_demo, model).model_validate(body)
+    assert refused.value.error_count() <= 3
+
+
+def test_messages_of_one_side_in_a_row_are_joined_in_linear_time():
+    from data import conversation
+
+    started = time.monotonic()
+    messages = [("user", "a"), *[("assistant", "b" * 50)] * 200_000, ("user", "c")]
+    question, history = conversation(messages)
+    assert time.monotonic() - started < 20  # joined one by one: a terabyte is copied
+    assert question == "c" and len(history) == 1 and len(history[0][1]) == 200_000 * 51 - 1
+
+
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_wrong_keys_are_slowed_down_whatever_address_the_client_claims(server, monkeypatch, forwarded):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1" if forwarded else "")
+    port, end = serve(api_demo.create_app(server, api_key="secret"))
+
+    def status(key, claimed):
+        return call(port, "GET", "/v1/models", headers={"Authorization": f"Bearer {key}", "X-Forwarded-For": claimed})
+
+    try:
+        statuses = [status(f"guess{number}", f"192.0.2.{number}")[0] for number in range(20)]
+        assert statuses == [401] * 20 if forwarded else statuses[:5] == [401] * 5 and set(statuses[5:]) == {429}
+        locked, answer = status("secret", "192.0.2.99")
+        assert locked == (200 if forwarded else 429)
+        assert forwarded or "Too many wrong API keys" in answer["error"]["message"]
+        assert call(port, "GET", "/v1/models")[0] == 401  # without a key nothing is guessed
+        assert call(port, "GET", "/health")[0] == 200
+    finally:
+        end()
+
+
+def test_the_right_key_is_never_slowed_down(server):
+    port, end = serve(api_demo.create_app(server, api_key="secret"))
+    try:
+        statuses = {call(port, "GET", "/v1/models", headers={"Authorization": "Bearer secret"})[0] for _ in range(30)}
+        assert statuses == {200}
+    finally:
+        end()
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_json_is_read_whatever_its_content_type_says(port, server, kind):
+    body = json.dumps({"prompt": QUERIES[0], "temperature": 0}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/", body, {"content-type": kind} if kind else {})
+    response = connection.getresponse()
+    assert response.status == 200 and json.loads(response.read())["response"]
+
+
+def test_a_page_of_another_origin_cannot_send_json_as_plain_text(port):
+    headers = {"content-type": "text/plain", "Origin": "http://a.example"}
+    status, answer = call(port, "POST", "/", {"prompt": "a"}, headers)
+    assert status == 400 and "Content-Type: application/json" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "method, path", [("GET", "/v1/nothing"), ("POST", "/v1/completions"), ("GET", "/v1/chat/completions"), ("PUT", "/")]
+)
+def test_an_unknown_path_is_said_to_be_one_with_those_there_are(port, method, path):
+    status, answer = call(port, method, path, {} if method == "POST" else None)
+    error = answer["error"]
+    assert status in (404, 405) and error["type"] == "invalid_request_error" and error["code"] == "unknown_url"
+    assert f"There is no {method} {path} here" in error["message"]
+    for there in ("POST /v1/chat/completions", "GET /v1/models", "POST /", "GET /health"):
+        assert there in error["message"]
+
+
+def test_an_unknown_model_is_still_said_to_be_one(port):
+    status, answer = call(port, "GET", "/v1/models/gpt-4")
+    assert status == 404 and answer["error"]["code"] == "model_not_found"
+
+
+def test_the_root_says_where_everything_is(port):
+    status, answer = call(port, "GET", "/")
+    assert status == 200 and answer["model"] == "checkpoint-30" and answer["docs"] == "/docs"
+    assert any(line.startswith("POST /v1/chat/completions: Answer a conversation") for line in answer["paths"])
+
+
+def test_the_documentation_needs_no_other_host_and_no_script(port):
+    status, page = call(port, "GET", "/docs")
+    assert status == 200
+    for piece in ("POST /v1/chat/completions", "max_tokens", "Longest answer, in tokens.", "GET /health"):
+        assert piece in page
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "//" not in page

@@ -342,3 +342,114 @@ def test_the_answer_counts_its_speed():
     assert answer.tokens_per_second == 0
     answer.response_ids, answer.seconds = [1, 2, 3], 1.5
     assert answer.tokens_per_second == 2
+
+
+# ---- many clients
+
+
+def test_a_text_with_more_characters_than_could_fit_is_refused_before_it_is_tokenized(server, monkeypatch):
+    monkeypatch.setattr(server.tokenizer, "sp_model", None)  # any use of it would fail
+    longest = 16 * server.model.config.seq_length
+    for ask in (lambda: server.encode(" " * (longest + 1)), lambda: server.fit(" " * (longest + 1), [], 100)):
+        with pytest.raises(ValueError, match=r"has 16,385 characters; this model takes 1024 tokens"):
+            ask()
+    with pytest.raises(ValueError, match="characters"):
+        server.encode("a", [("a", "b" * 4000)] * 5)
+
+
+def test_turns_that_are_too_old_to_fit_are_left_out_before_they_are_tokenized(server, monkeypatch):
+    encoded = []
+    encode_batch = server.tokenizer.encode_batch
+    monkeypatch.setattr(
+        server.tokenizer, "encode_batch", lambda texts: encoded.extend(map(len, texts)) or encode_batch(texts)
+    )
+    history = [("好" * 5000, "好" * 5000) for _ in range(90)] + [("你好", "你好！")]
+    token_ids, dropped = server.fit(QUERIES[0], history, 100)
+    assert dropped == 90 and token_ids == server.encode(QUERIES[0], history[90:])
+    assert max(encoded) < 17 * server.model.config.seq_length
+
+
+def test_a_client_without_a_place_does_not_wait_for_one_that_has_them_all(server):
+    alone = {query: finish(server, query).response_ids for query in QUERIES}
+    server.endless, server.delay = True, 0.01
+    running = [server.submit(server.encode(QUERIES[0]), client="greedy") for _ in range(4)]
+    wait_until(lambda: all(len(answer.response_ids) > 2 for answer in running))
+    answers = [server.submit(server.encode(query), client="modest", sampling=GREEDY) for query in QUERIES[:2]]
+    wait_until(lambda: all(answer.finish_reason for answer in answers))
+    assert not any(answer.finish_reason for answer in running)
+    assert [answer.finish_reason for answer in answers] == ["length"] * 2
+    for answer in running:
+        answer.cancel()
+    wait_until(lambda: server.load() == (0, 0))
+    server.endless = False
+    assert finish(server, QUERIES[0]).response_ids == alone[QUERIES[0]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(max_new_tokens=24, temperature=1.0, top_p=0.95, seed=7)])
+def test_an_answer_that_was_paused_for_another_client_is_the_one_it_would_have_been(server, monkeypatch, sampling):
+    alone = [finish(server, query, model="checkpoint-30", sampling=sampling).response_ids for query in QUERIES]
+    paused = []
+    resume = server._resume
+    monkeypatch.setattr(server, "_resume", lambda answer: paused.append(answer) or resume(answer))
+    server.delay = 0.02
+    running = [server.submit(server.encode(query), client="a", sampling=sampling) for query in QUERIES]
+    wait_until(lambda: all(answer.response_ids for answer in running))
+    for client in ("b", "c"):
+        server.submit(server.encode(QUERIES[2]), client=client, sampling=Sampling(max_new_tokens=3))
+    wait_until(lambda: all(answer.finish_reason for answer in running))
+    assert paused and [answer.response_ids for answer in running] == alone
+
+
+def test_one_client_may_not_fill_the_queue(server):
+    server.endless, server.delay = True, 0.01
+    answers = [server.submit(server.encode(QUERIES[0]), client="greedy") for _ in range(6)]
+    with pytest.raises(Busy, match="This client has 6 requests here, and its share is 6 of 12"):
+        server.submit(server.encode(QUERIES[0]), client="greedy")
+    with pytest.raises(Busy, match="its share"), server.preparing("greedy"):
+        pass
+    answers += [server.submit(server.encode(QUERIES[0]), client="modest") for _ in range(4)]
+    for answer in answers:
+        answer.cancel()
+    wait_until(lambda: server.load() == (0, 0))
+    assert not server._held
+    server.endless = False
+    assert finish(server, QUERIES[0], client="greedy").text
+
+
+def test_facts_of_a_known_prefix_do_not_wait_for_another_one_that_is_being_read(server, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read_slowly(checkpoint):
+        reading.set()
+        assert go_on.wait(60)
+        return []
+
+    server.facts("checkpoint-30")
+    monkeypatch.setattr(server, "_read_prefix", read_slowly)
+    reader = threading.Thread(target=server.prefix, args=["checkpoint-10"])
+    reader.start()
+    assert reading.wait(60)
+    asker = threading.Thread(target=server.facts, args=["checkpoint-30"], daemon=True)
+    asker.start()
+    asker.join(20)
+    waited = asker.is_alive()
+    go_on.set()
+    reader.join(60)
+    assert not waited
+
+
+def test_closing_gives_what_is_on_its_way_the_time_it_is_told(run):
+    server = open_server("--ptuning_checkpoint", run, server_class=SlowServer)
+    server.delay = 0.01
+    answer = server.submit(server.encode(QUERIES[0]), sampling=GREEDY)
+    server.close(60)
+    assert answer.finish_reason in ("stop", "length")
+    with pytest.raises(Busy, match="shutting down"):
+        server.submit(server.encode(QUERIES[0]))
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition(), f"not within {seconds} s"

@@ -260,7 +260,7 @@ def test_hostile_text_is_shown_and_never_run(visit, server, writer):
 
 @pytest.mark.slow
 def test_markdown_code_and_formulas_of_an_answer_are_rendered(visit, server):
-    server.script = "**粗体** 和 `vector<int>`\n\n$$a<b$$\n\n```html\n<b>代码</b>\n```\n\n- 一\n- 二\n\n\\(x^2\\)"
+    server.script = "**粗体** 和 `vector<int>`\n\n$$a<b$$\n\n```html\n<b>代码</b>\n```\n\n- 一\n- 二\n\n\\(x_1*y_2\\)"
     page = visit()
     ask(page, "你好")
     bubble = page.locator("#left .message.bot")
@@ -268,6 +268,7 @@ def test_markdown_code_and_formulas_of_an_answer_are_rendered(visit, server):
     assert bubble.locator("p code").inner_text() == "vector<int>"
     assert bubble.locator("pre code").inner_text().strip() == "<b>代码</b>"
     assert bubble.locator(".katex").count() == 2 and bubble.locator("li").count() == 2
+    assert bubble.locator("annotation").all_text_contents() == ["a<b", "x_1*y_2"]
     screenshot(page, "markdown")
 
 
@@ -464,6 +465,95 @@ def test_markup_is_escaped_outside_code_blocks(text, shown):
     assert web_demo.as_markdown(text) == shown
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\(" * 100_000,
+        "\\[" * 100_000,
+        "$$" * 100_000 + "$",
+        " ".join("`" * length for length in range(1, 1500)),
+        "`a" * 50_000,
+        "```\n" * 50_000,
+        "~~~ a\n" * 50_000,
+        "&a" * 100_000,
+        "> " * 100_000,
+        "- " * 100_000,
+        "*a _b " * 50_000,
+        "1. *a\n" * 50_000,
+        " " * 200_000 + "a",
+        "|-" * 100_000,
+        "\ue000" * 100_000,
+    ],
+    ids=lambda text: text[:6],
+)
+def test_an_answer_is_prepared_in_linear_time(text):
+    started = time.monotonic()
+    shown = web_demo.as_markdown(text)
+    assert time.monotonic() - started < 15  # where it is quadratic: many minutes
+    assert len(shown) < 12 * len(text) + 100
+
+
+def test_emphasis_is_left_out_where_finding_its_end_would_take_the_page_too_long():
+    assert web_demo.as_markdown("*a _b " * 100) == "*a _b " * 100
+    assert web_demo.as_markdown("*a [b " * 5000) == "&#42;a &#91;b " * 5000
+    paragraphs = "**a** _b_ [c](d) " * 20 + "\n\n"
+    assert web_demo.as_markdown(paragraphs * 50) == paragraphs * 50  # of a usual length, however many
+    items = "1. **a**: b\n2. **c**: d\n" * 400
+    assert web_demo.as_markdown(items) == items
+    looked_at = sum(len(block) * block.count("*") for block in web_demo.as_markdown("*a\n" * 1900).split("\n\n"))
+    assert looked_at <= 2_000_000
+
+
+def test_nesting_is_bounded_and_what_is_deeper_is_shown_as_written():
+    assert web_demo.as_markdown("> " * 16 + "*a*") == "> " * 16 + "*a*"
+    assert web_demo.as_markdown("> " * 17 + "*a*") == "> " * 16 + "&#62; &#42;a&#42;"
+    assert web_demo.as_markdown("- > 1. " * 2000).count("&#62;") > 1990
+    assert web_demo.as_markdown(" " * 42 + "- a") == " " * 40 + "\u00a0\u00a0- a"
+
+
+def test_a_table_is_left_out_where_its_rows_times_its_columns_are_too_many():
+    table = "|a|b|\n|-|-|\n" + "|c|d|\n" * 100
+    assert web_demo.as_markdown(table) == table
+    wide = "|a" * 500 + "\n" + "|-" * 500 + "\n" + "|\n" * 1000
+    assert "|" not in web_demo.as_markdown(wide)
+
+
+def test_formulas_and_coloured_code_are_bounded():
+    assert web_demo.as_markdown("\\(a_1*b\\)") == "\\(a&#95;1&#42;b\\)"  # decoded before it becomes a formula
+    long = web_demo.as_markdown("$$" + "x" * 6000 + "$$ $$y$$")
+    assert long.startswith("<code>&#36;&#36;xx") and long.count("$$") == 0
+    block = "```python\n" + "a = 1 " * 1000 + "\n```\n"
+    assert web_demo.as_markdown(block * 2) == block + block.replace("python", "text")
+
+
+@pytest.mark.parametrize("before", ["", "```python\n", "~~~~\n"])
+def test_what_follows_very_many_lines_is_shown_as_plain_text(before):
+    shown = web_demo.as_markdown(before + "a\n" * 5000 + "*b*\n~~~\n<i>")
+    assert shown.endswith("\n*b*\n~~~\n<i>\n~~~~")
+    assert shown.count("a\n") == 5000
+    fence = before.strip("\n").removesuffix("python")
+    assert f"a\n{fence}\n\n~~~~\n\na" in shown  # a block that is open is closed first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    ["> " * 2000 + "a", "*a _b " * 5000, "[" * 8000, "~a " * 10_000, "\\" * 30_000, "a\n" * 15_000,
+     "$$" + "*a _b " * 5000 + "$$", "```html\n" + "<a " * 8000, "|a" * 500 + "\n" + "|-" * 500 + "\n" + "|\n" * 2000],
+    ids=["quotations", "emphasis", "brackets", "strikes", "backslashes", "lines", "formula", "code", "table"],
+)  # fmt: skip
+def test_the_page_answers_its_reader_whatever_the_model_writes(visit, server, text):
+    server.script = text
+    page = visit()
+    page.evaluate(
+        """() => { window.longest = 0; let last = performance.now(); setInterval(() => {
+            const now = performance.now(); window.longest = Math.max(window.longest, now - last); last = now; }, 10) }"""
+    )
+    ask(page, "你好")
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.longest") < 8000  # milliseconds in which no click was looked at; most take 50
+
+
 def test_a_question_is_shown_to_the_letter():
     assert web_demo.literally("a*b\n  <c>") == "a&#42;b\n\u00a0\u00a0&#60;c&#62;"
 
@@ -524,6 +614,46 @@ def test_a_password_is_asked_for(server):
         form = {"content-type": "application/x-www-form-urlencoded"}
         assert request(url, "POST", "/login", "username=admin&password=secret", form)[0] == 200
         assert request(url, "POST", "/login", "username=admin&password=guess", form)[0] == 400
+    finally:
+        blocks.close(verbose=False)
+
+
+@pytest.mark.slow
+def test_passwords_cannot_be_tried_on_and_on(server):
+    port = free_port()
+    blocks = web_demo.launch(server, server_port=port, auth=("admin", "secret"), block=False)
+    try:
+        url = f"http://127.0.0.1:{port}"
+
+        def log_in(password, number):
+            form = {
+                "content-type": "application/x-www-form-urlencoded",
+                "x-forwarded-for": f"192.0.2.{number}",  # which anybody may claim
+            }
+            path = ("/login", "/login/")[number % 2]
+            return request(url, "POST", path, f"username=user{number % 3}&password={password}", form)[0]
+
+        assert [log_in("guess", number) for number in range(5)] == [400] * 5
+        assert [log_in("guess", number) for number in range(20)] == [429] * 20
+        assert log_in("secret", 30) == 429
+        assert request(url, "GET", "/config")[0] == 401
+    finally:
+        blocks.close(verbose=False)
+
+
+@pytest.mark.slow
+def test_the_page_bounds_connections_as_the_api_does(server):
+    from limits import END_SECONDS, Protocol
+
+    blocks = web_demo.launch(server, server_port=free_port(), block=False)
+    try:
+        assert blocks.server.config.http_protocol_class is Protocol
+        assert blocks.server.config.timeout_graceful_shutdown == END_SECONDS
+        address = blocks.local_url.rstrip("/").removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=60) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(20).startswith(b"HTTP/1.1 200")
+            assert any(isinstance(each, Protocol) for each in blocks.server.server_state.connections)
     finally:
         blocks.close(verbose=False)
 
