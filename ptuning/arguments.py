@@ -25,8 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data import parse_json
 from failure import refuse
+from text import load_json, parse_json
 
 SUPPORTED_BITS = (4, 8)
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
@@ -354,11 +354,10 @@ def translate_flags(argv, known):
 def flags_of_file(file):
     """The flags in a JSON file of {"name": value}, as on the command line."""
     try:
-        settings = parse_json(Path(file).read_text(encoding="utf-8"))
+        data = Path(file).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file of arguments.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    settings = load_json(data, file)
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold one object of flags and values, not a {type(settings).__name__}.")
     argv = []
@@ -533,12 +532,15 @@ def parse_arguments(argv):
             notes.append(f"CUDA_VISIBLE_DEVICES={wanted}, but no GPU can be used here: computing on the CPU, slowly.")
     elif not given.get("use_cpu"):
         check_gpu(torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)))
+    for name in ("deepspeed", "accelerator_config"):  # transformers reads files in UTF-8 only
+        if given.get(name) and not given[name].lstrip().startswith("{"):
+            given[name] = read_settings_of(name, given[name])
     checkpointing = given.pop("gradient_checkpointing", None)
     checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
     if given.get("fsdp"):  # saved in shards, so that a run can go on with another number of processes
         settings["fsdp_config"] = {
             "state_dict_type": "SHARDED_STATE_DICT",
-            **read_settings_of(given.pop("fsdp_config", "")),
+            **read_settings_of("fsdp_config", given.pop("fsdp_config", "")),
         }
     elif given.get("deepspeed") and torch.cuda.is_available() and not given.keys() & {"fp16", "bf16"}:
         settings["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"] = True
@@ -575,14 +577,19 @@ def parse_arguments(argv):
     return model_args, data_args, training_args, notes
 
 
-def read_settings_of(text):
+def read_settings_of(flag, text):
     """The object that a flag spells out in JSON, or that is in the JSON file it names; {} of an empty flag."""
     if not text:
         return {}
+    if text.lstrip().startswith("{"):
+        return load_json(text.encode(), f"--{flag}")
     try:
-        return json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{text} is not valid JSON: {error}") from error
+        settings = load_json(Path(text).read_bytes(), text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--{flag} {text}: there is no such file.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--{flag} {text} must hold one object of settings, not a {type(settings).__name__}.")
+    return settings
 
 
 def check_gpu(num_gpus, process):
@@ -693,7 +700,7 @@ def check_ranges(args):
 def check_object(name, value):
     """Raise ValueError for a flag whose text should be a JSON object and is none."""
     try:
-        found = parse_json(value)
+        found = parse_json(value, unique_keys=True)
     except json.JSONDecodeError as error:
         found = error
     if not isinstance(found, dict):

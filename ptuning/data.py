@@ -23,102 +23,15 @@ from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
+from text import DuplicateKey, decode_text, load_json, parse_json
+
 IGNORED_LABEL = -100
 DATASET_INFO_FILE = "dataset_info.json"
 COLUMNS = ("prompt", "query", "response", "history", "messages")
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # of an entry that names none
-# Encodings in which a stray byte is noticed; what cchardet says of others counts only after GB18030 failed.
-EAST_ASIAN_ENCODINGS = {"BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "UHC", "EUC-TW"}
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
 ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
 ROWS_OF_A_DATASET = 2**32  # more than any file has: keeps the row numbers of several data sets apart
-
-
-# ---- bytes -> text
-
-
-def _has_control_characters(text: str) -> bool:
-    """True for a character below the space that no text file has (tab, line ends, form feed and ^Z are fine)."""
-    return any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in set(text.encode("utf-8", "ignore")))
-
-
-def _decode_strictly(data: bytes, encoding: str) -> str | None:
-    try:
-        text = data.decode(encoding)
-    except (UnicodeDecodeError, LookupError):
-        return None
-    return None if _has_control_characters(text) else text
-
-
-def _decode_wide(data: bytes) -> str | None:
-    """Text in UTF-16 or UTF-32 without a byte-order mark, told by where the zero bytes of ASCII lie."""
-    if 2 * data.count(0) > len(data):
-        encodings = ("utf-32-le", "utf-32-be")
-    else:
-        encodings = ("utf-16-le", "utf-16-be")
-    for encoding in encodings:
-        text = _decode_strictly(data, encoding)
-        # In the wrong byte order, or in another encoding, no line end, bracket or comma comes out.
-        if text is not None and any(character in text for character in "\n{[,"):
-            return text
-    return None
-
-
-def _is_damaged_utf8(data: bytes) -> bool:
-    """True when nearly all characters beyond ASCII are sound UTF-8, so that no other encoding is likely."""
-    text = data.decode("utf-8", errors="replace")
-    damaged = text.count("\ufffd")
-    return sum(character > "\x7f" for character in text) - damaged > 4 * damaged
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """Text of a file, its encoding detected: byte-order mark, UTF-8, UTF-16 / 32, then by cchardet or GB18030.
-
-    ValueError naming line and byte offset for bytes that are no text.
-    """
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            text = _decode_strictly(data, encoding)
-            if text is None:
-                raise ValueError(
-                    f"{name} starts with the byte-order mark of {encoding.upper()} but is not {encoding.upper()} "
-                    "throughout; save it again as UTF-8"
-                )
-            return text
-    if b"\0" in data and (text := _decode_wide(data)) is not None:
-        return text
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start
-    else:
-        if "\0" not in text:
-            return text
-        offset = data.index(0)
-    line = data.count(b"\n", 0, offset) + 1
-    where = f"{name} line {line}, byte {offset} (0x{data[offset]:02x})"
-    if b"\0" not in data:
-        if _is_damaged_utf8(data):
-            raise ValueError(f"{where} is not UTF-8, though the rest is; repair that line, or save the file as UTF-8")
-
-        import cchardet
-
-        guess = cchardet.detect(data)
-        candidates = ["gb18030", guess["encoding"]]  # GB18030 contains GBK and GB2312
-        # cchardet takes very short texts in GB18030 for Cyrillic or, with little confidence, for Big5.
-        if guess["encoding"] in EAST_ASIAN_ENCODINGS and guess["confidence"] >= 0.6:
-            candidates.reverse()
-        for encoding in filter(None, candidates):
-            if (text := _decode_strictly(data, encoding)) is not None:
-                return text
-    raise ValueError(f"{where} is no text in UTF-8, UTF-16 or GB18030; is this the right file? Save it as UTF-8")
 
 
 # ---- text -> rows
@@ -142,16 +55,11 @@ def _kind(value) -> str:
     return {list: "a list", dict: "an object"}[type(value)]
 
 
-def parse_json(text: str):
-    """json.loads, with every failure a JSONDecodeError."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError:
-        raise json.JSONDecodeError("brackets are nested too deep", text, 0) from None
-    except ValueError:  # Python reads no integers of more than 4,300 digits
-        raise json.JSONDecodeError("a number has thousands of digits", text, 0) from None
+def _duplicate_key(name: str, row: int, line: int, error: DuplicateKey) -> ValueError:
+    return ValueError(
+        f"{name} row {row} (line {line}) has the key {_shown(error.key)!r} twice in one object, of which only one could "
+        "be read; rename or remove one"
+    )
 
 
 def _parse_json_lines(text: str, name: str) -> list[dict]:
@@ -161,7 +69,9 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line, unique_keys=True)
+        except DuplicateKey as error:
+            raise _duplicate_key(name, len(rows) + 1, number, error) from None
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {_shown(line)}\n"
@@ -178,7 +88,9 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
 
 def _parse_json_array(text: str, name: str) -> list[dict]:
     try:
-        rows = parse_json(text)
+        rows = parse_json(text, unique_keys=True)
+    except DuplicateKey as error:
+        raise _duplicate_key(name, error.element, error.lineno, error) from None
     except json.JSONDecodeError as error:
         # An array may be one line of megabytes: show what surrounds the error instead of the line's start.
         around = " ".join(text[max(0, error.pos - 30) : error.pos + 30].split())
@@ -523,10 +435,7 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
         raise FileNotFoundError(
             f"{info_file} does not exist; it describes the data sets that --dataset may name, see docs/data.md"
         )
-    try:
-        info = json.loads(decode_text(_read_bytes(info_file), str(info_file)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{info_file} line {error.lineno} is not JSON ({error.msg}, column {error.colno})") from None
+    info = load_json(_read_bytes(info_file), str(info_file))
     if not isinstance(info, dict):
         raise ValueError(f"{info_file} is {_kind(info)}; expected an object that describes each data set by its name")
     sources, notes = {}, []
