@@ -23,6 +23,7 @@ from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
+from data_cache import cached, nobody
 from text import DuplicateKey, decode_text, load_json, parse_json
 
 IGNORED_LABEL = -100
@@ -336,9 +337,9 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
 
 
 def _code_sha256() -> str:
-    """Digest of the two files that turn text into ids, so that caches do not outlive a change of them."""
-    files = (Path(__file__), Path(__file__).with_name("tokenization_chatglm.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Digest of the files that turn bytes into ids, so that caches do not outlive a change of them."""
+    names = ("data.py", "text.py", "tokenization_chatglm.py")
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -366,6 +367,8 @@ def load_examples(
     messages_column: str | None = None,
     query_column: str | None = None,
     place: str | None = None,
+    overwrite_cache: bool = False,
+    say=nobody,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
 
@@ -373,7 +376,8 @@ def load_examples(
     `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
     prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
-    (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content.
+    (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content; `say` is
+    told where the cache is damaged.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
     """
     from datasets import Dataset, Features, List, Value
@@ -392,26 +396,30 @@ def load_examples(
             "skipped": Value("bool"),
         }
     )
-    try:
+    columns = {
+        "prompt": prompt_column,
+        "query": query_column,
+        "response": response_column,
+        "history": history_column,
+        "messages": messages_column,
+    }
+    settings = {
+        "path": str(path),
+        "columns": columns,
+        "place": place,
+        "max_samples": max_samples,
+        "keep_unlabelled": keep_unlabelled,
+        "key": f"{content} {_code_sha256()}",
+    }
+
+    def build(folder):
         with _progress_bars(False):
-            dataset = Dataset.from_generator(
-                _generate_examples,
-                features=features,
-                gen_kwargs={
-                    "path": str(path),
-                    "columns": {
-                        "prompt": prompt_column,
-                        "query": query_column,
-                        "response": response_column,
-                        "history": history_column,
-                        "messages": messages_column,
-                    },
-                    "place": place,
-                    "max_samples": max_samples,
-                    "keep_unlabelled": keep_unlabelled,
-                    "key": f"{content} {_code_sha256()}",
-                },
+            return Dataset.from_generator(
+                _generate_examples, features=features, gen_kwargs=settings, cache_dir=str(folder)
             )
+
+    try:
+        dataset = cached(json.dumps(settings), build, what=f"{path} is read", overwrite=overwrite_cache, say=say)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     kept = [index for index, skipped in enumerate(dataset["skipped"][:]) if not skipped]
@@ -619,7 +627,7 @@ def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_leng
     }
 
 
-def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, settings):
+def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings):
     """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code.
 
     `columns`: what it returns beside the lists `input_ids` and `labels`.
@@ -634,17 +642,24 @@ def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_ca
     # datasets' own fingerprint would name functions of this file, not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, _code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
-    with _progress_bars(len(dataset) >= ROWS_WORTH_A_PROGRESS_BAR):
-        return dataset.map(
-            partial(encode_batch, tokenizer=tokenizer, **settings),
-            batched=True,
-            remove_columns=dataset.column_names,
-            features=Features(features),
-            num_proc=workers if workers > 1 else None,
-            load_from_cache_file=not overwrite_cache,
-            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            desc="Encoding",
-        )
+
+    def build(folder):
+        with _progress_bars(len(dataset) >= ROWS_WORTH_A_PROGRESS_BAR):
+            return dataset.map(
+                partial(encode_batch, tokenizer=tokenizer, **settings),
+                batched=True,
+                remove_columns=dataset.column_names,
+                features=Features(features),
+                num_proc=workers if workers > 1 else None,
+                load_from_cache_file=True,
+                cache_file_name=folder and str(folder / "encoded.arrow"),
+                new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+                desc="Encoding",
+            )
+
+    if not dataset.cache_files:  # rows that are in memory only
+        return build(None)
+    return cached(key, build, what="its rows are encoded", overwrite=overwrite_cache, say=say)
 
 
 def encode_training(
@@ -657,6 +672,7 @@ def encode_training(
     ignore_pad_token_for_loss: bool = True,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
+    say=nobody,
 ):
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
 
@@ -674,7 +690,7 @@ def encode_training(
         "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
     }
     columns = ("source_length", "target_length", "length", "dropped_turns", "row")
-    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, settings)
+    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
 
 
 def encode_prediction(
@@ -686,6 +702,7 @@ def encode_prediction(
     max_target_length: int,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
+    say=nobody,
 ):
     """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
 
@@ -697,9 +714,8 @@ def encode_prediction(
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
     }
-    return _encode(
-        dataset, _encode_prediction_batch, ("row", "dropped_turns"), tokenizer, num_workers, overwrite_cache, settings
-    )
+    columns = ("row", "dropped_turns")
+    return _encode(dataset, _encode_prediction_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
 
 
 def digest(dataset) -> str:

@@ -26,7 +26,7 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     """
     divided = data_args.dev_ratio and split in ("train", "eval")
     keep_unlabelled = encode is encode_prediction and not divided
-    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled)
+    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say)
     seed = seed_of_rows(training_args)
     sizes = {name: len(part) for name, part in parts.items()}
     if split == "train" or divided:
@@ -45,10 +45,10 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     return rows, sum(rows_skipped.values())
 
 
-def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled):
+def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say):
     """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
 
-    Data sets have their names; the one file of a flag has the name "".
+    A damaged cache is told to `say`, others on this machine read what the first process built anew. Data sets have their names; the one file of a flag has the name "".
     """
     source = source_of(split, data_args, training_args)
     if source == "dev_ratio":
@@ -60,10 +60,13 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
         files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
     name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
     limit = getattr(data_args, name_of_limit) or data_args.max_samples
+    cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
     parts, rows_skipped = {}, {}
     for name, file in files.items():
-        examples, rows_skipped[name] = load_examples(**file, max_samples=limit, keep_unlabelled=keep_unlabelled)
-        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
+        examples, rows_skipped[name] = load_examples(
+            **file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache
+        )
+        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode, cache)
         if encode is encode_prediction and name:
             parts[name] = parts[name].add_column("dataset", [name] * len(examples))
         elif len(files) > 1:
@@ -71,8 +74,8 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
     return parts, rows_skipped, notes
 
 
-def encode_rows(split, examples, data_args, tokenizer, encode):
-    """The rows of one data file as `encode` makes them of a split."""
+def encode_rows(split, examples, data_args, tokenizer, encode, cache):
+    """The rows of one data file as `encode` makes them of a split; `cache` says how it uses its cache."""
     lengths = {
         "max_source_length": data_args.max_source_length,
         "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
@@ -84,7 +87,7 @@ def encode_rows(split, examples, data_args, tokenizer, encode):
         tokenizer,
         source_prefix=data_args.source_prefix,
         num_workers=data_args.preprocessing_num_workers,
-        overwrite_cache=data_args.overwrite_cache,
+        **cache,
         **lengths,
     )
 
@@ -107,7 +110,7 @@ def check_data(data_args, training_args, tokenizer, seq_length, say):
         if not getattr(training_args, f"do_{split}"):
             continue
         parts, rows_skipped, notes = read_files(
-            split, data_args, training_args, tokenizer, encode_training, keep_unlabelled=split == "predict"
+            split, data_args, training_args, tokenizer, encode_training, split == "predict", say
         )
         for note in notes:
             say(note)
