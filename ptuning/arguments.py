@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from failure import refuse
+from quoting import NEEDS_EQUALS, as_typed
 from text import load_json, parse_json
 
 SUPPORTED_BITS = (4, 8)
@@ -269,7 +270,7 @@ def check_word(word, flag):
         raise ValueError(
             f"{word!r} ({place}) ends in \\r: your script has Windows line ends. Remove them: sed -i 's/\\r$//' train.sh"
         )
-    if flag == "source_prefix" or word.replace("-", "_").startswith("__source_prefix="):  # any text
+    if flag == "source_prefix" or re.match(r"--[\w-]+=", word):  # any text
         return
     if word.startswith(("#", " #")) or (word and not word.strip()):
         kind = "comment" if "#" in word else "space"
@@ -280,9 +281,16 @@ def check_word(word, flag):
     if word.startswith(("–", "—", "−", "－")):
         raise ValueError(f"{word!r} ({place}) begins with a dash of prose. Write --{word.lstrip('–—−－')}")
     if (unquoted := word.strip("“”‘’＂")) != word:
-        raise ValueError(f'{word!r} ({place}): the quotation marks of prose are part of it. Write "{unquoted}"')
+        raise ValueError(
+            f"{word!r} ({place}): the quotation marks of prose are part of it. Write {in_quotes(unquoted)}"
+        )
     if re.fullmatch("-[a-z_]{2,}", word):
         raise ValueError(f"{word!r} ({place}): a flag begins with two dashes. Write -{word}")
+
+
+def in_quotes(text):
+    """A text in the quotation marks that bash needs around it."""
+    return as_typed(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def split_flags(argv):
@@ -340,6 +348,8 @@ def translate_flags(argv, known):
             notes.append(f"--{name} is accepted and has no effect: {RETIRED[name]}.")
         elif name == "prefix_projection" and not values:  # a switch in 2023; here it may also be left to the checkpoint
             translated += [f"--{name}", "true"]
+        elif name in known and len(values) == 1 and NEEDS_EQUALS.match(values[0]):  # or it is taken for a flag
+            translated.append(f"--{name}={values[0]}")
         elif name in known or name == "help":
             translated += [f"--{name}", *values]
         elif name.startswith("no_") and name[3:] in known:
@@ -474,7 +484,7 @@ def parse_flags(argv):
         if len(values) > 1 and name in known and "list" not in known[name].type:
             raise ValueError(
                 f"--{name} takes one value, but has {len(values)}: {', '.join(values)}. A value with a space in it must "
-                f'stand in quotes: --{name} "{" ".join(values)}"'
+                f"stand in quotes: --{name} {in_quotes(' '.join(values))}"
             )
     parser = argparse.ArgumentParser(
         prog="main.py", usage="python ptuning/main.py --flag value … (or settings.json)", allow_abbrev=False
@@ -719,6 +729,8 @@ def check(model_args, data_args, training_args):
     if training_args.eval_strategy != "no" and not (data_args.validation_file or data_args.dev_ratio):
         raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file or --dev_ratio.")
     check_mixture(data_args, training_args)
+    if scores_answers(training_args) and not data_args.messages_column:
+        check_columns(data_args.prompt_column, data_args.response_column, "--prompt_column and --response_column")
     for group in (model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
@@ -732,6 +744,19 @@ def check(model_args, data_args, training_args):
             check_object(name, value)
     if not model_args.ptuning_checkpoint:  # else its own settings may complete these
         check_complete(model_args, data_args, training_args)
+
+
+def scores_answers(training_args):
+    return training_args.do_predict or training_args.do_eval or training_args.eval_with_generate
+
+
+def check_columns(prompt_column, response_column, both):
+    """ValueError where answers would be scored against their own prompts; `both` is how the user names the columns."""
+    if prompt_column and prompt_column == response_column:
+        raise ValueError(
+            f"{both} are one column, {prompt_column!r}: the answers would be scored against the prompts. Name the "
+            "column of the responses. With --do_predict the rows may be without it: they are answered, and not scored."
+        )
 
 
 def check_precision(training_args):
@@ -891,8 +916,11 @@ def check_complete(model_args, data_args, training_args):
     if training_args.eval_strategy != "no":
         sources.add(source_of("eval", data_args, training_args))
     needs_columns = not data_args.messages_column and not (data_args.dataset and sources <= {"dataset", "dev_ratio"})
+    answers_only = not (training_args.do_train or training_args.do_eval)
     for name, example in EXAMPLES.items():
         if name != "model_name_or_path" and not needs_columns:
+            continue
+        if name == "response_column" and answers_only:  # of rows that are answered, and not scored
             continue
         if not getattr(model_args if name == "model_name_or_path" else data_args, name):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")

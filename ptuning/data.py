@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from data_cache import cached, nobody
+from quoting import as_typed, flag_as_typed
 from text import DuplicateKey, decode_text, load_json, parse_json
 
 IGNORED_LABEL = -100
@@ -174,22 +175,29 @@ def _flag(place: str | None, column: str) -> str:
     return f'"{column}" of {place}' if place else f"--{column}_column"
 
 
-def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str) -> ValueError:
-    columns = ", ".join(row) or "none"
+def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str, taken=()) -> ValueError:
+    """The error for a column that a row lacks; the hint names none of the `taken` ones, which have other flags."""
+    columns = shown_columns(row)
     if not column:
         return ValueError(f"{flag} is not set; the columns of {name} are: {columns}; name one of them")
-    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
-    if near:
-        remedy = f"did you mean {flag} {near[0]}?" if flag.startswith("--") else f"is {near[0]!r} meant by {flag}?"
-    else:
+    near = difflib.get_close_matches(column, [other for other in row if other not in taken], n=1, cutoff=0.5)
+    if not near:
         remedy = f"name one of them with {flag}"
+    elif flag.startswith("--"):
+        remedy = f"did you mean {flag_as_typed(flag, near[0])}?"
+    else:
+        remedy = f"is {near[0]!r} meant by {flag}?"
     return ValueError(f"{name} row {number} has no column {column!r}; its columns are: {columns}; {remedy}")
 
 
-def _text(name: str, number: int, column: str | None, row: dict, flag: str) -> str:
+def shown_columns(row: dict) -> str:
+    return ", ".join(map(as_typed, row)) or "none"
+
+
+def _text(name: str, number: int, column: str | None, row: dict, flag: str, taken=()) -> str:
     """The text in a column, "" for null; ValueError where the column is missing or holds something else."""
     if column not in row:
-        raise _missing_column(name, number, column, row, flag)
+        raise _missing_column(name, number, column, row, flag, taken)
     value = row[column]
     if value is None:
         return ""
@@ -303,10 +311,12 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
     flags = {name: _flag(place, name) for name in COLUMNS}
-    for name in ("query", "history"):  # may be absent from a row, but not from all
+    taken = {name: {columns[other] for other in COLUMNS if other != name} for name in COLUMNS}
+    optional = ("query", "history", "response") if keep_unlabelled else ("query", "history")
+    for name in optional:  # may be absent from a row, but not from all
         column = columns[name]
         if column and not columns["messages"] and not any(column in row for row in rows):
-            raise _missing_column(path, 1, column, rows[0], flags[name])
+            raise _missing_column(path, 1, column, rows[0], flags[name], taken[name])
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
         if columns["messages"]:
@@ -314,13 +324,13 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
                 path, number, columns["messages"], row, flags["messages"], keep_unlabelled
             )
         else:
-            prompt = _text(path, number, columns["prompt"], row, flags["prompt"])
+            prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
             if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
                 prompt += "\n" + query
-            if columns["response"] is None and keep_unlabelled:
+            if keep_unlabelled and columns["response"] not in row:
                 response = ""
             else:
-                response = _text(path, number, columns["response"], row, flags["response"])
+                response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
             history = _history(path, number, columns["history"], row, flags["history"])
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
@@ -376,7 +386,7 @@ def load_examples(
     `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
     prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
-    (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content; `say` is
+    (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's content; `say` is
     told where the cache is damaged.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
     """
@@ -452,12 +462,14 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
             raise ValueError(f"--dataset {names} names {name!r} twice")
         if name not in info:
             near = difflib.get_close_matches(name, list(info), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{info_file} does not describe {name!r}, only {', '.join(info) or 'nothing'}{hint}")
+            hint = f"; did you mean {as_typed(near[0])}?" if near else ""
+            described = ", ".join(map(as_typed, info)) or "nothing"
+            raise ValueError(f"{info_file} does not describe {name!r}, only {described}{hint}")
         sources[name], note = _described_source(Path(folder), info[name], f"{name!r} in {info_file}")
         notes += note
     if not sources:
-        raise ValueError(f"--dataset {names!r} names no data set; {info_file} describes {', '.join(info) or 'none'}")
+        described = ", ".join(map(as_typed, info)) or "none"
+        raise ValueError(f"--dataset {names!r} names no data set; {info_file} describes {described}")
     return sources, notes
 
 

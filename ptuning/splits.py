@@ -4,7 +4,7 @@ Answers to the parts of the official `main.py` that read `train_file`, `validati
 becomes rows, and rows become token ids, is in data.py.
 """
 
-from arguments import FILES, source_of, split_ratios
+from arguments import FILES, check_columns, source_of, split_ratios
 from data import (
     COLUMNS,
     describe_training,
@@ -16,6 +16,8 @@ from data import (
     load_examples,
     number_rows,
     read_dataset_info,
+    read_rows,
+    shown_columns,
 )
 
 
@@ -60,6 +62,13 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
         files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
     name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
     limit = getattr(data_args, name_of_limit) or data_args.max_samples
+    for name, file in files.items():
+        if encode is encode_prediction and not file["messages_column"]:
+            place = file.get("place")
+            both = f'"prompt" and "response" of {place}' if place else "--prompt_column and --response_column"
+            check_columns(file["prompt_column"], file["response_column"], both)
+        if split == "predict":
+            files[name] = without_missing_response(file, limit, say)
     cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
     parts, rows_skipped = {}, {}
     for name, file in files.items():
@@ -72,6 +81,25 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
         elif len(files) > 1:
             parts[name] = number_rows(parts[name], len(parts))
     return parts, rows_skipped, notes
+
+
+def without_missing_response(file, limit, say):
+    """The file with no response column if none of its rows to be answered has it, which `say` is told."""
+    column, place = file["response_column"], file.get("place")
+    if file["messages_column"]:
+        return file
+    if not column:
+        flag = f'"response" of {place}' if place else "--response_column"
+        say(f"{file['path']}: without {flag} its rows are answered, and not scored.")
+        return file
+    rows = read_rows(file["path"])[:limit]
+    if any(column in row for row in rows):
+        return file
+    say(
+        f"{file['path']} has no column {column!r}: its rows are answered, and not scored; its columns are: "
+        f"{shown_columns(rows[0])}."
+    )
+    return {**file, "response_column": None}
 
 
 def encode_rows(split, examples, data_args, tokenizer, encode, cache):
