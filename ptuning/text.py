@@ -159,6 +159,8 @@ def _locate_duplicate(text: str, key: str) -> DuplicateKey:
 
 def parse_json(text: str, unique_keys: bool = False):
     """json.loads, with every failure a JSONDecodeError; with `unique_keys` a DuplicateKey is one."""
+    if text.startswith("\ufeff"):  # json.loads alone looks for it
+        raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
     try:
         return UNIQUE.decode(text) if unique_keys else json.loads(text)
     except json.JSONDecodeError:

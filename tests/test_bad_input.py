@@ -465,7 +465,7 @@ SETTINGS = [
     ("empty", "", "settings.json is not valid JSON"),
     ("broken", '{"do_train": true,}', "settings.json is not valid JSON"),
     ("a list", "[]", "settings.json must hold one object"),
-    ("not text", b'{"a": "\xff\xff"}', "settings.json line 1, byte 7 (0xff) is no text"),
+    ("not text", b'{"a": "\0"}', "settings.json line 1, byte 7 (0x00) is no text"),
     ("a flag twice", '{"seed": 1,\n"seed": 2}', "settings.json line 1 begins an object that has the key 'seed' twice"),
     ("a nested key twice", '{"lr_scheduler_kwargs":\n{"a": 1, "a": 2}}', ("settings.json line 2", "the key 'a' twice")),
     ("nested 100,000 deep", deep(100_000, '{"a":', "}"), ("settings.json", "nested")),
