@@ -25,10 +25,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from data import parse_json
 from failure import refuse
 from paths import READ, seen_from_caller
+from quoting import NEEDS_EQUALS, as_typed
 from saving import check_saving
+from text import load_json, parse_json
 
 SUPPORTED_BITS = (4, 8)
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
@@ -271,7 +272,7 @@ def check_word(word, flag):
         raise ValueError(
             f"{word!r} ({place}) ends in \\r: your script has Windows line ends. Remove them: sed -i 's/\\r$//' train.sh"
         )
-    if flag == "source_prefix" or word.replace("-", "_").startswith("__source_prefix="):  # any text
+    if flag == "source_prefix" or re.match(r"--[\w-]+=", word):  # any text
         return
     if word.startswith(("#", " #")) or (word and not word.strip()):
         kind = "comment" if "#" in word else "space"
@@ -282,9 +283,16 @@ def check_word(word, flag):
     if word.startswith(("–", "—", "−", "－")):
         raise ValueError(f"{word!r} ({place}) begins with a dash of prose. Write --{word.lstrip('–—−－')}")
     if (unquoted := word.strip("“”‘’＂")) != word:
-        raise ValueError(f'{word!r} ({place}): the quotation marks of prose are part of it. Write "{unquoted}"')
+        raise ValueError(
+            f"{word!r} ({place}): the quotation marks of prose are part of it. Write {in_quotes(unquoted)}"
+        )
     if re.fullmatch("-[a-z_]{2,}", word):
         raise ValueError(f"{word!r} ({place}): a flag begins with two dashes. Write -{word}")
+
+
+def in_quotes(text):
+    """A text in the quotation marks that bash needs around it."""
+    return as_typed(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def split_flags(argv):
@@ -342,6 +350,8 @@ def translate_flags(argv, known):
             notes.append(f"--{name} is accepted and has no effect: {RETIRED[name]}.")
         elif name == "prefix_projection" and not values:  # a switch in 2023; here it may also be left to the checkpoint
             translated += [f"--{name}", "true"]
+        elif name in known and len(values) == 1 and NEEDS_EQUALS.match(values[0]):  # or it is taken for a flag
+            translated.append(f"--{name}={values[0]}")
         elif name in known or name == "help":
             translated += [f"--{name}", *values]
         elif name.startswith("no_") and name[3:] in known:
@@ -356,11 +366,10 @@ def translate_flags(argv, known):
 def flags_of_file(file):
     """The flags in a JSON file of {"name": value}, as on the command line."""
     try:
-        settings = parse_json(Path(file).read_text(encoding="utf-8"))
+        data = Path(file).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file of arguments.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    settings = load_json(data, file)
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold one object of flags and values, not a {type(settings).__name__}.")
     argv = []
@@ -477,7 +486,7 @@ def parse_flags(argv):
         if len(values) > 1 and name in known and "list" not in known[name].type:
             raise ValueError(
                 f"--{name} takes one value, but has {len(values)}: {', '.join(values)}. A value with a space in it must "
-                f'stand in quotes: --{name} "{" ".join(values)}"'
+                f"stand in quotes: --{name} {in_quotes(' '.join(values))}"
             )
     parser = argparse.ArgumentParser(
         prog="main.py", usage="python ptuning/main.py --flag value … (or settings.json)", allow_abbrev=False
@@ -537,12 +546,15 @@ def parse_arguments(argv):
             notes.append(f"CUDA_VISIBLE_DEVICES={wanted}, but no GPU can be used here: computing on the CPU, slowly.")
     elif not given.get("use_cpu"):
         check_gpu(torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0)))
+    for name in ("deepspeed", "accelerator_config"):  # transformers reads files in UTF-8 only
+        if given.get(name) and not given[name].lstrip().startswith("{"):
+            given[name] = read_settings_of(name, given[name])
     checkpointing = given.pop("gradient_checkpointing", None)
     checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
     if given.get("fsdp"):  # saved in shards, so that a run can go on with another number of processes
         settings["fsdp_config"] = {
             "state_dict_type": "SHARDED_STATE_DICT",
-            **read_settings_of(given.pop("fsdp_config", "")),
+            **read_settings_of("fsdp_config", given.pop("fsdp_config", "")),
         }
     elif given.get("deepspeed") and torch.cuda.is_available() and not given.keys() & {"fp16", "bf16"}:
         settings["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"] = True
@@ -579,14 +591,19 @@ def parse_arguments(argv):
     return model_args, data_args, training_args, notes
 
 
-def read_settings_of(text):
+def read_settings_of(flag, text):
     """The object that a flag spells out in JSON, or that is in the JSON file it names; {} of an empty flag."""
     if not text:
         return {}
+    if text.lstrip().startswith("{"):
+        return load_json(text.encode(), f"--{flag}")
     try:
-        return json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{text} is not valid JSON: {error}") from error
+        settings = load_json(Path(text).read_bytes(), text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--{flag} {text}: there is no such file.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--{flag} {text} must hold one object of settings, not a {type(settings).__name__}.")
+    return settings
 
 
 def check_gpu(num_gpus, process):
@@ -697,7 +714,7 @@ def check_ranges(args):
 def check_object(name, value):
     """Raise ValueError for a flag whose text should be a JSON object and is none."""
     try:
-        found = parse_json(value)
+        found = parse_json(value, unique_keys=True)
     except json.JSONDecodeError as error:
         found = error
     if not isinstance(found, dict):
@@ -716,6 +733,8 @@ def check(model_args, data_args, training_args):
     if training_args.eval_strategy != "no" and not (data_args.validation_file or data_args.dev_ratio):
         raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file or --dev_ratio.")
     check_mixture(data_args, training_args)
+    if scores_answers(training_args) and not data_args.messages_column:
+        check_columns(data_args.prompt_column, data_args.response_column, "--prompt_column and --response_column")
     for group in (model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
@@ -730,6 +749,19 @@ def check(model_args, data_args, training_args):
             check_object(name, value)
     if not model_args.ptuning_checkpoint:  # else its own settings may complete these
         check_complete(model_args, data_args, training_args)
+
+
+def scores_answers(training_args):
+    return training_args.do_predict or training_args.do_eval or training_args.eval_with_generate
+
+
+def check_columns(prompt_column, response_column, both):
+    """ValueError where answers would be scored against their own prompts; `both` is how the user names the columns."""
+    if prompt_column and prompt_column == response_column:
+        raise ValueError(
+            f"{both} are one column, {prompt_column!r}: the answers would be scored against the prompts. Name the "
+            "column of the responses. With --do_predict the rows may be without it: they are answered, and not scored."
+        )
 
 
 def check_precision(training_args):
@@ -889,8 +921,11 @@ def check_complete(model_args, data_args, training_args):
     if training_args.eval_strategy != "no":
         sources.add(source_of("eval", data_args, training_args))
     needs_columns = not data_args.messages_column and not (data_args.dataset and sources <= {"dataset", "dev_ratio"})
+    answers_only = not (training_args.do_train or training_args.do_eval)
     for name, example in EXAMPLES.items():
         if name != "model_name_or_path" and not needs_columns:
+            continue
+        if name == "response_column" and answers_only:  # of rows that are answered, and not scored
             continue
         if not getattr(model_args if name == "model_name_or_path" else data_args, name):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")

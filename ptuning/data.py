@@ -24,103 +24,17 @@ from functools import partial
 from pathlib import Path
 
 from conversation import conversation
+from data_cache import cached, nobody
+from quoting import as_typed, flag_as_typed
+from text import DuplicateKey, decode_text, load_json, parse_json
 
 IGNORED_LABEL = -100
 DATASET_INFO_FILE = "dataset_info.json"
 COLUMNS = ("prompt", "query", "response", "history", "messages")
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # of an entry that names none
-# Encodings in which a stray byte is noticed; what cchardet says of others counts only after GB18030 failed.
-EAST_ASIAN_ENCODINGS = {"BIG5", "SHIFT_JIS", "EUC-JP", "EUC-KR", "UHC", "EUC-TW"}
-BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of UTF-16
-    b"\xff\xfe\0\0": "utf-32",
-    b"\0\0\xfe\xff": "utf-32",
-    b"\xef\xbb\xbf": "utf-8-sig",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
 ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
 ROWS_OF_A_DATASET = 2**32  # more than any file has: keeps the row numbers of several data sets apart
-
-
-# ---- bytes -> text
-
-
-def _has_control_characters(text: str) -> bool:
-    """True for a character below the space that no text file has (tab, line ends, form feed and ^Z are fine)."""
-    return any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in set(text.encode("utf-8", "ignore")))
-
-
-def _decode_strictly(data: bytes, encoding: str) -> str | None:
-    try:
-        text = data.decode(encoding)
-    except (UnicodeDecodeError, LookupError):
-        return None
-    return None if _has_control_characters(text) else text
-
-
-def _decode_wide(data: bytes) -> str | None:
-    """Text in UTF-16 or UTF-32 without a byte-order mark, told by where the zero bytes of ASCII lie."""
-    if 2 * data.count(0) > len(data):
-        encodings = ("utf-32-le", "utf-32-be")
-    else:
-        encodings = ("utf-16-le", "utf-16-be")
-    for encoding in encodings:
-        text = _decode_strictly(data, encoding)
-        # In the wrong byte order, or in another encoding, no line end, bracket or comma comes out.
-        if text is not None and any(character in text for character in "\n{[,"):
-            return text
-    return None
-
-
-def _is_damaged_utf8(data: bytes) -> bool:
-    """True when nearly all characters beyond ASCII are sound UTF-8, so that no other encoding is likely."""
-    text = data.decode("utf-8", errors="replace")
-    damaged = text.count("\ufffd")
-    return sum(character > "\x7f" for character in text) - damaged > 4 * damaged
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """Text of a file, its encoding detected: byte-order mark, UTF-8, UTF-16 / 32, then by cchardet or GB18030.
-
-    ValueError naming line and byte offset for bytes that are no text.
-    """
-    for mark, encoding in BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            text = _decode_strictly(data, encoding)
-            if text is None:
-                raise ValueError(
-                    f"{name} starts with the byte-order mark of {encoding.upper()} but is not {encoding.upper()} "
-                    "throughout; save it again as UTF-8"
-                )
-            return text
-    if b"\0" in data and (text := _decode_wide(data)) is not None:
-        return text
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start
-    else:
-        if "\0" not in text:
-            return text
-        offset = data.index(0)
-    line = data.count(b"\n", 0, offset) + 1
-    where = f"{name} line {line}, byte {offset} (0x{data[offset]:02x})"
-    if b"\0" not in data:
-        if _is_damaged_utf8(data):
-            raise ValueError(f"{where} is not UTF-8, though the rest is; repair that line, or save the file as UTF-8")
-
-        import cchardet
-
-        guess = cchardet.detect(data)
-        candidates = ["gb18030", guess["encoding"]]  # GB18030 contains GBK and GB2312
-        # cchardet takes very short texts in GB18030 for Cyrillic or, with little confidence, for Big5.
-        if guess["encoding"] in EAST_ASIAN_ENCODINGS and guess["confidence"] >= 0.6:
-            candidates.reverse()
-        for encoding in filter(None, candidates):
-            if (text := _decode_strictly(data, encoding)) is not None:
-                return text
-    raise ValueError(f"{where} is no text in UTF-8, UTF-16 or GB18030; is this the right file? Save it as UTF-8")
 
 
 # ---- text -> rows
@@ -144,16 +58,11 @@ def _kind(value) -> str:
     return {list: "a list", dict: "an object"}[type(value)]
 
 
-def parse_json(text: str):
-    """json.loads, with every failure a JSONDecodeError."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except RecursionError:
-        raise json.JSONDecodeError("brackets are nested too deep", text, 0) from None
-    except ValueError:  # Python reads no integers of more than 4,300 digits
-        raise json.JSONDecodeError("a number has thousands of digits", text, 0) from None
+def _duplicate_key(name: str, row: int, line: int, error: DuplicateKey) -> ValueError:
+    return ValueError(
+        f"{name} row {row} (line {line}) has the key {_shown(error.key)!r} twice in one object, of which only one could "
+        "be read; rename or remove one"
+    )
 
 
 def _parse_json_lines(text: str, name: str) -> list[dict]:
@@ -163,7 +72,9 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line, unique_keys=True)
+        except DuplicateKey as error:
+            raise _duplicate_key(name, len(rows) + 1, number, error) from None
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {_shown(line)}\n"
@@ -180,7 +91,9 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
 
 def _parse_json_array(text: str, name: str) -> list[dict]:
     try:
-        rows = parse_json(text)
+        rows = parse_json(text, unique_keys=True)
+    except DuplicateKey as error:
+        raise _duplicate_key(name, error.element, error.lineno, error) from None
     except json.JSONDecodeError as error:
         # An array may be one line of megabytes: show what surrounds the error instead of the line's start.
         around = " ".join(text[max(0, error.pos - 30) : error.pos + 30].split())
@@ -263,22 +176,29 @@ def _flag(place: str | None, column: str) -> str:
     return f'"{column}" of {place}' if place else f"--{column}_column"
 
 
-def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str) -> ValueError:
-    columns = ", ".join(row) or "none"
+def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str, taken=()) -> ValueError:
+    """The error for a column that a row lacks; the hint names none of the `taken` ones, which have other flags."""
+    columns = shown_columns(row)
     if not column:
         return ValueError(f"{flag} is not set; the columns of {name} are: {columns}; name one of them")
-    near = difflib.get_close_matches(column, list(row), n=1, cutoff=0.5)
-    if near:
-        remedy = f"did you mean {flag} {near[0]}?" if flag.startswith("--") else f"is {near[0]!r} meant by {flag}?"
-    else:
+    near = difflib.get_close_matches(column, [other for other in row if other not in taken], n=1, cutoff=0.5)
+    if not near:
         remedy = f"name one of them with {flag}"
+    elif flag.startswith("--"):
+        remedy = f"did you mean {flag_as_typed(flag, near[0])}?"
+    else:
+        remedy = f"is {near[0]!r} meant by {flag}?"
     return ValueError(f"{name} row {number} has no column {column!r}; its columns are: {columns}; {remedy}")
 
 
-def _text(name: str, number: int, column: str | None, row: dict, flag: str) -> str:
+def shown_columns(row: dict) -> str:
+    return ", ".join(map(as_typed, row)) or "none"
+
+
+def _text(name: str, number: int, column: str | None, row: dict, flag: str, taken=()) -> str:
     """The text in a column, "" for null; ValueError where the column is missing or holds something else."""
     if column not in row:
-        raise _missing_column(name, number, column, row, flag)
+        raise _missing_column(name, number, column, row, flag, taken)
     value = row[column]
     if value is None:
         return ""
@@ -371,10 +291,12 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
     flags = {name: _flag(place, name) for name in COLUMNS}
-    for name in ("query", "history"):  # may be absent from a row, but not from all
+    taken = {name: {columns[other] for other in COLUMNS if other != name} for name in COLUMNS}
+    optional = ("query", "history", "response") if keep_unlabelled else ("query", "history")
+    for name in optional:  # may be absent from a row, but not from all
         column = columns[name]
         if column and not columns["messages"] and not any(column in row for row in rows):
-            raise _missing_column(path, 1, column, rows[0], flags[name])
+            raise _missing_column(path, 1, column, rows[0], flags[name], taken[name])
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
         if columns["messages"]:
@@ -382,13 +304,13 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
                 path, number, columns["messages"], row, flags["messages"], keep_unlabelled
             )
         else:
-            prompt = _text(path, number, columns["prompt"], row, flags["prompt"])
+            prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
             if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
                 prompt += "\n" + query
-            if columns["response"] is None and keep_unlabelled:
+            if keep_unlabelled and columns["response"] not in row:
                 response = ""
             else:
-                response = _text(path, number, columns["response"], row, flags["response"])
+                response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
             history = _history(path, number, columns["history"], row, flags["history"])
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
@@ -405,9 +327,9 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
 
 
 def _code_sha256() -> str:
-    """Digest of the two files that turn text into ids, so that caches do not outlive a change of them."""
-    files = (Path(__file__), Path(__file__).with_name("tokenization_chatglm.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """Digest of the files that turn bytes into ids, so that caches do not outlive a change of them."""
+    names = ("data.py", "text.py", "tokenization_chatglm.py")
+    return hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in names)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -435,6 +357,8 @@ def load_examples(
     messages_column: str | None = None,
     query_column: str | None = None,
     place: str | None = None,
+    overwrite_cache: bool = False,
+    say=nobody,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
 
@@ -442,7 +366,8 @@ def load_examples(
     `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
     prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
-    (prediction) an empty response is kept, and `response_column` may be None. Cached by the file's content.
+    (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's content; `say` is
+    told where the cache is damaged.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
     """
     from datasets import Dataset, Features, List, Value
@@ -461,26 +386,30 @@ def load_examples(
             "skipped": Value("bool"),
         }
     )
-    try:
+    columns = {
+        "prompt": prompt_column,
+        "query": query_column,
+        "response": response_column,
+        "history": history_column,
+        "messages": messages_column,
+    }
+    settings = {
+        "path": str(path),
+        "columns": columns,
+        "place": place,
+        "max_samples": max_samples,
+        "keep_unlabelled": keep_unlabelled,
+        "key": f"{content} {_code_sha256()}",
+    }
+
+    def build(folder):
         with _progress_bars(False):
-            dataset = Dataset.from_generator(
-                _generate_examples,
-                features=features,
-                gen_kwargs={
-                    "path": str(path),
-                    "columns": {
-                        "prompt": prompt_column,
-                        "query": query_column,
-                        "response": response_column,
-                        "history": history_column,
-                        "messages": messages_column,
-                    },
-                    "place": place,
-                    "max_samples": max_samples,
-                    "keep_unlabelled": keep_unlabelled,
-                    "key": f"{content} {_code_sha256()}",
-                },
+            return Dataset.from_generator(
+                _generate_examples, features=features, gen_kwargs=settings, cache_dir=str(folder)
             )
+
+    try:
+        dataset = cached(json.dumps(settings), build, what=f"{path} is read", overwrite=overwrite_cache, say=say)
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
     kept = [index for index, skipped in enumerate(dataset["skipped"][:]) if not skipped]
@@ -504,10 +433,7 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
         raise FileNotFoundError(
             f"{info_file} does not exist; it describes the data sets that --dataset may name, see docs/data.md"
         )
-    try:
-        info = json.loads(decode_text(_read_bytes(info_file), str(info_file)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{info_file} line {error.lineno} is not JSON ({error.msg}, column {error.colno})") from None
+    info = load_json(_read_bytes(info_file), str(info_file))
     if not isinstance(info, dict):
         raise ValueError(f"{info_file} is {_kind(info)}; expected an object that describes each data set by its name")
     sources, notes = {}, []
@@ -516,12 +442,14 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
             raise ValueError(f"--dataset {names} names {name!r} twice")
         if name not in info:
             near = difflib.get_close_matches(name, list(info), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{info_file} does not describe {name!r}, only {', '.join(info) or 'nothing'}{hint}")
+            hint = f"; did you mean {as_typed(near[0])}?" if near else ""
+            described = ", ".join(map(as_typed, info)) or "nothing"
+            raise ValueError(f"{info_file} does not describe {name!r}, only {described}{hint}")
         sources[name], note = _described_source(Path(folder), info[name], f"{name!r} in {info_file}")
         notes += note
     if not sources:
-        raise ValueError(f"--dataset {names!r} names no data set; {info_file} describes {', '.join(info) or 'none'}")
+        described = ", ".join(map(as_typed, info)) or "none"
+        raise ValueError(f"--dataset {names!r} names no data set; {info_file} describes {described}")
     return sources, notes
 
 
@@ -691,7 +619,7 @@ def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_leng
     }
 
 
-def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, settings):
+def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings):
     """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code.
 
     `columns`: what it returns beside the lists `input_ids` and `labels`.
@@ -706,17 +634,24 @@ def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_ca
     # datasets' own fingerprint would name functions of this file, not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, _code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
-    with _progress_bars(len(dataset) >= ROWS_WORTH_A_PROGRESS_BAR):
-        return dataset.map(
-            partial(encode_batch, tokenizer=tokenizer, **settings),
-            batched=True,
-            remove_columns=dataset.column_names,
-            features=Features(features),
-            num_proc=workers if workers > 1 else None,
-            load_from_cache_file=not overwrite_cache,
-            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-            desc="Encoding",
-        )
+
+    def build(folder):
+        with _progress_bars(len(dataset) >= ROWS_WORTH_A_PROGRESS_BAR):
+            return dataset.map(
+                partial(encode_batch, tokenizer=tokenizer, **settings),
+                batched=True,
+                remove_columns=dataset.column_names,
+                features=Features(features),
+                num_proc=workers if workers > 1 else None,
+                load_from_cache_file=True,
+                cache_file_name=folder and str(folder / "encoded.arrow"),
+                new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+                desc="Encoding",
+            )
+
+    if not dataset.cache_files:  # rows that are in memory only
+        return build(None)
+    return cached(key, build, what="its rows are encoded", overwrite=overwrite_cache, say=say)
 
 
 def encode_training(
@@ -729,6 +664,7 @@ def encode_training(
     ignore_pad_token_for_loss: bool = True,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
+    say=nobody,
 ):
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
 
@@ -746,7 +682,7 @@ def encode_training(
         "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
     }
     columns = ("source_length", "target_length", "length", "dropped_turns", "row")
-    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, settings)
+    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
 
 
 def encode_prediction(
@@ -758,6 +694,7 @@ def encode_prediction(
     max_target_length: int,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
+    say=nobody,
 ):
     """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
 
@@ -769,9 +706,8 @@ def encode_prediction(
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
     }
-    return _encode(
-        dataset, _encode_prediction_batch, ("row", "dropped_turns"), tokenizer, num_workers, overwrite_cache, settings
-    )
+    columns = ("row", "dropped_turns")
+    return _encode(dataset, _encode_prediction_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
 
 
 def digest(dataset) -> str:

@@ -58,6 +58,7 @@ from resume import (
     training_record,
 )
 from run_log import going_on_without, keep_printing
+from schedule import describe_steps
 from splits import check_data, check_fits, longest_example, read_split
 from trainer import PrefixTrainer, plot_loss
 from watch import describe_checkpoints
@@ -248,7 +249,8 @@ def main():
                 max_target_length=data_args.max_target_length,
             )
         )
-        say(describe_schedule(training_args, len(train_data), model))
+        say(describe_steps(training_args, len(train_data)))
+        say(describe_trainable(model))
         result = trainer.train(resume_from_checkpoint=resume_from)
         if trainer.state.global_step >= trainer.state.max_steps or not trainer.stop.agreed:
             result.metrics.update(count_trainable(model), train_samples=len(train_data))
@@ -383,8 +385,9 @@ def largest_batch(model, train_data, data_args, training_args):
     """What memory_table must know of the largest batch of training or, without training, of prediction."""
     if train_data is not None:
         length = longest_example(train_data, data_args)
+        rows = training_args.per_device_train_batch_size
         return {
-            "batch_size": training_args.per_device_train_batch_size,
+            "batch_size": min(rows, len(train_data)) if training_args.world_size == 1 else rows,
             "length": -(-length // 8) * 8,  # as collate_training pads
             "num_supervised": min(length, data_args.max_target_length + 1),
             "checkpointing": bool(training_args.gradient_checkpointing),
@@ -404,22 +407,10 @@ def count_trainable(model):
     return {"trainable_parameters": trainable, "total_parameters": total}
 
 
-def describe_schedule(training_args, num_rows, model):
-    """Effective batch size, steps as epochs, and the share of parameters that train, in two lines."""
-    batch_size = (
-        training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    )
-    steps_per_epoch = max(1, num_rows / batch_size)
-    steps = training_args.max_steps
-    if steps <= 0:
-        steps = round(training_args.num_train_epochs * steps_per_epoch)
+def describe_trainable(model):
+    """The share of parameters that train, in one line."""
     trainable, total = count_trainable(model).values()
-    return (
-        f"Batch: {training_args.per_device_train_batch_size} rows x {training_args.gradient_accumulation_steps} "
-        f"accumulated x {training_args.world_size} processes = {batch_size} rows a step; "
-        f"{steps} steps = {steps / steps_per_epoch:.2f} epochs of {num_rows} rows.\n"
-        f"Trainable: {trainable:,} of {total:,} parameters ({trainable / total:.3%})."
-    )
+    return f"Trainable: {trainable:,} of {total:,} parameters ({trainable / total:.3%})."
 
 
 if __name__ == "__main__":

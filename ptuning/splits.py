@@ -4,7 +4,7 @@ Answers to the parts of the official `main.py` that read `train_file`, `validati
 becomes rows, and rows become token ids, is in data.py.
 """
 
-from arguments import FILES, source_of, split_ratios
+from arguments import FILES, check_columns, source_of, split_ratios
 from data import (
     COLUMNS,
     describe_training,
@@ -16,6 +16,8 @@ from data import (
     load_examples,
     number_rows,
     read_dataset_info,
+    read_rows,
+    shown_columns,
 )
 
 
@@ -26,7 +28,7 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     """
     divided = data_args.dev_ratio and split in ("train", "eval")
     keep_unlabelled = encode is encode_prediction and not divided
-    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled)
+    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say)
     seed = seed_of_rows(training_args)
     sizes = {name: len(part) for name, part in parts.items()}
     if split == "train" or divided:
@@ -45,10 +47,10 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     return rows, sum(rows_skipped.values())
 
 
-def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled):
+def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say):
     """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
 
-    Data sets have their names; the one file of a flag has the name "".
+    A damaged cache is told to `say`, others on this machine read what the first process built anew. Data sets have their names; the one file of a flag has the name "".
     """
     source = source_of(split, data_args, training_args)
     if source == "dev_ratio":
@@ -60,10 +62,20 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
         files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
     name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
     limit = getattr(data_args, name_of_limit) or data_args.max_samples
+    for name, file in files.items():
+        if encode is encode_prediction and not file["messages_column"]:
+            place = file.get("place")
+            both = f'"prompt" and "response" of {place}' if place else "--prompt_column and --response_column"
+            check_columns(file["prompt_column"], file["response_column"], both)
+        if split == "predict":
+            files[name] = without_missing_response(file, limit, say)
+    cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
     parts, rows_skipped = {}, {}
     for name, file in files.items():
-        examples, rows_skipped[name] = load_examples(**file, max_samples=limit, keep_unlabelled=keep_unlabelled)
-        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode)
+        examples, rows_skipped[name] = load_examples(
+            **file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache
+        )
+        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode, cache)
         if encode is encode_prediction and name:
             parts[name] = parts[name].add_column("dataset", [name] * len(examples))
         elif len(files) > 1:
@@ -71,8 +83,27 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
     return parts, rows_skipped, notes
 
 
-def encode_rows(split, examples, data_args, tokenizer, encode):
-    """The rows of one data file as `encode` makes them of a split."""
+def without_missing_response(file, limit, say):
+    """The file with no response column if none of its rows to be answered has it, which `say` is told."""
+    column, place = file["response_column"], file.get("place")
+    if file["messages_column"]:
+        return file
+    if not column:
+        flag = f'"response" of {place}' if place else "--response_column"
+        say(f"{file['path']}: without {flag} its rows are answered, and not scored.")
+        return file
+    rows = read_rows(file["path"])[:limit]
+    if any(column in row for row in rows):
+        return file
+    say(
+        f"{file['path']} has no column {column!r}: its rows are answered, and not scored; its columns are: "
+        f"{shown_columns(rows[0])}."
+    )
+    return {**file, "response_column": None}
+
+
+def encode_rows(split, examples, data_args, tokenizer, encode, cache):
+    """The rows of one data file as `encode` makes them of a split; `cache` says how it uses its cache."""
     lengths = {
         "max_source_length": data_args.max_source_length,
         "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
@@ -84,7 +115,7 @@ def encode_rows(split, examples, data_args, tokenizer, encode):
         tokenizer,
         source_prefix=data_args.source_prefix,
         num_workers=data_args.preprocessing_num_workers,
-        overwrite_cache=data_args.overwrite_cache,
+        **cache,
         **lengths,
     )
 
@@ -107,7 +138,7 @@ def check_data(data_args, training_args, tokenizer, seq_length, say):
         if not getattr(training_args, f"do_{split}"):
             continue
         parts, rows_skipped, notes = read_files(
-            split, data_args, training_args, tokenizer, encode_training, keep_unlabelled=split == "predict"
+            split, data_args, training_args, tokenizer, encode_training, split == "predict", say
         )
         for note in notes:
             say(note)

@@ -120,6 +120,7 @@ class PrefixTrainer(Seq2SeqTrainer):
     # ---- batches and steps
 
     def train(self, resume_from_checkpoint=None, **kwargs):
+        self.rows_fed = 0
         if resume_from_checkpoint and self.is_deepspeed_enabled:
             if count_writers(resume_from_checkpoint) != self.args.world_size:
                 self.say(f"Dividing {resume_from_checkpoint} for {self.args.world_size} processes.")
@@ -161,12 +162,14 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop("row")
+        self.rows_fed += torch.count_nonzero(rows)  # without blank ones, 0; where the rows are, so a GPU does not wait
         loss = None
         while loss is None:
             loss = self._compute_batch(model, inputs, num_items_in_batch)
         self.watch.saw_batch(loss, rows)
         return loss
 
+    rows_fed = 0  # to this process, by this call of train()
     batch_parts = 1  # a batch is computed in so many, one after the other
 
     def _compute_batch(self, model, inputs, num_items_in_batch):
@@ -407,6 +410,8 @@ class PrefixTrainer(Seq2SeqTrainer):
     def log(self, logs, start_time=None):
         if "train_loss" in logs:  # the mean of the whole run, also of a resumed one
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self.first_loss_step)
+            if logs["train_runtime"]:  # the library's is of full steps, however many rows they had
+                logs["train_samples_per_second"] = round(sum(gather(int(self.rows_fed))) / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
     def save_metrics(self, split, metrics, combined=True):

@@ -12,7 +12,14 @@ import torch
 from conftest import ROOT
 from transformers import Seq2SeqTrainingArguments
 
-from arguments import library_flags, parse_arguments, parse_flags, translate_flags, use_one_device
+from arguments import (
+    library_flags,
+    parse_arguments,
+    parse_flags,
+    read_settings_of,
+    translate_flags,
+    use_one_device,
+)
 
 TRAIN = """--do_train --train_file AdvertiseGen/train.json --validation_file AdvertiseGen/dev.json
 --preprocessing_num_workers 10 --prompt_column content --response_column summary --overwrite_cache
@@ -205,6 +212,42 @@ def test_a_flag_that_needs_another_package_names_it(monkeypatch):
     monkeypatch.setattr("trainer.PrefixTrainingArguments", refuse)
     with pytest.raises(ValueError, match="needs a package that is not installed: .* requires lomo-optim"):
         parse(MINIMAL)
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gb18030"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_settings_file_may_be_in_any_encoding_of_data_files(encoding, tmp_path):
+    words = MINIMAL.split()[1:]
+    given = {name[2:]: value for name, value in zip(words[::2], words[1::2], strict=True)}
+    settings = {"do_train": True, "source_prefix": "写广告：", **given}
+    (tmp_path / "settings.json").write_text(json.dumps(settings, ensure_ascii=False), encoding=encoding)
+    assert parse_flags([str(tmp_path / "settings.json")])[1].source_prefix == "写广告："
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    ("flag", "settings"),
+    [
+        ("accelerator_config", {"split_batches": True, "写广告": 1}),
+        ("fsdp_config", {"写广告": 1}),
+        ("deepspeed", {"写广告": 1}),
+    ],
+)
+def test_a_file_that_a_flag_names_may_be_in_any_encoding_of_data_files(flag, settings, encoding, tmp_path):
+    file = tmp_path / "flag.json"
+    file.write_text(json.dumps(settings, ensure_ascii=False), encoding=encoding)
+    assert read_settings_of(flag, str(file)) == settings
+
+
+def test_a_key_that_stands_twice_in_a_file_that_a_flag_names_is_refused(tmp_path):
+    file = tmp_path / "flag.json"
+    file.write_text('{"fp16": {\n"enabled": true, "enabled": false}}')
+    minimal = MINIMAL.replace("--pre_seq_len 128", "--finetuning_type full")
+    for flag in ("--accelerator_config", "--deepspeed", "--fsdp full_shard --fsdp_config"):
+        with pytest.raises(ValueError, match="flag.json line 1 begins an object that has the key 'enabled' twice"):
+            parse(f"{minimal} {flag} {file}")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,35 @@ def test_csv_cells_may_hold_commas_quotes_and_line_ends(write):
 def test_unreadable_file_is_refused_by_name_and_place(name, content, message, write):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         read_rows(write(content, name))
+
+
+TURN = '{"role": "user", "content": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '{"a": "b"}\n\n{"a": "b", "c": "d", "a": "b"}', "a.json row 2 (line 3) has the key 'a' twice"),
+        ("a.jsonl", '{"a": "b", "\\u0061": null}', "a.jsonl row 1 (line 1) has the key 'a' twice"),
+        ("a.json", '[{"a": 1},\n{"b": {}},\n {\n"c": 1, "c": 2}]', "a.json row 3 (line 3) has the key 'c' twice"),
+        (
+            "a.json",
+            f'[{{"m": []}}, {{"m":\n[{TURN},\n{{"role": "assistant", "content": "b", "content": ""}}]}}]',
+            "a.json row 2 (line 3) has the key 'content' twice",
+        ),
+        ("a.json", '{"a": {"b": {"\u200b": 1, "\u200b": 2}}}', r"a.json row 1 (line 1) has the key '\u200b' twice"),
+        ("a.json", '{"a": ' + "[" * 500 + '{"b": 1, "b": 2}' + "]" * 500 + "}", "row 1 (line 1) has the key 'b' twice"),
+    ],
+    ids=["line", "escaped", "array", "message", "invisible", "deep"],
+)
+def test_a_key_that_stands_twice_in_a_row_is_refused_with_both(name, content, message, write):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_rows(write(content, name))
+
+
+def test_keys_may_be_those_of_another_row_or_another_object(write):
+    rows = [{"a": {"a": [{"a": 1}, {"a": 2}]}}, {"a": 3}]
+    assert read_rows(write(rows)) == read_rows(write(json.dumps(rows), "b.json")) == rows
 
 
 def test_missing_file_is_refused_by_name(tmp_path):

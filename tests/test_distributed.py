@@ -90,6 +90,14 @@ def test_the_loss_is_that_of_one_process(one, many):
     assert losses(many.run_folder) == pytest.approx(losses(one.run_folder), rel=1e-4)
 
 
+def test_the_speed_counts_the_rows_of_all_processes_and_no_blank_ones(one, many):
+    for run in (one, many):
+        results = run.read("train_results.json")
+        fed = results["train_samples_per_second"] * results["train_runtime"]
+        assert fed == pytest.approx(sum(map(len, run.rows)), rel=1e-3) and sum(map(len, run.rows)) == 58
+        assert results["epoch"] == pytest.approx(4 / 3, rel=0.05)
+
+
 def test_the_dev_loss_is_that_of_one_process(one, many):
     curves = [
         [entry["eval_loss"] for entry in run.read("trainer_state.json")["log_history"] if "eval_loss" in entry]

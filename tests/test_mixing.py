@@ -123,6 +123,19 @@ def test_unknown_and_repeated_names_are_refused(names, message, folder):
         read_dataset_info(folder, names)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "gb18030"])
+def test_the_description_may_be_in_any_encoding_of_data_files(encoding, folder):
+    (folder / "dataset_info.json").write_text('{"广告": {"file_name": "talk.json"}}', encoding=encoding)
+    assert list(read_dataset_info(folder, "广告")[0]) == ["广告"]
+
+
+def test_a_name_that_is_described_twice_is_refused(folder):
+    text = '{"talk": {"file_name": "talk.json"},\n"b": {}, "talk": {"file_name": "adverts.json"}}'
+    (folder / "dataset_info.json").write_text(text)
+    with pytest.raises(ValueError, match="dataset_info.json line 1 begins an object that has the key 'talk' twice"):
+        read_dataset_info(folder, "talk")
+
+
 def test_missing_files_are_refused_by_path(folder):
     (folder / "talk.json").unlink()
     with pytest.raises(FileNotFoundError, match="talk.json does not exist, the file of 'talk' in"):
