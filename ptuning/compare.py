@@ -16,6 +16,7 @@ from pathlib import Path
 
 import failure
 from arguments import parse_words
+from claims import MOST_LOG_BYTES, check_size
 from data import parse_json, read_rows
 
 STATE_FILE, RESULTS_FILE, ANSWERS_FILE = "trainer_state.json", "all_results.json", "generated_predictions.txt"
@@ -72,6 +73,7 @@ def read_object(file):
     """A JSON object from a file, {} where there is none; ValueError for anything else."""
     if not file.is_file():
         return {}
+    check_size(file, MOST_LOG_BYTES)
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -47,9 +47,10 @@ def describe(error):
         return f"Another process {what}; the messages of its machine tell why. Seen here: {first_line}", 1
     if isinstance(error, ImportError):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    if is_full_memory(error):
         detail = f" ({error})" if str(error) else ""
-        return f"This machine has not enough memory{detail}. Lower the batch size or the lengths.", 2
+        remedy = "Lower the batch size or the lengths, or take a smaller model, such as --quantization_bit 4 makes."
+        return f"This machine has not enough memory{detail}. {remedy}", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         message = str(error)
         if not message.startswith("Out of memory"):  # not memory.py's, which knows the batch
@@ -61,6 +62,11 @@ def describe(error):
     if isinstance(error, ValueError | OSError):
         return str(error) or type(error).__name__, 2
     return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback(error)}", 1
+
+
+def is_full_memory(error):
+    """Whether this error is how Python or torch says that the machine has no memory left; its GPU has another."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def save_traceback(error):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -38,6 +39,7 @@ from checkpoint import (
     step_of,
     verify_checkpoint,
 )
+from claims import MOST_INDEX_BYTES, check_size, check_torch_file
 from failure import catch_signals, leave
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
@@ -200,6 +202,8 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
         )
     if not isinstance(state.get("global_step"), int):
         raise ValueError(f"{folder / STATE_FILE}: global_step is {state.get('global_step')!r}, expected a number.")
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        refuse_unreadable(file, check_torch_file)
     if not (folder / CHECKSUM_FILE).is_file():  # so nobody knows yet whether these are whole
         files = [folder / name for name in RESUME_FILES if (folder / name).is_file()]
         for file in sorted(folder.glob("rng_state*.pth")) + files:
@@ -210,9 +214,14 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
 
 def check_readable(file):
     """ValueError for a file of the Trainer's state that cannot be read, or that would run code."""
+    with safe_globals():
+        refuse_unreadable(file, partial(torch.load, map_location="cpu", weights_only=True))
+
+
+def refuse_unreadable(file, read):
+    """read(file); ValueError with what to do where it fails."""
     try:
-        with safe_globals():
-            torch.load(file, map_location="cpu", weights_only=True)
+        read(file)
     except Exception as error:  # bytes at random make torch.load raise anything
         raise ValueError(
             f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier checkpoint, "
@@ -415,9 +424,12 @@ def check_shards(checkpoint):
     for file in sorted([*Path(checkpoint).glob("global_step*/*.pt"), *Path(checkpoint).glob("optimizer_*/.metadata")]):
         try:
             if file.suffix != ".pt":
+                check_size(file, MOST_INDEX_BYTES)
                 with open(file, "rb") as opened:
                     ShardIndex(opened).load()
-            elif unknown := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - SHARD_CLASSES:
+                continue
+            check_torch_file(file)
+            if unknown := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - SHARD_CLASSES:
                 raise pickle.UnpicklingError(f"it names {', '.join(sorted(unknown))}, which could run code")
         except Exception as error:  # bytes at random make them raise anything
             raise ValueError(

@@ -17,6 +17,8 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
+from claims import MOST_TOKENIZER_BYTES, check_size
+
 VOCABULARY_FILE = "tokenizer.model"
 # In the order of their ids, which follow the last SentencePiece piece: 64789 to 64793 in ChatGLM2-6B.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -72,6 +74,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     def _load_sentencepiece(self):
+        check_size(self.vocab_file, MOST_TOKENIZER_BYTES)
         with open(self.vocab_file, "rb") as file:
             model = file.read()
         self.sp_model = SentencePieceProcessor()
