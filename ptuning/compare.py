@@ -136,7 +136,7 @@ def short_names(folders):
     """A name for each folder: the last parts of its path, as many as tell them apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [failure.printable("/".join(part[-length:])) for part in parts]
         if len(set(names)) == len(names):
             return names
     raise ValueError("The same run is named twice: " + ", ".join(map(str, folders)))
@@ -221,7 +221,6 @@ def draw(runs):
 
 def page(runs, titles, texts, best, picture, places):
     """The HTML page as text."""
-    escape = html.escape
     head = "".join(f"<th>{escape(title)}</th>" for title in ("run", *titles))
     body = "".join(
         f"<tr><td>{escape(name)}</td>"
@@ -259,10 +258,15 @@ def page(runs, titles, texts, best, picture, places):
     )
 
 
+def escape(text):
+    """Text for the page, without what HTML or a terminal would act upon."""
+    return html.escape(failure.printable(text))
+
+
 def answer_cell(text, kind=""):
     if not text:
         return '<td class="empty">(nothing)</td>'
-    return f"<td{f' class={kind!r}' if kind else ''}>{html.escape(text)}</td>"
+    return f"<td{f' class={kind!r}' if kind else ''}>{escape(text)}</td>"
 
 
 def main(argv):
