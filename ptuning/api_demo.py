@@ -289,7 +289,7 @@ def create_app(server, api_key=None, cors_origins=()):
         pending = Pending(server, request)
         try:
             question, history = conversation([(message.role, message.text()) for message in body.messages])
-            token_ids = await run_in_threadpool(server.encode, question, history)
+            token_ids = await run_in_threadpool(server.encode, question, history, model)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

@@ -453,8 +453,11 @@ def check_trained(tensor, name, file):
     check_finite(tensor, name, file)
 
 
-def load_tokenizer(folder, config):
-    """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings."""
+def load_tokenizer(folder, config, source_prefix=""):
+    """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings.
+
+    Its prompts begin with `source_prefix`: chat() with a checkpoint that was trained so needs it.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (Path(folder) / name).is_file():
             read_json(Path(folder) / name)
@@ -479,6 +482,7 @@ def load_tokenizer(folder, config):
             f"{folder}: answers end with id {tokenizer.eos_token_id} in tokenizer.model, but with eos_token_id "
             f"{config.eos_token_id} in config.json. The two files come from different models."
         )
+    tokenizer.source_prefix = source_prefix
     return tokenizer
 
 

@@ -77,7 +77,7 @@ class Terminal:
 
     def answer(self, question):
         """Write the answer as it grows, remember the turn, and return one line about it."""
-        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens)
+        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens, self.model)
         if dropped:
             print(f"(the oldest {dropped} turns no longer fit and were left out)")
         written, answer = "", None

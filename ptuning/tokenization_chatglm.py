@@ -44,6 +44,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCABULARY_FILE}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
+    source_prefix = ""  # text before every prompt of build_prompt
 
     def __init__(self, vocab_file, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
         if vocab_file is None:
@@ -175,7 +176,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             self.build_turn(question, number) + f"{answer}\n\n"
             for number, (question, answer) in enumerate(history or [], start=1)
         ]
-        return "".join(turns) + self.build_turn(query, len(turns) + 1)
+        return self.source_prefix + "".join(turns) + self.build_turn(query, len(turns) + 1)
 
     def build_turn(self, query: str, number: int) -> str:
         """One open turn of the prompt, counted from 1."""
