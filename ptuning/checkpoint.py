@@ -38,6 +38,7 @@ from claims import (
 )
 from configuration_chatglm import ChatGLMConfig
 from data import parse_json
+from families import model_family
 from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies, unknown_token_ids
 from products import Linear, convert
 from quantization import (
@@ -127,25 +128,6 @@ def read_json(file):
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
     return value
-
-
-def model_family(settings, folder):
-    """What a config.json describes: "chatglm2", or the name of a model that this code cannot load."""
-    name = f"{settings.get('_name_or_path', '')} {Path(folder).name}".lower()
-    tokenizer_file = Path(folder) / "tokenizer_config.json"
-    if tokenizer_file.is_file():
-        check_size(tokenizer_file, MOST_JSON_BYTES)
-    tokenizer_text = tokenizer_file.read_text(encoding="utf-8", errors="replace") if tokenizer_file.is_file() else ""
-    if settings.get("model_type") != "chatglm":
-        return f"a model of type {settings.get('model_type')!r}"
-    if "position_encoding_2d" in settings or "inner_hidden_size" in settings:
-        return "ChatGLM-6B (the first generation)"
-    vocabulary = settings.get("padded_vocab_size")
-    if "glm-4" in name or (isinstance(vocabulary, int) and vocabulary > 100_000):
-        return "GLM-4"
-    if "chatglm3" in name or "chatglm3" in tokenizer_text.lower() or "<|user|>" in tokenizer_text:
-        return "ChatGLM3"
-    return "chatglm2"
 
 
 def is_prefix_checkpoint(folder):

@@ -72,7 +72,7 @@ def copy_without_checksums(here, target, **sidecar):
 def test_what_differs_from_the_run_that_is_continued_is_shown_as_escapes(run, forks, tmp_path):
     here, _ = run
     checkpoint = copy_without_checksums(here, tmp_path)
-    settings = {**TRAIN, "model_name_or_path": None, "output_dir": checkpoint.parent}
+    settings = {**TRAIN, "model_name_or_path": here / f"tiny{EVIL}", "output_dir": checkpoint.parent}
     words = flags(settings, train_file=here / "train.json", resume_from_checkpoint=checkpoint)
     assert_plain(forks.run("main.py", words, cwd=tmp_path), f"train_file old{SHOWN} -> ")
 
