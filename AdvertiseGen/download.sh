@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 ADGEN_URL=${ADGEN_URL:-"https://cloud.tsinghua.edu.cn/f/b3f119a008264b1cabd1/?dl=1"}  # AdvertiseGen.tar.gz
 ADGEN_DEV_SHA256=${ADGEN_DEV_SHA256:-96b63cfd9fd0faca122a5747597f46ff835f19d9b1d3634f4b71f8a5f9487cc1}  # of dev.json
 
+ulimit -f 4194304 2> /dev/null || true  # KiB: nothing that is fetched or unpacked may fill the disk
+
 fail() {
     echo "download.sh: $1" >&2
     exit 1
@@ -27,10 +29,34 @@ else
     fail "needs curl or wget; install one of them"
 fi
 
-tar -xzf "$archive" -C "$folder" 2> /dev/null \
-    || fail "what $ADGEN_URL sent is not a whole .tar.gz archive; run this again, or set ADGEN_URL to a mirror"
+broken="what $ADGEN_URL sent is not a whole .tar.gz archive; run this again, or set ADGEN_URL to a mirror"
+strange="the archive holds more than the two files AdvertiseGen/train.json and AdvertiseGen/dev.json"
+# Nobody knows who packed the archive: both listings are read before anything is unpacked, and of a file its content
+# alone, so that no link, device, permission or other path of it gets onto this disk.
+listing=$(LC_ALL=C tar -tvzf "$archive" 2> /dev/null) || fail "$broken"
+names=$(LC_ALL=C tar -tzf "$archive" 2> /dev/null) || fail "$broken"
+while read -r mode _; do
+    case $mode in
+        d*) ;;
+        -[r-][w-][x-][r-][w-][x-][r-][w-][x-]*) ;;
+        *) fail "$strange (one of mode $mode); check ADGEN_URL" ;;
+    esac
+done <<< "$listing"
+seen=" "
+while IFS= read -r name; do
+    case $name in
+        AdvertiseGen/) ;;
+        AdvertiseGen/train.json | AdvertiseGen/dev.json)
+            [ "${seen/" $name "/}" = "$seen" ] || fail "$strange ($name twice); check ADGEN_URL" ;;
+        *) fail "$strange (${name:0:100}); check ADGEN_URL" ;;
+    esac
+    seen+="$name "
+done <<< "$names"
+mkdir "$folder/AdvertiseGen"
 for name in train.json dev.json; do
-    [ -s "$folder/AdvertiseGen/$name" ] || fail "the archive holds no AdvertiseGen/$name; check ADGEN_URL"
+    [ "${seen/" AdvertiseGen/$name "/}" != "$seen" ] || fail "the archive holds no AdvertiseGen/$name; check ADGEN_URL"
+    tar -xzOf "$archive" "AdvertiseGen/$name" > "$folder/AdvertiseGen/$name" 2> /dev/null || fail "$broken"
+    [ -s "$folder/AdvertiseGen/$name" ] || fail "AdvertiseGen/$name in the archive is empty; check ADGEN_URL"
 done
 
 if command -v sha256sum > /dev/null; then

@@ -356,7 +356,7 @@ def create_app(server, api_key=None, cors_origins=()):
         pending = Pending(server, request)
 
         def turns():
-            return conversation([(message.role, message.text()) for message in body.messages])
+            return (*conversation([(message.role, message.text()) for message in body.messages]), model)
 
         token_ids = await pending.encode(limiter, turns)
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

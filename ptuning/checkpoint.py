@@ -28,8 +28,19 @@ from transformers import GenerationConfig
 
 from arguments import SUPPORTED_BITS, check_quantization_bit
 from chat_chatglm import unknown_token_ids
+from claims import (
+    MOST_JSON_BYTES,
+    MOST_LOG_BYTES,
+    ZIP_MARK,
+    check_claim,
+    check_safetensors,
+    check_size,
+    check_torch_file,
+    path_inside,
+)
 from configuration_chatglm import ChatGLMConfig
 from data import parse_json
+from families import model_family
 from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies
 from products import Linear, convert
 from quantization import (
@@ -115,6 +126,7 @@ def read_json(file):
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
+    check_size(file, MOST_LOG_BYTES if file.name == STATE_FILE else MOST_JSON_BYTES)
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -122,23 +134,6 @@ def read_json(file):
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
     return value
-
-
-def model_family(settings, folder):
-    """What a config.json describes: "chatglm2", or the name of a model that this code cannot load."""
-    name = f"{settings.get('_name_or_path', '')} {Path(folder).name}".lower()
-    tokenizer_file = Path(folder) / "tokenizer_config.json"
-    tokenizer_text = tokenizer_file.read_text(encoding="utf-8", errors="replace") if tokenizer_file.is_file() else ""
-    if settings.get("model_type") != "chatglm":
-        return f"a model of type {settings.get('model_type')!r}"
-    if "position_encoding_2d" in settings or "inner_hidden_size" in settings:
-        return "ChatGLM-6B (the first generation)"
-    vocabulary = settings.get("padded_vocab_size")
-    if "glm-4" in name or (isinstance(vocabulary, int) and vocabulary > 100_000):
-        return "GLM-4"
-    if "chatglm3" in name or "chatglm3" in tokenizer_text.lower() or "<|user|>" in tokenizer_text:
-        return "ChatGLM3"
-    return "chatglm2"
 
 
 def is_prefix_checkpoint(folder):
@@ -193,15 +188,21 @@ def read_tensors(file):
     file = Path(file)
     problem = f"{file} cannot be read as model weights ({{}}). Download or copy it again and compare its size."
     with open(file, "rb") as opened:
-        is_zip = opened.read(4) == b"PK\x03\x04"  # files from before torch 1.6 cannot be memory-mapped
+        is_zip = opened.read(4) == ZIP_MARK  # files from before torch 1.6 cannot be memory-mapped
+    size = file.stat().st_size
     if file.suffix == ".safetensors":
         try:
+            check_safetensors(file)
             with safetensors.safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     yield name, tensors.get_tensor(name)
         except Exception as error:  # likewise
             raise ValueError(problem.format(first_line(error))) from error
         return
+    try:
+        check_torch_file(file)
+    except ValueError as error:
+        raise ValueError(problem.format(error)) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the protocol of a pickle
@@ -210,15 +211,30 @@ def read_tensors(file):
         reason = "it is no torch file, or holds objects other than tensors, which are never loaded"
         raise ValueError(problem.format(reason)) from error
     except Exception as error:  # bytes at random make torch.load raise anything
-        raise ValueError(problem.format(first_line(error))) from error
+        reason = (is_zip and claim_too_large(file, size)) or first_line(error)
+        raise ValueError(problem.format(reason)) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(problem.format("it does not hold a dictionary of tensors"))
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_nested:
             raise ValueError(problem.format(f"{name} is a {tensor.layout} tensor of {tensor.dtype}"))
+        try:
+            check_claim(name, tensor, size)
+        except ValueError as error:
+            raise ValueError(problem.format(error)) from error
         yield name, tensor
+
+
+def claim_too_large(file, size):
+    """Why a torch file of `size` bytes could not be read, if a tensor in it claims more; it is not read for that."""
+    try:
+        for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
+            if tensor.untyped_storage().nbytes() > size:
+                return f"{name} claims {tensor.untyped_storage().nbytes():,} bytes, and the file has {size:,}"
+    except Exception:  # it has another fault
+        return None
 
 
 def first_line(error):
@@ -233,7 +249,8 @@ def weight_files(folder):
             weight_map = read_json(folder / name).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{folder / name} has no weight_map. Download it again.")
-            strange = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
+            files = weight_map.values()
+            strange = [file for file in files if not isinstance(file, str) or Path(file).name != file or file == ".."]
             if strange:
                 raise ValueError(f"{folder / name} names {strange[0]!r}, which is no file in its folder.")
             files = [folder / file for file in sorted(set(weight_map.values()))]
@@ -446,8 +463,11 @@ def check_trained(tensor, name, file):
     check_finite(tensor, name, file)
 
 
-def load_tokenizer(folder, config):
-    """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings."""
+def load_tokenizer(folder, config, source_prefix=""):
+    """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings.
+
+    Its prompts begin with `source_prefix`: chat() with a checkpoint that was trained so needs it.
+    """
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (Path(folder) / name).is_file():
             read_json(Path(folder) / name)
@@ -472,6 +492,7 @@ def load_tokenizer(folder, config):
             f"{folder}: answers end with id {tokenizer.eos_token_id} in tokenizer.model, but with eos_token_id "
             f"{config.eos_token_id} in config.json. The two files come from different models."
         )
+    tokenizer.source_prefix = source_prefix
     return tokenizer
 
 
@@ -855,12 +876,13 @@ def verify_checkpoint(folder, files=None):
             raise ValueError(f"{folder} is damaged: {CHECKSUM_FILE} cannot be read.") from error
         for name in expected if files is None else expected.keys() & set(files):
             size, sha256 = expected[name]
-            if not (folder / name).is_file():
+            file = path_inside(folder, name, checksums)
+            if not file.is_file():
                 raise ValueError(f"{folder} is damaged: {name} is missing.")
-            if (folder / name).stat().st_size != size:
-                found = (folder / name).stat().st_size
+            if file.stat().st_size != size:
+                found = file.stat().st_size
                 raise ValueError(f"{folder} is damaged: {name} has {found} bytes, but {size} were written.")
-            if file_sha256(folder / name) != sha256:
+            if file_sha256(file) != sha256:
                 raise ValueError(f"{folder} is damaged: {name} is not what was written (its sha256 differs).")
         return
     for name in (trained_file(folder), STATE_FILE) if files is None else files:

@@ -11,10 +11,9 @@ Ctrl-C ends an answer and not the program.
 import argparse
 import os
 import sys
-import unicodedata
 
 from arguments import add_model_arguments, parse_words
-from failure import run
+from failure import printable, run
 
 
 def parse_arguments(argv):
@@ -43,11 +42,6 @@ Type a message. Commands, each on a line of its own:
   prefix on|off  answer with the trained prefix, or as the base model
   checkpoint N   answer with checkpoint-N of the run
   exit, stop     leave (Ctrl-D too); Ctrl-C stops an answer"""
-
-
-def plain(text):
-    """Text without control characters, which could move the cursor or worse."""
-    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 class Terminal:
@@ -83,14 +77,14 @@ class Terminal:
 
     def answer(self, question):
         """Write the answer as it grows, remember the turn, and return one line about it."""
-        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens)
+        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens, self.model)
         if dropped:
             print(f"(the oldest {dropped} turns no longer fit and were left out)")
         written, answer = "", None
         stream = self.server.stream(token_ids, model=self.model, sampling=self.sampling, session="terminal")
         try:
             for answer in stream:
-                print(plain(answer.text[len(written) :]), end="", flush=True)
+                print(printable(answer.text[len(written) :]), end="", flush=True)
                 written = answer.text
             reason = {"error": f"failed: {answer.error}"}.get(answer.finish_reason, answer.finish_reason)
         except KeyboardInterrupt:
@@ -143,14 +137,14 @@ def answer_lines(server, sampling, lines):
             *_, answer = server.stream(token_ids, sampling=sampling)
             if answer.error:
                 raise ValueError(f"Line {number}: {answer.error}")
-            text = plain(answer.text).replace("\n", "\\n")
+            text = printable(answer.text).replace("\n", "\\n")
         print(text, flush=True)
 
 
 def main(argv):
     args = parse_arguments(argv)
     sampling = Sampling(args.max_length, args.top_p, args.temperature, args.seed)
-    server = load_server(args, say=lambda line: print(line, file=sys.stderr))
+    server = load_server(args, say=lambda line: print(printable(line), file=sys.stderr))
     try:
         if sys.stdin.isatty():
             talk(server, sampling)

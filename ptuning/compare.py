@@ -16,6 +16,7 @@ from pathlib import Path
 
 import failure
 from arguments import parse_words
+from claims import MOST_LOG_BYTES, check_size
 from data import parse_json, read_rows
 from trainer_state import drawable, is_count, is_history, is_number, shown
 
@@ -73,6 +74,7 @@ def read_object(file):
     """A JSON object from a file, {} where there is none; ValueError for anything else."""
     if not file.is_file():
         return {}
+    check_size(file, MOST_LOG_BYTES)
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -140,7 +142,7 @@ def short_names(folders):
     """A name for each folder: the last parts of its path, as many as tell them apart."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [failure.printable("/".join(part[-length:])) for part in parts]
         if len(set(names)) == len(names):
             return names
     raise ValueError("The same run is named twice: " + ", ".join(map(str, folders)))
@@ -221,7 +223,6 @@ def draw(runs):
 
 def page(runs, titles, texts, best, picture, places):
     """The HTML page as text."""
-    escape = html.escape
     head = "".join(f"<th>{escape(title)}</th>" for title in ("run", *titles))
     body = "".join(
         f"<tr><td>{escape(name)}</td>"
@@ -259,10 +260,15 @@ def page(runs, titles, texts, best, picture, places):
     )
 
 
+def escape(text):
+    """Text for the page, without what HTML or a terminal would act upon."""
+    return html.escape(failure.printable(text))
+
+
 def answer_cell(text, kind=""):
     if not text:
         return '<td class="empty">(nothing)</td>'
-    return f"<td{f' class={kind!r}' if kind else ''}>{html.escape(text)}</td>"
+    return f"<td{f' class={kind!r}' if kind else ''}>{escape(text)}</td>"
 
 
 def main(argv):

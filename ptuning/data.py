@@ -23,6 +23,7 @@ from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
+from claims import MOST_JSON_BYTES, check_size, path_inside
 from conversation import conversation
 from data_cache import cached, nobody
 from quoting import as_typed, flag_as_typed
@@ -428,11 +429,12 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
     They are described in `dataset_info.json` in the folder, as ChatGLM-Efficient-Tuning has it. ValueError or
     FileNotFoundError for what that file lacks, or has wrong.
     """
-    info_file = Path(folder) / DATASET_INFO_FILE
+    info_file = path_inside(folder, DATASET_INFO_FILE, "--dataset_dir")
     if not info_file.is_file():
         raise FileNotFoundError(
             f"{info_file} does not exist; it describes the data sets that --dataset may name, see docs/data.md"
         )
+    check_size(info_file, MOST_JSON_BYTES)
     info = load_json(_read_bytes(info_file), str(info_file))
     if not isinstance(info, dict):
         raise ValueError(f"{info_file} is {_kind(info)}; expected an object that describes each data set by its name")
@@ -468,7 +470,7 @@ def _described_source(folder, entry, place):
         if key not in COLUMNS or not isinstance(column, str | None):
             found = f"{key!r}" if key not in COLUMNS else f"{_kind(column)} for {key!r}"
             raise ValueError(f'"columns" of {place} has {found}; expected names of columns for {", ".join(COLUMNS)}')
-    path, notes = folder / file_name, []
+    path, notes = path_inside(folder, file_name, f"file_name of {place}"), []
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, the file of {place}; correct file_name, or put the file there")
     if wanted := entry.get("file_sha1"):

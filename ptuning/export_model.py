@@ -14,6 +14,7 @@ program of ten lines that loads both.
 
 import argparse
 import contextlib
+import shlex
 import shutil
 import sys
 import tempfile
@@ -76,13 +77,13 @@ from prefix_encoder import PrefixEncoder
 PROBE = "请写一段话，介绍一把蓝色的雨伞。"  # the logits of its prompt are compared
 LOADER = """# Loads this prefix onto its base model and answers. In the project's folder: PYTHONPATH=ptuning python {folder}/load.py
 import torch
-from checkpoint import load_model, load_prefix, load_tokenizer, read_config, resolve_folder
+from checkpoint import choose_dtype, load_model, load_prefix, load_tokenizer, read_config, resolve_folder
 
 base = resolve_folder({base!r})
 config = read_config(base, pre_seq_len={pre_seq_len})
-tokenizer = load_tokenizer(base, config)
-device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-model = load_model(base, config=config, dtype=dtype, device=device, quantization_bit={bits})
+tokenizer = load_tokenizer(base, config, source_prefix={source_prefix!r})
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = load_model(base, config=config, dtype=choose_dtype(device)[0], device=device, quantization_bit={bits})
 load_prefix(model, {folder!r})
 print(model.chat(tokenizer, {probe!r}, max_length=256, do_sample=False)[0])
 """
@@ -173,6 +174,8 @@ def export_weights(args, saved):
         f"Wrote {output_dir}: {size:,.1f} MB of weights in {len(files)} file{'s' if len(files) > 1 else ''}, "
         f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}."
     )
+    if source_prefix := saved.get("source_prefix"):
+        print(f"It was trained with --source_prefix {shlex.quote(source_prefix)}: give that flag with it, too.")
     if not (output_dir / "modeling_chatglm.py").is_file():
         print(
             "It loads here as it is. The official code also needs its own .py files in it, which were not in the source."
@@ -246,6 +249,7 @@ def export_prefix(args, checkpoint):
         save_prefix(model, staging, sidecar)
         tokenizer.save_pretrained(staging)
         facts = {"base": base, "folder": str(output_dir), "pre_seq_len": saved["pre_seq_len"], "bits": bits}
+        facts["source_prefix"] = saved.get("source_prefix") or ""
         (staging / "load.py").write_text(LOADER.format(**facts, probe=PROBE), encoding="utf-8")
         model.transformer.prefix_encoder.embedding.weight.data.zero_()
         load_prefix(model, staging)

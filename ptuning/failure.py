@@ -8,6 +8,8 @@ status 1, and the traceback in a file of its own. `--debug`, or PTUNING_TRACEBAC
 import contextlib
 import ctypes
 import errno
+import functools
+import logging
 import os
 import re
 import resource
@@ -16,11 +18,13 @@ import sys
 import tempfile
 import time
 import traceback
-import unicodedata
+import warnings
 from itertools import pairwise
 
 MAX_LINES = 8  # of a message; those of libraries can be very long
 MAX_COLUMNS = 500
+# What steers a terminal: C0 and C1 without line end and tab, what turns the order of text, and halves of characters.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # What to do about what the system refuses.
 REMEDIES = {
     errno.EACCES: "Look with ls -l who may read or write there.",
@@ -48,7 +52,8 @@ NO_MEMORY = (
 
 def lacks_memory(error):
     """Whether the system has refused memory to this program, or a package could not be loaded for want of it."""
-    return isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY)
+    said = not isinstance(error, ValueError) and any(text in str(error) for text in NO_MEMORY)
+    return isinstance(error, MemoryError) or said
 
 
 def memory_remedy():
@@ -56,7 +61,7 @@ def memory_remedy():
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         return f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
-    return "Lower the batch size or the lengths."
+    return "Lower the batch size or the lengths, or take a smaller model, such as --quantization_bit 4 makes."
 
 
 def is_symlink_loop(error):
@@ -105,8 +110,8 @@ def save_traceback(error):
     """Write the traceback of an exception to a file that stays, and say where."""
     try:
         handle, file = tempfile.mkstemp(prefix="ptuning-error-", suffix=".txt")
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as opened:
-            traceback.print_exception(error, file=opened)
+        with open(handle, "w", encoding="utf-8") as opened:
+            opened.write(printable("".join(traceback.format_exception(error))))
     except OSError:
         return "Run it again with --debug for the traceback."
     return f"The traceback is in {file}; --debug shows it here."
@@ -119,13 +124,39 @@ def wants_traceback():
     )
 
 
+def printable(text):
+    """Text of others with what steers a terminal as escapes, such as \\x1b; line ends and tabs stay."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+@functools.cache
+def print_escapes(stream):
+    """From now on show whatever is printed to `stream` as `printable` does."""
+    write = stream.write
+    stream.write = lambda text: write(printable(text))
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of a log, as `printable` shows it."""
+
+    def getMessage(self):
+        return printable(super().getMessage())
+
+
+@functools.cache
+def warn_in_escapes():
+    """From now on show warnings and log lines as `printable` does.
+
+    What else libraries write to stderr, such as progress bars, holds no text of others and needs its \\r.
+    """
+    formatted = warnings.formatwarning
+    warnings.formatwarning = lambda *words, **named: printable(formatted(*words, **named))
+    logging.setLogRecordFactory(PrintableRecord)
+
+
 def shorten(message):
     """At most MAX_LINES lines of MAX_COLUMNS characters; control characters of quoted input as escapes."""
-    message = "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs") else ascii(char)[1:-1]
-        for char in message
-    )
-    lines = message.strip().split("\n")
+    lines = printable(message).strip().split("\n")
     lines = lines[: MAX_LINES - 1] + ["…"] if len(lines) > MAX_LINES else lines
     return "\n".join(line if len(line) <= MAX_COLUMNS else line[:MAX_COLUMNS] + "…" for line in lines)
 
@@ -161,7 +192,7 @@ def exit_with(error):
     wait_for_others(error)
     sys.stderr = sys.__stderr__  # torch.distributed calls sys.excepthook with another one, which is never shown
     if wants_traceback():
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     message, status = describe(error)
     rank = os.environ.get("RANK", "0")
     flush()
@@ -176,7 +207,7 @@ def leave(status, message):
         with contextlib.suppress(RuntimeError):
             flush()
         with contextlib.suppress(OSError):  # a log on a full disk
-            os.write(2, f"{message}\n".encode())
+            os.write(2, f"{printable(message)}\n".encode())
     os._exit(status)
 
 
@@ -210,6 +241,8 @@ def run(main, *arguments):
     """main(*arguments) as a program: errors end it as this file says, Ctrl-C with status 130."""
     # Text that the terminal's encoding lacks (GBK has no ⟦) is shown as an escape instead of ending the program.
     sys.stdout.reconfigure(errors="backslashreplace")
+    print_escapes(sys.stdout)
+    warn_in_escapes()
     sys.excepthook = end_with  # for what happens after this call, such as imports that fail
     try:
         main(*arguments)

@@ -247,6 +247,14 @@ def read_adapter(checkpoint):
     tensors = {name.removeprefix(ADAPTER_KEY): tensor for name, tensor in read_tensors(files[0])}
     for name, tensor in tensors.items():
         check_trained(tensor, name, files[0])
+    largest = max((tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name), default=0)
+    pattern = config.rank_pattern if isinstance(config.rank_pattern, dict) else {}
+    claimed = max([config.r, *(rank for rank in pattern.values() if isinstance(rank, int))])
+    if claimed > largest:  # PEFT makes matrices of that size first
+        raise ValueError(
+            f"{checkpoint / ADAPTER_SETTINGS}: claims a rank of {claimed:,}, and the matrices in {files[0].name} have at "
+            f"most {largest:,}. Copy both again."
+        )
     return config, tensors
 
 

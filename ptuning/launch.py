@@ -25,7 +25,7 @@ from datetime import timedelta
 
 import psutil
 
-from failure import LAUNCHED, catch_signals
+from failure import LAUNCHED, catch_signals, printable
 from processes import STORE, keep_to_loopback, network_interface, warn_of_port
 
 # What to do about a process that a signal ended, and that could therefore say nothing itself.
@@ -131,7 +131,7 @@ def follow_other_machines(arguments, told):
     if not processes or culprit == f"machine {arguments.node_rank}":
         return
     told.set()
-    print(f"error: {culprit} has failed; its own messages tell why.", file=sys.stderr, flush=True)
+    print(f"error: {printable(culprit)} has failed; its own messages tell why.", file=sys.stderr, flush=True)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -214,7 +214,7 @@ def main(words):
         return 128 + error.sigval
     except (RuntimeError, ValueError, OSError) as error:  # before any process was started
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"error: torchrun could not start the processes: {reason}", file=sys.stderr)
+        print(f"error: torchrun could not start the processes: {printable(reason)}", file=sys.stderr)
         return 2
     return 0
 

@@ -38,6 +38,7 @@ from checkpoint import (
     step_of,
     verify_checkpoint,
 )
+from claims import MOST_INDEX_BYTES, ZIP_MARK, check_size, check_torch_file
 from failure import catch_signals, leave
 from trainer_state import check_state
 
@@ -200,6 +201,8 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
             f"--resume_from_checkpoint {folder} has no {' and no '.join(missing)}, so it cannot be continued. Start a "
             f"new run from its prefix: --ptuning_checkpoint {folder}"
         )
+    for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        refuse_unreadable(file, check_torch_file)
     files = [folder / name for name in RESUME_FILES if (folder / name).is_file()]
     for file in sorted(folder.glob("rng_state*.pth")) + files:
         check_readable(file)
@@ -209,10 +212,19 @@ def find_resume_checkpoint(wanted, output_dir, overwrite=False):
 
 def check_readable(file):
     """ValueError for a file of the Trainer's state that cannot be read, or that would run code."""
-    try:
+
+    def read(file):
         with safe_globals(), open(file, "rb") as opened:
-            is_zip = opened.read(4) == b"PK\x03\x04"  # then no tensor is read yet, which may be many GB
+            is_zip = opened.read(4) == ZIP_MARK  # then no tensor is read yet, which may be many GB
             torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+
+    refuse_unreadable(file, read)
+
+
+def refuse_unreadable(file, read):
+    """read(file); ValueError with what to do where it fails."""
+    try:
+        read(file)
     except Exception as error:  # bytes at random make torch.load raise anything
         raise ValueError(
             f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier checkpoint, "
@@ -466,9 +478,12 @@ def check_shards(checkpoint):
     for file in sorted([*Path(checkpoint).glob("global_step*/*.pt"), *Path(checkpoint).glob("optimizer_*/.metadata")]):
         try:
             if file.suffix != ".pt":
+                check_size(file, MOST_INDEX_BYTES)
                 with open(file, "rb") as opened:
                     ShardIndex(opened).load()
-            elif unknown := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - SHARD_CLASSES:
+                continue
+            check_torch_file(file)
+            if unknown := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - SHARD_CLASSES:
                 raise pickle.UnpicklingError(f"it names {', '.join(sorted(unknown))}, which could run code")
         except Exception as error:  # bytes at random make them raise anything
             raise ValueError(

@@ -139,7 +139,8 @@ class Memory:
 class ChatServer:
     """A model, the prefixes of a run, and the thread that answers with them. See `submit` and `stream`.
 
-    `base` is what the model is called without a prefix: the checkpoint's name where its weights were tuned.
+    `base` is what the model is called without a prefix: the checkpoint's name where its weights were tuned, with
+    `source_prefix` before every prompt.
     `max_batch` answers are computed at once and `max_queue` more wait; `max_sessions` conversations keep
     their cache, the one that was idle longest goes first.
     """
@@ -152,6 +153,7 @@ class ChatServer:
         *,
         default=None,
         base=BASE,
+        source_prefix="",
         max_batch=8,
         max_queue=64,
         max_sessions=32,
@@ -161,7 +163,7 @@ class ChatServer:
         self.name = BASE  # of the base model, for people
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
-        self._prefixes = {base: []}
+        self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
         self._memories = OrderedDict()  # session -> Memory
         self._running = []  # rows; row i is row i of the batch
         self._batch = Batch(model, max_batch)
@@ -197,12 +199,13 @@ class ChatServer:
                 checkpoints = self.checkpoints()
                 if name not in checkpoints:
                     raise ValueError(f"There is no model {name!r}; there are {', '.join(self.models())}.")
-                self._prefixes[name] = self._read_prefix(checkpoints[name])
+                settings = read_prefix_settings(checkpoints[name])
+                self._source_prefixes[name] = settings.get("source_prefix") or ""
+                self._prefixes[name] = self._read_prefix(checkpoints[name], settings)
             return self._prefixes[name]
 
     @torch.inference_mode()
-    def _read_prefix(self, checkpoint):
-        settings = read_prefix_settings(checkpoint)
+    def _read_prefix(self, checkpoint, settings):
         config = ChatGLMConfig(
             **{
                 **self.model.config.to_dict(),
@@ -222,14 +225,20 @@ class ChatServer:
 
     # ---- prompts
 
-    def encode(self, query, history=()):
-        """Token ids of the chat prompt; ValueError for text that no UTF-8 file could hold."""
+    def source_prefix(self, name=None):
+        """The text that stood before every prompt in the training of a model, "" where there was none."""
+        name = name or self.default
+        self.prefix(name)
+        return self._source_prefixes[name]
+
+    def encode(self, query, history=(), model=None):
+        """Token ids of the chat prompt for a model; ValueError for text that no UTF-8 file could hold."""
         query, history = read_history(query, history)
         self.check_characters(query, history)
         check_text(query, history)
-        return self.tokenizer.encode(self.tokenizer.build_prompt(query, history))
+        return self.tokenizer.encode(self.source_prefix(model) + self.tokenizer.build_prompt(query, history))
 
-    def fit(self, query, history, max_new_tokens):
+    def fit(self, query, history, max_new_tokens, model=None):
         """(token ids, number of oldest turns left out so that an answer fits); ValueError if the question is too long.
 
         Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
@@ -241,7 +250,7 @@ class ChatServer:
         history = history[too_old:]
         seq_length = self.model.config.seq_length
         limit = seq_length - min(max_new_tokens, seq_length // 4)
-        token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit)
+        token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit, self.source_prefix(model))
         self.check_length(token_ids)
         return token_ids, dropped + too_old
 
@@ -645,6 +654,7 @@ def load_server(args, say=print):
         prefixes,
         default=checkpoint.name if checkpoint else None,
         base=checkpoint.name if checkpoint and not prefixes else BASE,
+        source_prefix="" if prefixes else saved.get("source_prefix") or "",
         max_batch=args.concurrency,
         max_queue=args.max_queue,
         max_sessions=args.max_sessions,

@@ -17,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
+from claims import MOST_TOKENIZER_BYTES, check_size
 from conversation import read_history
 
 VOCABULARY_FILE = "tokenizer.model"
@@ -59,6 +60,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCABULARY_FILE}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
+    source_prefix = ""  # text before every prompt of build_prompt
 
     def __init__(self, vocab_file, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
         if vocab_file is None:
@@ -94,6 +96,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
 
     def _load_sentencepiece(self):
+        check_size(self.vocab_file, MOST_TOKENIZER_BYTES)
         with open(self.vocab_file, "rb") as file:
             model = file.read()
         self.sp_model = SentencePieceProcessor()
@@ -198,7 +201,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             self.build_turn(question, number) + f"{answer}\n\n"
             for number, (question, answer) in enumerate(history, start=1)
         ]
-        return "".join(turns) + self.build_turn(query, len(turns) + 1)
+        return self.source_prefix + "".join(turns) + self.build_turn(query, len(turns) + 1)
 
     def build_turn(self, query: str, number: int) -> str:
         """One open turn of the prompt, counted from 1."""

@@ -174,7 +174,7 @@ class Page:
             sampling = Sampling(max_new_tokens=int(max_length), top_p=top_p, temperature=temperature)
             for side, model in self.models(mode, checkpoint).items():
                 with self.server.preparing(client):
-                    token_ids, dropped = self.server.fit(question, turns[side], sampling.max_new_tokens)
+                    token_ids, dropped = self.server.fit(question, turns[side], sampling.max_new_tokens, model)
                 notes[side] = [words["dropped"].format(count=dropped)] if dropped else []
                 answers[side] = self.server.submit(
                     token_ids,

@@ -232,6 +232,37 @@ def test_chatglm3_is_recognised_by_its_tokenizer(folder):
         read_config(folder)
 
 
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"64796": {"content": "<|user|>", "special": True}}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ROLES}),
+        ("tokenizer_config.json", {"chat_template": "{{ '<|user|>' + message }}"}),
+        ("special_tokens_map.json", {"additional_special_tokens": ROLES}),
+        ("added_tokens.json", {"<|user|>": 64796}),
+        ("tokenization_chatglm.py", f"role_special_tokens = {ROLES}"),
+    ],
+)
+def test_chatglm3_without_its_name_is_recognised_by_its_tokens(file, content, folder):
+    # In JSON as some libraries write it, "<" is an escape.
+    text = content if isinstance(content, str) else json.dumps(content).replace("<", "\\u003c")
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=f"holds ChatGLM3, whose <.user.> is in its {file}; this program trains"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("name", ["chatglm3", "glm-4", "from-chatglm3-6b-to-2"])
+def test_the_name_of_a_folder_decides_nothing(name, folder):
+    renamed = folder.rename(folder.with_name(name))
+    settings = json.loads((renamed / "config.json").read_text())
+    (renamed / "config.json").write_text(json.dumps({**settings, "_name_or_path": f"/{name}/chatglm2-6b"}))
+    (renamed / "tokenizer_config.json").write_text(json.dumps({"name_or_path": f"/{name}/chatglm2-6b"}))
+    assert read_config(renamed).model_type == "chatglm"
+
+
 def test_a_prefix_checkpoint_given_as_base_model_is_explained(tmp_path):
     save_prefix(synthetic_model(), tmp_path / "checkpoint-3000")
     with pytest.raises(ValueError, match=r"only a trained prefix .*--ptuning_checkpoint .*checkpoint-3000"):

@@ -113,13 +113,13 @@ def test_the_oldest_turns_are_left_out_with_a_note(server, capsys):
     assert re.search(r"\(the oldest \d turns no longer fit", capsys.readouterr().out)
 
 
-def test_control_characters_of_the_model_do_not_reach_the_terminal(server, capsys):
-    server.script = "a\x1b[2Jb\x07\x9bc\n\td"
+def test_control_characters_of_the_model_are_shown_as_escapes(server, capsys):
+    server.script = "a\x1b[2Jb\x07\x9bc\r\u202e\n\td"
     try:
         cli_demo.Terminal(server, GREEDY).answer("你好")
     finally:
         server.script = None
-    assert capsys.readouterr().out == "a[2Jbc\n\td\n"
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\x07\\x9bc\\r\\u202e\n\td\n"
 
 
 def test_a_pipe_gets_one_answer_a_line_each_without_history(server, capsys):

@@ -142,12 +142,74 @@ def test_an_archive_without_the_training_rows_changes_nothing(server, target):
     assert_nothing_changed(target, download(target, f"{url}/data.tar.gz"), "holds no AdvertiseGen/train.json")
 
 
+def member(name, content=b"", mode=0o644, **fields):
+    """A tar member and its content; `fields` are those of TarInfo."""
+    found = tarfile.TarInfo(name)
+    found.size, found.mode = len(content), mode
+    for field, value in fields.items():
+        setattr(found, field, value)
+    return found, content
+
+
+GOOD = [member("AdvertiseGen/train.json", TRAIN), member("AdvertiseGen/dev.json", DEV)]
+FOLDER = member("AdvertiseGen/", type=tarfile.DIRTYPE, mode=0o755)
+# What is wrong with an archive, and its members.
+STRANGE = [
+    ("a symbolic link", [member("AdvertiseGen/train.json", type=tarfile.SYMTYPE, linkname="/etc/passwd"), GOOD[1]]),
+    (
+        "a hard link",
+        [GOOD[1], member("AdvertiseGen/train.json", type=tarfile.LNKTYPE, linkname="AdvertiseGen/dev.json")],
+    ),
+    ("setuid", [member("AdvertiseGen/train.json", TRAIN, 0o4755), GOOD[1]]),
+    ("setgid", [member("AdvertiseGen/train.json", TRAIN, 0o2644), GOOD[1]]),
+    ("the sticky bit", [member("AdvertiseGen/train.json", TRAIN, 0o1644), GOOD[1]]),
+    ("a device", [member("AdvertiseGen/train.json", type=tarfile.CHRTYPE, devmajor=1, devminor=5), GOOD[1]]),
+    ("a pipe", [member("AdvertiseGen/train.json", type=tarfile.FIFOTYPE), GOOD[1]]),
+    ("a folder in place of a file", [member("AdvertiseGen/train.json", type=tarfile.DIRTYPE), GOOD[1]]),
+    ("a link in place of the folder", [member("AdvertiseGen", type=tarfile.SYMTYPE, linkname="/tmp"), *GOOD]),
+    ("a third file", [*GOOD, member("AdvertiseGen/run.sh", b"true")]),
+    ("a file beside the folder", [*GOOD, member("train.json", TRAIN)]),
+    ("a path that climbs", [*GOOD, member("AdvertiseGen/../../evil.json", TRAIN)]),
+    ("an absolute path", [*GOOD, member("/AdvertiseGen/train.json", TRAIN)]),
+    ("a file twice", [*GOOD, GOOD[0]]),
+    ("a name with an escape character", [*GOOD, member("AdvertiseGen/\x1b[2J", TRAIN)]),
+]
+
+
+def archive_of(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.GNU_FORMAT) as tar:
+        for found, content in members:
+            tar.addfile(found, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("members", [pytest.param(members, id=name) for name, members in STRANGE])
+def test_an_archive_of_anything_but_two_plain_files_changes_nothing(members, server, target):
+    url, folder = server
+    (folder / "data.tar.gz").write_bytes(archive_of(members))
+    result = download(target, f"{url}/data.tar.gz")
+    assert_nothing_changed(target, result, "the two files AdvertiseGen/train.json and AdvertiseGen/dev.json")
+    assert "\x1b" not in result.stderr
+    assert sorted(path.name for path in target.parent.iterdir()) == ["AdvertiseGen", "served"]
+
+
+def test_what_arrives_has_the_modes_of_any_new_file(server, target):
+    url, folder = server
+    members = [FOLDER, member("AdvertiseGen/train.json", TRAIN, 0o777), member("AdvertiseGen/dev.json", DEV, 0o000)]
+    (folder / "data.tar.gz").write_bytes(archive_of(members))
+    result = download(target, f"{url}/data.tar.gz")
+    assert result.returncode == 0, result.stderr
+    (target / "new").touch()
+    assert {(target / name).stat().st_mode for name in ("train.json", "dev.json")} == {(target / "new").stat().st_mode}
+
+
 def test_wget_serves_where_there_is_no_curl(server, target, tmp_path):
     if shutil.which("wget") is None:
         pytest.skip("wget is not installed")
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("wget", "tar", "gzip", "mktemp", "rm", "mv", "dirname", "sha256sum", "wc"):
+    for name in ("wget", "tar", "gzip", "mkdir", "mktemp", "rm", "mv", "dirname", "sha256sum", "wc"):
         (tools / name).symlink_to(shutil.which(name))
     url, folder = server
     (folder / "data.tar.gz").write_bytes(archive(train=TRAIN, dev=DEV))

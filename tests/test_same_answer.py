@@ -1,57 +1,140 @@
-"""One greedy answer, four programs: evaluate.sh, the terminal, the page and the API."""
+"""One greedy answer at every door: evaluate.sh, the terminal, the page, both APIs, and the exported load.py."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SAMPLE
 from test_api_demo import call, serve
 from test_main import predictions
 from test_scripts import bash
-from test_serving import make_run, open_server
+from test_serving import finish, make_run, open_server, remember
 from test_web_demo import ask_over_http, free_port
 
 import api_demo
+import cli_demo
+import export_model
 import web_demo
+from serving import Sampling
+
+GREEDY = Sampling(max_new_tokens=900, temperature=0)
+
+
+@pytest.fixture(scope="module", params=["", "广告：\n"], ids=["no source prefix", "a source prefix"])
+def asked(request, tmp_path_factory):
+    """A checkpoint; questions, the last of them with a history; and what evaluate.sh answers."""
+    here = tmp_path_factory.mktemp("same")
+    checkpoint = make_run(here / "run") / "checkpoint-30"
+    if request.param:
+        remember(checkpoint, source_prefix=request.param)
+    server = open_server("--ptuning_checkpoint", checkpoint)
+    questions = [json.loads(line)["content"] for line in (SAMPLE / "dev.json").read_text("utf-8").splitlines()[:4]]
+    history = [(questions[0], finish(server, questions[0], sampling=GREEDY).text)]
+    rows = [{"content": question, "summary": "x"} for question in [*questions, export_model.PROBE]]
+    rows.append({"content": questions[1], "summary": "x", "history": history})
+    (here / "dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    words = f"--ptuning_checkpoint {checkpoint} --output_dir {here} --do_sample false --history_column history"
+    # The limit counts prompt and answer; this is enough for every answer to end by itself.
+    limits = {"MAX_SOURCE_LENGTH": 800, "MAX_TARGET_LENGTH": 600}
+    done = bash(f"bash evaluate.sh {words}", MODEL="tiny", DATA=here, **limits)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [line["predict"] for line in predictions(here)]
+    assert all(answers) and answers[0] == history[0][1]
+    *alone, after = zip([row["content"] for row in rows], answers, strict=True)
+    yield SimpleNamespace(checkpoint=checkpoint, server=server, alone=alone, history=history, after=after)
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def api(asked):
+    port, end = serve(api_demo.create_app(asked.server))
+    yield port
+    end()
+
+
+@pytest.fixture(scope="module")
+def page(asked):
+    port = free_port()
+    page = web_demo.launch(asked.server, server_port=port, block=False)
+    yield f"http://127.0.0.1:{port}"
+    page.close(verbose=False)
+
+
+def through_pipe(asked, request):
+    """The terminal program, whose pipe knows no history."""
+    words = [sys.executable, "ptuning/cli_demo.py", "--ptuning_checkpoint", asked.checkpoint, "--temperature", "0"]
+    prompts = "".join(question + "\n" for question, _ in asked.alone)
+    done = subprocess.run(words, input=prompts, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [answer.replace("\n", "\\n") for _, answer in asked.alone]
+
+
+def through_terminal(asked, request):
+    for history, (question, answer) in conversations(asked):
+        terminal = cli_demo.Terminal(asked.server, GREEDY)
+        terminal.history = list(history)
+        terminal.answer(question)
+        assert terminal.history[-1] == (question, answer)
+
+
+def through_openai_api(asked, request):
+    port = request.getfixturevalue("api")
+    for history, (question, answer) in conversations(asked):
+        messages = []
+        for asking, answering in history:
+            messages += [{"role": "user", "content": asking}, {"role": "assistant", "content": answering}]
+        body = {"messages": [*messages, {"role": "user", "content": question}], "temperature": 0}
+        status, found = call(port, "POST", "/v1/chat/completions", body)
+        assert (status, found["choices"][0]["message"]["content"]) == (200, answer)
+
+
+def through_official_api(asked, request):
+    port = request.getfixturevalue("api")
+    for history, (question, answer) in conversations(asked):
+        body = {"prompt": question, "history": history, "max_length": 1500, "temperature": 0}
+        status, found = call(port, "POST", "/", body)
+        assert (status, found["response"]) == (200, answer)
+
+
+def through_page(asked, request):
+    url = request.getfixturevalue("page")
+    turns = [(f"visitor{number}", turn) for number, turn in enumerate(asked.alone)]
+    turns.append(("visitor0", asked.after))  # who has asked the question of the history
+    for session, (question, answer) in turns:
+        told = ask_over_http(url, session, question, max_length=900)
+        assert told[-1]["output"]["data"][1][-1]["content"][0]["text"] == web_demo.as_markdown(answer)
+
+
+def through_load_py(asked, request):
+    """The exported program, which asks one question."""
+    folder = request.getfixturevalue("tmp_path") / "out"
+    export_model.main(["--ptuning_checkpoint", str(asked.checkpoint), "--output_dir", str(folder)])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, str(folder / "load.py")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    assert dict(asked.alone)[export_model.PROBE] == done.stdout.removesuffix("\n"), done.stderr[-2000:]
+
+
+def conversations(asked):
+    """(history, (question, answer of evaluate.sh)) of each."""
+    return [*(([], turn) for turn in asked.alone), (asked.history, asked.after)]
 
 
 @pytest.mark.slow
-def test_evaluate_terminal_page_and_api_give_the_same_greedy_answers(tmp_path):
-    rows = [json.loads(line) for line in (SAMPLE / "dev.json").read_text("utf-8").splitlines()[:4]]
-    (tmp_path / "dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checkpoint = make_run(tmp_path / "run") / "checkpoint-30"
-
-    # Its limit counts prompt and answer; this is enough for every answer to end by itself.
-    words = f"--ptuning_checkpoint {checkpoint} --output_dir {tmp_path} --do_sample false"
-    done = bash(f"bash evaluate.sh {words}", MODEL="tiny", DATA=tmp_path, MAX_TARGET_LENGTH=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    expected = [line["predict"] for line in predictions(tmp_path)]
-    assert all(expected)
-
-    piped = subprocess.run(
-        [sys.executable, "ptuning/cli_demo.py", "--ptuning_checkpoint", checkpoint, "--temperature", "0"],
-        input="".join(row["content"] + "\n" for row in rows),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert piped.stdout.splitlines() == [text.replace("\n", "\\n") for text in expected], piped.stderr[-2000:]
-
-    server = open_server("--ptuning_checkpoint", checkpoint)
-    api_port, end_api = serve(api_demo.create_app(server))
-    page_port = free_port()
-    page = web_demo.launch(server, server_port=page_port, block=False)
-    try:
-        for number, row in enumerate(rows):
-            body = {"messages": [{"role": "user", "content": row["content"]}], "temperature": 0}
-            status, answer = call(api_port, "POST", "/v1/chat/completions", body)
-            assert (status, answer["choices"][0]["message"]["content"]) == (200, expected[number])
-            told = ask_over_http(f"http://127.0.0.1:{page_port}", f"visitor{number}", row["content"], max_length=900)
-            shown = told[-1]["output"]["data"][1][1]["content"][0]["text"]
-            assert shown == web_demo.as_markdown(expected[number])
-    finally:
-        page.close(verbose=False)
-        end_api()
-        server.close()
+@pytest.mark.parametrize(
+    "door",
+    [
+        through_pipe,
+        through_terminal,
+        through_openai_api,
+        through_official_api,
+        through_page,
+        through_load_py,
+    ],
+)
+def test_a_greedy_answer_is_the_one_that_evaluation_gives(door, asked, request):
+    door(asked, request)

@@ -1,6 +1,7 @@
 """The chat server: equal to chat(), together or alone, with any prefix, from a kept cache, at its limits."""
 
 import argparse
+import json
 import threading
 import time
 
@@ -11,6 +12,8 @@ from conftest import TINY
 from arguments import add_model_arguments
 from chat_chatglm import TRAINING_DATE
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_prefix
+from data import encode_prediction, load_examples
+from finetuning import prepare_model, save_trained
 from serving import (
     BASE,
     Answer,
@@ -109,6 +112,53 @@ def test_a_greedy_answer_is_the_one_chat_gives(server, run, name):
     history = [("你好", "你好！")]
     for query in QUERIES:
         assert finish(server, query, history, model=name).text == chat(run, name, query, history)
+
+
+def remember(checkpoint, **settings):
+    """Add to what a checkpoint's sidecar says."""
+    file = checkpoint / "ptuning.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def encoded_for_prediction(tokenizer, folder, source_prefix, query, history):
+    """Token ids of the prompt as evaluation makes them from a data file."""
+    (folder / "rows.json").write_text(json.dumps({"q": query, "a": "x", "h": [list(turn) for turn in history]}))
+    examples, _ = load_examples(folder / "rows.json", "q", "a", "h")
+    lengths = {"max_source_length": 2000, "max_target_length": 8}
+    return encode_prediction(examples, tokenizer, source_prefix=source_prefix, **lengths)[0]["input_ids"]
+
+
+@pytest.mark.parametrize("history", [[], [("你好", "你好！"), ("再见", "再见！")]])
+def test_a_prompt_begins_with_the_source_prefix_its_checkpoint_was_trained_with(history, tmp_path):
+    run = make_run(tmp_path / "run")
+    remember(run / "checkpoint-10", source_prefix="广告：")
+    remember(run / "checkpoint-20", source_prefix=" 写一句\n")
+    server = open_server("--ptuning_checkpoint", run / "checkpoint-20")
+    texts = {"checkpoint-10": "广告：", "checkpoint-20": " 写一句\n", "checkpoint-30": "", BASE: "", None: " 写一句\n"}
+    try:
+        for model, text in texts.items():
+            expected = encoded_for_prediction(server.tokenizer, tmp_path, text, QUERIES[0], history)
+            assert server.encode(QUERIES[0], history, model) == expected, model
+            assert server.fit(QUERIES[0], history, 8, model) == (expected, 0), model
+        long = [("你好", "好" * 300)] * 8
+        token_ids, dropped = server.fit(QUERIES[0], long, 8, "checkpoint-10")
+        assert dropped and server.tokenizer.decode(token_ids).startswith("广告：[Round 1]")
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("method", ["lora", "freeze", "full"])
+def test_tuned_weights_are_asked_with_their_source_prefix_too(method, tmp_path):
+    model = load_model(TINY)
+    checkpoint = tmp_path / "checkpoint-10"
+    prepare_model(model, method, do_train=True)
+    save_trained(model, checkpoint, {"base_model": str(TINY), "finetuning_type": method, "source_prefix": "广告："})
+    load_tokenizer(TINY, model.config).save_pretrained(checkpoint)
+    server = open_server("--ptuning_checkpoint", checkpoint)
+    try:
+        assert server.encode("你好") == encoded_for_prediction(server.tokenizer, tmp_path, "广告：", "你好", [])
+    finally:
+        server.close()
 
 
 def test_answers_with_different_prefixes_computed_together_equal_those_computed_alone(server):

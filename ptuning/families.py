@@ -1,0 +1,55 @@
+"""Which model a folder holds, told by what is in its files and never by the folder's name.
+
+Has no counterpart in the official scripts, whose folders bring their own code. ChatGLM3 has the configuration, the
+shapes and the tokenizer.model of ChatGLM2; what differs are its weights, its prompt and the tokens of its roles. A folder
+of its first revision, without any name and without its Python files, cannot be told from ChatGLM2's.
+"""
+
+import json
+from pathlib import Path, PurePath
+
+from claims import MOST_JSON_BYTES, check_size
+from data import parse_json
+
+ROLE_TOKEN = "<|user|>"  # ChatGLM3 has one for each role, ChatGLM2 none
+# Where a folder says its tokens. The Python file is read as text and never run.
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenization_chatglm.py")
+
+
+def model_family(settings, folder):
+    """What a config.json describes: "chatglm2", or in words a model that this code cannot load."""
+    tokens = {name: text for name in TOKEN_FILES if (text := read_text(Path(folder) / name))}
+    names = [settings.get("_name_or_path"), name_in(tokens.get("tokenizer_config.json", ""))]
+    name = " ".join(PurePath(name).name for name in names if isinstance(name, str)).lower()
+    vocabulary = settings.get("padded_vocab_size")
+    if settings.get("model_type") != "chatglm":
+        return f"a model of type {settings.get('model_type')!r}"
+    if "position_encoding_2d" in settings or "inner_hidden_size" in settings:
+        return "ChatGLM-6B (the first generation)"
+    if "glm-4" in name or (isinstance(vocabulary, int) and vocabulary > 100_000):
+        return "GLM-4"
+    if place := next((file for file, text in tokens.items() if ROLE_TOKEN in text), None):
+        return f"ChatGLM3, whose {ROLE_TOKEN} is in its {place}"
+    if "chatglm3" in name:
+        return "ChatGLM3"
+    return "chatglm2"
+
+
+def read_text(file):
+    """Text of a small file, JSON without its escapes; "" where there is none."""
+    if not file.is_file():
+        return ""
+    check_size(file, MOST_JSON_BYTES)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        return json.dumps(parse_json(text), ensure_ascii=False) if file.suffix == ".json" else text
+    except (json.JSONDecodeError, RecursionError):  # said where the file is needed
+        return text
+
+
+def name_in(text):
+    """The name that a tokenizer_config.json gives its tokenizer, if any."""
+    try:
+        return json.loads(text)["name_or_path"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
