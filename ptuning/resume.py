@@ -324,21 +324,39 @@ def check_optimizer(saved, optimizer, name):
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for group, fresh in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         for key in group.keys() & fresh.keys() - {"params"}:
-            numbers = [isinstance(value, int | float) for value in (group[key], fresh[key])]
-            if fresh[key] is not None and numbers[1] and not (numbers[0] or isinstance(group[key], torch.Tensor)):
-                raise ValueError(f"{key} is {type(group[key]).__name__}, not a number")
+            left_open = group[key] is None and key in ("foreach", "fused")  # a choice of kernels
+            if not left_open and not is_like(group[key], fresh[key]):
+                raise ValueError(f"{key} is {type(group[key]).__name__}, expected a value like {fresh[key]}")
     for number, state in saved["state"].items():
+        if torch.as_tensor(state.get("step", 0)).numel() != 1:
+            raise ValueError(f"step of weight {number} is no number")
         for key in state.keys() & SHAPED_LIKE_WEIGHTS:
-            if state[key] is not None and state[key].shape != weights[number].shape:
+            if tuple(state[key].shape) != tuple(weights[number].shape):
                 shapes = f"{tuple(state[key].shape)}, expected {tuple(weights[number].shape)}"
                 raise ValueError(f"{key} of weight {number} is {shapes}")
 
 
-def check_schedule(saved):
+def is_like(value, fresh):
+    """Whether a setting of a saved optimizer can stand where a new one has `fresh`."""
+    if isinstance(value, torch.Tensor):  # a learning rate that a graph reads
+        return value.numel() == 1 and isinstance(fresh, float | torch.Tensor)
+    if isinstance(fresh, tuple | list):
+        return isinstance(value, tuple | list) and len(value) == len(fresh) and all(map(is_like, value, fresh))
+    if fresh is None:
+        return value is None or isinstance(value, int | float)
+    if isinstance(fresh, int | float | torch.Tensor):
+        return isinstance(value, int | float)
+    return isinstance(value, type(fresh))
+
+
+def check_schedule(saved, num_groups):
     """ValueError where the state `saved` of a learning rate schedule is none that can be continued."""
-    rates = saved.get("_last_lr", []), saved.get("base_lrs", [])
-    if not isinstance(saved["last_epoch"], int) or not all(isinstance(rate, float | int) for rate in sum(rates, [])):
-        raise ValueError("its last_epoch is no whole number, or its rates are no numbers")
+    steps = [saved.get("last_epoch", 0), saved.get("_step_count", 0)]
+    rates = [saved.get(name, [0.0] * num_groups) for name in ("_last_lr", "base_lrs")]
+    if not all(isinstance(step, int) for step in steps):
+        raise ValueError("its last_epoch or _step_count is no whole number")
+    if not all(is_like(found, [0.0] * num_groups) for found in rates):
+        raise ValueError(f"its _last_lr or base_lrs are not {num_groups} numbers")
 
 
 def read_process_states(checkpoint):

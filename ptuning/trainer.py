@@ -368,7 +368,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             file, f"Another --lr_scheduler_type than {self.args.lr_scheduler_type.value} may have written it. "
         ):
             state = torch.load(file, map_location="cpu", weights_only=True)
-            check_schedule(state)
+            check_schedule(state, len(self.optimizer.param_groups))
             self.lr_scheduler.load_state_dict(state)
 
     def _load_scaler(self, checkpoint):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import SAMPLE
 from test_finetuning import run
 from test_resume import RUN, write_checkpoint
 
@@ -154,9 +155,15 @@ def test_a_bad_pickle_under_right_checksums_names_its_file(name, content, resume
     ("name", "path", "value"),
     [
         ("optimizer.pt", ("param_groups", 0, "lr"), "x"),
+        ("optimizer.pt", ("param_groups", 0, "betas"), None),
+        ("optimizer.pt", ("param_groups", 0, "maximize"), torch.zeros(7)),
         ("optimizer.pt", ("state", 0, "exp_avg"), torch.zeros(7)),
+        ("optimizer.pt", ("state", 0, "exp_avg_sq"), None),
+        ("optimizer.pt", ("state", 0, "step"), torch.zeros(7)),
         ("scheduler.pt", ("last_epoch",), "x"),
         ("scheduler.pt", ("base_lrs",), ["x"]),
+        ("scheduler.pt", ("_last_lr",), []),
+        ("scheduler.pt", ("_step_count",), None),
         ("rng_state.pth", ("cpu",), torch.zeros(7)),
         ("rng_state.pth", ("losses", "sum"), "x"),
         ("rng_state.pth", ("losses", "since_log"), torch.zeros(7)),
@@ -173,3 +180,19 @@ def test_a_state_of_a_wrong_kind_names_its_file(name, path, value, resumed):
 
     with pytest.raises(ValueError, match=rf"checkpoint-2/{name} does not fit this run "):
         resumed(change)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"optim": name} for name in ("adamw_torch", "adafactor", "sgd", "rmsprop", "adagrad")]
+    + [
+        {"lr_scheduler_type": name} for name in ("reduce_lr_on_plateau", "greedy", "cosine_with_restarts", "polynomial")
+    ],
+    ids=lambda more: next(iter(more.values())),
+)
+def test_every_optimizer_and_schedule_is_continued(more, tmp_path, monkeypatch):
+    dev = {"validation_file": SAMPLE / "dev.json", "max_eval_samples": 2, "eval_strategy": "steps", "eval_steps": 1}
+    settings = {**RUN, **dev, **more, "max_steps": 2, "save_steps": 1, "output_dir": tmp_path}
+    run(monkeypatch, settings)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert run(monkeypatch, settings, resume_from_checkpoint="last").state.global_step == 2
