@@ -17,6 +17,7 @@ LIBRARY_SETTINGS = (
     "architectures",
     "bos_token_id",
     "dtype",
+    "id2label",
     "output_hidden_states",
     "return_dict",
     "torch_dtype",

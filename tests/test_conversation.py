@@ -83,7 +83,8 @@ ENTRANCES = {
 def server(model, tokenizer):
     """What a ChatServer needs to make a prompt, without its thread."""
     made = ChatServer.__new__(ChatServer)
-    made.model, made.tokenizer = model, tokenizer
+    made.model, made.tokenizer, made.default = model, tokenizer, "base"
+    made._prefixes, made._source_prefixes = {"base": []}, {"base": ""}
     return made
 
 

@@ -469,7 +469,7 @@ def test_one_client_may_not_fill_the_queue(server):
 def test_facts_of_a_known_prefix_do_not_wait_for_another_one_that_is_being_read(server, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
 
-    def read_slowly(checkpoint):
+    def read_slowly(checkpoint, settings):
         reading.set()
         assert go_on.wait(60)
         return []
