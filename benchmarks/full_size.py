@@ -25,11 +25,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import NOT_NEEDED, choose_dtype, generation_config, load_model, load_tokenizer, read_config
-from configuration_chatglm import ChatGLMConfig
-from data import collate_prediction, collate_training, encode_prediction, encode_training, load_examples
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config
+from checkpoints.weight_files import ROTARY_TENSOR
+from data.batches import collate_prediction, collate_training
+from data.encoding import encode_prediction, encode_training
+from data.examples import load_examples
 from launch import KEEP_MEMORY
-from modeling_chatglm import ChatGLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {
@@ -75,13 +78,13 @@ def full_size_shapes():
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(ChatGLMConfig(**CONFIG, pre_seq_len=None))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    return shapes | {NOT_NEEDED: torch.Size([CONFIG["kv_channels"] // 4])}
+    return shapes | {ROTARY_TENSOR: torch.Size([CONFIG["kv_channels"] // 4])}
 
 
 def shard_map(shapes):
     """{name: file name} as in the official pytorch_model.bin.index.json."""
-    shards = assign_shards({name: 2 * shape.numel() for name, shape in shapes.items() if name != NOT_NEEDED})
-    shards[NOT_NEEDED] = 0
+    shards = assign_shards({name: 2 * shape.numel() for name, shape in shapes.items() if name != ROTARY_TENSOR})
+    shards[ROTARY_TENSOR] = 0
     count = max(shards.values()) + 1
     return {name: f"pytorch_model-{number + 1:05d}-of-{count:05d}.bin" for name, number in shards.items()}
 

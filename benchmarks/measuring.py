@@ -133,7 +133,7 @@ class Worker:
 
 def preprocessing_rates(settings):
     """{contender: rows per second} of text to padded ids and labels, the cache of encoded rows left aside."""
-    from data import encode_training
+    from data.encoding import encode_training
 
     tokenizer, examples = read_examples(PREPROCESSING_ROWS)
 
@@ -168,7 +168,7 @@ def metric_rates(settings):
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from rouge_chinese import Rouge
 
-    from metrics import score_all
+    from evaluation.metrics import score_all
 
     labels = read_examples(METRIC_ROWS)[1]["response"][:]
     predictions = labels[1:] + labels[:1]

@@ -22,8 +22,8 @@ import time
 import torch
 from torch import nn
 
-from products import multiply
-from quantization import BACKENDS, QuantizedLinear, choose_backend, dequantize_weight, use_backend_
+from chatglm2.matmul import multiply
+from chatglm2.quantization import BACKENDS, QuantizedLinear, choose_backend, dequantize_weight, use_backend_
 
 LAYERS = {  # name: (out, in)
     "query_key_value": (4608, 4096),

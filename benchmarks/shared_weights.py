@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import NOT_NEEDED, load_model, read_tensors, weight_files
-from configuration_chatglm import ChatGLMConfig
-from modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from checkpoint import load_model
+from checkpoints.weight_files import ROTARY_TENSOR, read_tensors, weight_files
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = json.loads((ROOT / "ptuning" / "tiny" / "config.json").read_text())
@@ -36,7 +37,7 @@ def write_folder(folder, dtype, **size):
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(ChatGLMConfig(**settings, pre_seq_len=None))
     weights = {name: torch.randn(tensor.shape).to(dtype) for name, tensor in model.state_dict().items()}
-    weights[NOT_NEEDED] = torch.ones(settings["kv_channels"] // 4, dtype=dtype)
+    weights[ROTARY_TENSOR] = torch.ones(settings["kv_channels"] // 4, dtype=dtype)
     torch.save(weights, folder / "pytorch_model.bin")
     return (folder / "pytorch_model.bin").stat().st_size
 

@@ -20,7 +20,7 @@ from datetime import datetime
 from typing import Annotated, Literal
 
 from arguments import add_model_arguments, parse_words
-from failure import run
+from common.failure import run
 
 
 def parse_arguments(argv):
@@ -48,11 +48,12 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from api_index import docs_page, endpoints, names
-from checkpoint import PREFIX_FILE
-from conversation import conversation
-from limits import Attempts, BodyLimit, client_of, uvicorn_settings
-from serving import Busy, Sampling, check_port, load_server
+from chatglm2.conversation import conversation
+from checkpoints.weight_files import PREFIX_FILE
+from serving.api_index import docs_page, endpoints, names
+from serving.limits import Attempts, BodyLimit, client_of, uvicorn_settings
+from serving.loading import load_server
+from serving.server import Busy, Sampling, check_port
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 

@@ -6,14 +6,8 @@ is run, pickles are read with `weights_only`, nothing is half loaded, and the we
 converted tensor by tensor, so there is never a second copy of them in memory.
 """
 
-import contextlib
-import errno
 import hashlib
-import itertools
 import json
-import math
-import os
-import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -26,68 +20,29 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import GenerationConfig
 
-from arguments import SUPPORTED_BITS, check_quantization_bit
-from chat_chatglm import unknown_token_ids
-from claims import (
-    MOST_JSON_BYTES,
-    MOST_LOG_BYTES,
-    ZIP_MARK,
-    check_claim,
-    check_safetensors,
-    check_size,
-    check_torch_file,
-    path_inside,
+from chatglm2.bits import SUPPORTED_BITS, check_quantization_bit
+from chatglm2.chat import unknown_token_ids
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.matmul import Linear, convert
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies
+from chatglm2.quantization import choose_backend, is_quantized_weight, quantize_weight, use_backend_
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+from checkpoints.run_folder import list_checkpoints, verify_checkpoint
+from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, finetuning_type, read_sidecar
+from checkpoints.weight_files import (
+    COPIED,
+    FINGERPRINT_TENSOR,
+    INDEX_FILES,
+    PREFIX_FILE,
+    PREFIX_KEY,
+    ROTARY_TENSOR,
+    check_tensor,
+    check_trained,
+    read_tensors,
+    weight_files,
 )
-from configuration_chatglm import ChatGLMConfig
-from data import parse_json
+from common.files import first_line, read_json, write_json
 from families import model_family
-from modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies
-from products import Linear, convert
-from quantization import (
-    choose_backend,
-    is_quantized_weight,
-    quantize_weight,
-    use_backend_,
-)
-from tokenization_chatglm import ChatGLMTokenizer
-from trainer_state import check_state, is_count, shown
-
-PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
-PREFIX_KEY = "transformer.prefix_encoder."
-SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths, how it was trained
-STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
-CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
-BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
-SIDECAR_KINDS = {
-    **dict.fromkeys(
-        "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
-    ),
-    **dict.fromkeys(("base_fingerprint", "engine"), str),
-    **dict.fromkeys(("max_source_length", "max_target_length"), int),
-    "training": dict,
-    "merged_checkpoints": list,
-}
-KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
-# Differs between any two base models, and is the same in their float, int8 and int4 folders.
-FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
-# Copied with a model, beside its weights. Python files are there for the official code, and never run here.
-COPIED = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "configuration_chatglm.py",
-    "modeling_chatglm.py",
-    "tokenization_chatglm.py",
-    "quantization.py",
-    "*LICENSE*",
-)
-# Stored by the official checkpoints, computed here.
-NOT_NEEDED = "transformer.rotary_pos_emb.inv_freq"
-
 
 # ---- which folder
 
@@ -119,21 +74,6 @@ def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
             "Check the spelling, set HF_ENDPOINT to a mirror, or download the folder by other means (ModelScope: "
             "ZhipuAI/chatglm2-6b) and give its path."
         ) from error
-
-
-def read_json(file):
-    """A JSON object from `file`. Raises FileNotFoundError and ValueError naming the file."""
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
-    check_size(file, MOST_LOG_BYTES if file.name == STATE_FILE else MOST_JSON_BYTES)
-    try:
-        value = parse_json(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Copy or download it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
-    return value
 
 
 def is_prefix_checkpoint(folder):
@@ -178,95 +118,6 @@ def read_config(folder, **overrides):
         raise ValueError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
     except Exception as error:  # transformers meets settings of any type with any error
         raise ValueError(f"{folder / 'config.json'} has a setting of a wrong kind ({error}).") from error
-
-
-# ---- reading weight files
-
-
-def read_tensors(file):
-    """Yield (name, tensor) of one weight file, memory-mapped. Raises ValueError for a file that is no such."""
-    file = Path(file)
-    problem = f"{file} cannot be read as model weights ({{}}). Download or copy it again and compare its size."
-    with open(file, "rb") as opened:
-        is_zip = opened.read(4) == ZIP_MARK  # files from before torch 1.6 cannot be memory-mapped
-    size = file.stat().st_size
-    if file.suffix == ".safetensors":
-        try:
-            check_safetensors(file)
-            with safetensors.safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    yield name, tensors.get_tensor(name)
-        except Exception as error:  # likewise
-            raise ValueError(problem.format(first_line(error))) from error
-        return
-    try:
-        check_torch_file(file)
-    except ValueError as error:
-        raise ValueError(problem.format(error)) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the protocol of a pickle
-            tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = "it is no torch file, or holds objects other than tensors, which are never loaded"
-        raise ValueError(problem.format(reason)) from error
-    except Exception as error:  # bytes at random make torch.load raise anything
-        reason = (is_zip and claim_too_large(file, size)) or first_line(error)
-        raise ValueError(problem.format(reason)) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
-    ):
-        raise ValueError(problem.format("it does not hold a dictionary of tensors"))
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_nested:
-            raise ValueError(problem.format(f"{name} is a {tensor.layout} tensor of {tensor.dtype}"))
-        try:
-            check_claim(name, tensor, size)
-        except ValueError as error:
-            raise ValueError(problem.format(error)) from error
-        yield name, tensor
-
-
-def claim_too_large(file, size):
-    """Why a torch file of `size` bytes could not be read, if a tensor in it claims more; it is not read for that."""
-    try:
-        for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
-            if tensor.untyped_storage().nbytes() > size:
-                return f"{name} claims {tensor.untyped_storage().nbytes():,} bytes, and the file has {size:,}"
-    except Exception:  # it has another fault
-        return None
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def weight_files(folder):
-    """The weight files of a model folder, in order: those of its index, or the single one."""
-    folder = Path(folder)
-    for name in INDEX_FILES:
-        if (folder / name).is_file():
-            weight_map = read_json(folder / name).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{folder / name} has no weight_map. Download it again.")
-            files = weight_map.values()
-            strange = [file for file in files if not isinstance(file, str) or Path(file).name != file or file == ".."]
-            if strange:
-                raise ValueError(f"{folder / name} names {strange[0]!r}, which is no file in its folder.")
-            files = [folder / file for file in sorted(set(weight_map.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise FileNotFoundError(
-                    f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} weight files that {name} "
-                    "names). Download the rest."
-                )
-            return files
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise FileNotFoundError(
-        f"{folder} holds no weights; expected {', '.join(INDEX_FILES)}, or {' or '.join(SINGLE_FILES)}."
-    )
 
 
 # ---- the base model
@@ -330,7 +181,7 @@ def load_model(
     missing, unexpected, prefix = set(expected), [], {}
     for file in weight_files(folder):
         for stored_name, stored in read_tensors(file):
-            if stored_name == NOT_NEEDED:
+            if stored_name == ROTARY_TENSOR:
                 continue
             if stored_name.startswith(PREFIX_KEY) and config.pre_seq_len:
                 check_trained(stored, stored_name, file)
@@ -388,15 +239,6 @@ def device_of(name, devices):
     return devices[max(fitting, key=len)]
 
 
-def stored_dtype(folder):
-    """Dtype of the float weights in a model folder."""
-    for file in weight_files(folder):
-        for name, tensor in read_tensors(file):
-            if name == FINGERPRINT_TENSOR:
-                return tensor.dtype
-    raise ValueError(f"{folder} has no {FINGERPRINT_TENSOR}. Is it the complete folder of a ChatGLM2 model?")
-
-
 def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format="bin"):
     """Write a base model's folder in the official layout, the prefix left out; the names of the weight files.
 
@@ -408,7 +250,7 @@ def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format
     tensors = model.state_dict() if tensors is None else tensors
     weights = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(PREFIX_KEY)}
     dtype = weights[FINGERPRINT_TENSOR].dtype
-    weights[NOT_NEEDED] = rotary_frequencies(model.config.kv_channels).to(
+    weights[ROTARY_TENSOR] = rotary_frequencies(model.config.kv_channels).to(
         dtype
     )  # not here, but one of the official names
     pattern = "model{suffix}.safetensors" if file_format == "safetensors" else "pytorch_model{suffix}.bin"
@@ -433,34 +275,6 @@ def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format
     for file in (file for pattern in COPIED for file in model.base_folder.glob(pattern)):
         shutil.copy(file, folder)
     return list(split.filename_to_tensors)
-
-
-def check_tensor(tensor, name, expected, file):
-    """Raise ValueError unless shape and kind of dtype are those the configuration asks for."""
-    if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
-        raise ValueError(
-            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but config.json asks for "
-            f"{'float' if expected.is_floating_point() else expected.dtype} {tuple(expected.shape)}."
-        )
-    check_finite(tensor, name, file)
-
-
-def check_finite(tensor, name, file):
-    """Raise ValueError for a tensor with a NaN or an infinity in it."""
-    if tensor.is_floating_point():
-        for extreme in tensor.aminmax():  # 0.3 s per GB; isfinite() takes 30 times as long
-            if not extreme.isfinite():
-                raise ValueError(
-                    f"{file}: {name} holds {extreme.item()}; nothing can be computed with that. Download or copy the "
-                    "file again; of a trained prefix take an earlier checkpoint."
-                )
-
-
-def check_trained(tensor, name, file):
-    """Raise ValueError for a tensor that no training can have written: empty, of integers, or not finite."""
-    if tensor.ndim == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
-        raise ValueError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float numbers.")
-    check_finite(tensor, name, file)
 
 
 def load_tokenizer(folder, config, source_prefix=""):
@@ -507,15 +321,6 @@ def generation_config(tokenizer, config, **settings):
     )
 
 
-# ---- the prefix
-
-
-def read_sidecar(checkpoint):
-    """What the sidecar of a checkpoint remembers, nothing where there is none."""
-    file = Path(checkpoint) / SIDECAR_FILE
-    return read_json(file) if file.is_file() else {}
-
-
 def save_prefix(model, folder, sidecar=None):
     """Write the prefix checkpoint's own files: pytorch_model.bin, config.json, generation_config.json, sidecar.
 
@@ -534,142 +339,6 @@ def save_prefix(model, folder, sidecar=None):
     ids.save_pretrained(folder)
     if sidecar is not None:
         write_json(folder / SIDECAR_FILE, sidecar)
-
-
-def write_bytes(file, data):
-    """Write a file completely or not at all: what it held before stays until the new content is there.
-
-    OSError names the file, which the system does not where a disk is full.
-    """
-    file = Path(file)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, file)
-        finally:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                partial.unlink()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-def write_text(file, text):
-    """Write a text file in UTF-8, as write_bytes does."""
-    write_bytes(file, text.encode("utf-8"))
-
-
-def write_json(file, value):
-    write_text(file, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
-
-
-def list_checkpoints(run_folder):
-    """The checkpoints of a run that hold weights, by step: {"checkpoint-1000": path, …}."""
-    found = {path.name: path for path in checkpoint_folders(run_folder) if (path / trained_file(path)).is_file()}
-    return dict(sorted(found.items(), key=lambda item: step_of(item[1])))
-
-
-def trained_file(checkpoint):
-    """Name of the file that tells what a checkpoint holds: an adapter, the index of shards, or all of it."""
-    names = (*ADAPTER_FILES, INDEX_FILES[1])
-    return next((name for name in names if (Path(checkpoint) / name).is_file()), PREFIX_FILE)
-
-
-def trained_files(checkpoint):
-    """Names of all files with trained weights in a checkpoint folder."""
-    name = trained_file(checkpoint)
-    if name != INDEX_FILES[1]:
-        return [name]
-    return [name, *(file.name for file in weight_files(checkpoint))]
-
-
-def point_to_best(run_folder, step):
-    """Make `best` in a run's folder a relative link to the checkpoint of `step`; None, or a step without one: no link.
-
-    Replaced in one move: whoever reads it meets the old one or the new one. A folder of that name, as a copy with
-    `cp -rL` makes of the link, is renamed. Returns a line that says so, or "".
-    """
-    link = Path(run_folder) / BEST_LINK
-    target = f"checkpoint-{step}"
-    said = ""
-    if link.is_dir() and not link.is_symlink():
-        aside = next(path for number in itertools.count(1) if not (path := link.with_name(f"best-{number}")).exists())
-        link.rename(aside)
-        said = f"{link} is a folder, where this run keeps a link to its best checkpoint: it is now called {aside.name}."
-    if not (link.parent / target).is_dir():
-        link.unlink(missing_ok=True)
-        return said
-    new = link.with_name(f".{BEST_LINK}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    new.replace(link)
-    return said
-
-
-def find_checkpoints(path):
-    """(the checkpoint folders that `--ptuning_checkpoint` means, what is wrong with others that were passed over).
-
-    A checkpoint's folder is itself. A run's folder means its best checkpoint, or the last valid one where no best is
-    known; `run/best` and `run/last` mean these, `run/all` every valid one, by step. Only the last gives several.
-    Raises FileNotFoundError, with what the run has, where there is none such.
-    """
-    path = Path(path)
-    run, wanted = path, None
-    if path.name in ("last", "all") and (path / trained_file(path)).is_file():
-        return [path], []  # a checkpoint that the user has called so
-    if path.name in ("best", "last", "all") and not list_checkpoints(path):
-        run, wanted = path.parent, path.name
-    best = run / BEST_LINK
-    if wanted in (None, "best") and (best / trained_file(best)).is_file():
-        return [run / (run / BEST_LINK).resolve().name], []
-    found = list_checkpoints(run)
-    if wanted == "best" and found:
-        raise FileNotFoundError(
-            f"--ptuning_checkpoint {path}: no best checkpoint is known, for want of a dev loss in training. {run} has "
-            f"{', '.join(found)}; {run}/last and {run}/all name the last and all."
-        )
-    if wanted == "all":
-        damaged = {}
-        for name, folder in found.items():
-            try:
-                verify_checkpoint(folder, trained_files(folder))
-            except (ValueError, OSError) as error:
-                damaged[name] = str(error)
-        valid = [folder for name, folder in found.items() if name not in damaged]
-        damaged = list(damaged.values())
-    else:
-        newest, damaged = newest_checkpoint(run, whole=False)
-        valid = [newest] if newest else []
-    if valid:
-        return valid, damaged
-    if wanted is None:
-        return [path], []
-    raise FileNotFoundError(" ".join([f"--ptuning_checkpoint {path}: {run} has no complete checkpoint.", *damaged]))
-
-
-def dev_loss_of(checkpoint):
-    """The dev loss that training measured when it saved the checkpoint, or None."""
-    file = Path(checkpoint) / STATE_FILE
-    if not file.is_file():
-        return None
-    state = check_state(read_json(file), file)
-    losses = {entry["step"]: entry["eval_loss"] for entry in state.get("log_history") or [] if "eval_loss" in entry}
-    return losses.get(state["global_step"])
-
-
-def finetuning_type(checkpoint):
-    """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
-    checkpoint = Path(checkpoint)
-    if (checkpoint / SIDECAR_FILE).is_file():
-        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", "p_tuning")
-        if kind not in ("p_tuning", "full", "freeze", "lora"):
-            raise ValueError(
-                f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected p_tuning, full, freeze or lora."
-            )
-        return kind
-    if any((checkpoint / name).is_file() for name in ADAPTER_FILES):
-        return "lora"
-    return None
 
 
 def read_prefix(checkpoint):
@@ -699,19 +368,6 @@ def read_prefix(checkpoint):
     for name, tensor in tensors.items():
         check_trained(tensor, name, file)
     return tensors
-
-
-def check_sidecar(settings, file):
-    """Raise ValueError where what the sidecar `file` says has the wrong type."""
-    for name, kind in SIDECAR_KINDS.items():
-        value = settings.get(name)
-        fits = is_count(value, 1) if kind is int else isinstance(value, kind)
-        if kind is list and fits:
-            fits = all(isinstance(item, str) for item in value)
-        if value is not None and not fits:
-            raise ValueError(
-                f"{file}: {name} is {shown(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
-            )
 
 
 def read_prefix_settings(checkpoint):
@@ -771,201 +427,3 @@ def fill_with_prefix(prefix_encoder, tensors, source):
             f"expected {expected_shapes}. It was trained on a model of another size, or with other settings."
         )
     prefix_encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-
-
-# ---- checkpoints of a run: written completely or not at all, and told apart from damaged ones
-#
-# A checkpoint is written as .checkpoint-N.partial, gets checksums.json, goes to the disk, and is then renamed to
-# checkpoint-N. One of that name that is there already is .checkpoint-N.replaced for the moment between two renames;
-# one that is deleted becomes .checkpoint-N.deleted first. None of the three is ever taken for a checkpoint.
-
-
-def stage_checkpoint(folder):
-    """An empty folder to write a checkpoint into; publish_checkpoint makes it `folder`."""
-    staging = hidden(folder, "partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-@contextlib.contextmanager
-def nothing_half_written(folder):
-    """Around stage_checkpoint and publish_checkpoint: a failed write leaves nothing behind and says what there is."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch.save makes of a full disk
-        staging = hidden(folder, "partial")
-        reason, free = describe_write_error(error, staging)
-        shutil.rmtree(staging, ignore_errors=True)
-        newest, _ = newest_checkpoint(staging.parent)
-        raise OSError(
-            f"{folder} could not be written ({reason}{free}). Nothing half written is left. "
-            + (f"The newest complete checkpoint is {newest.name}" if newest else "There is no complete checkpoint yet")
-            + ". Make room, or let the folder be written to, then run the same command with "
-            "--resume_from_checkpoint last."
-        ) from error
-
-
-def describe_write_error(error, folder):
-    """(the system's reason, the free space in words) for a write that failed in `folder`."""
-    free = ""
-    try:
-        free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB free"
-        if not isinstance(error, OSError):  # torch.save does not tell: ask again
-            with open(folder / "probe", "wb") as probe:
-                probe.write(bytes(1 << 20))
-    except OSError as found:
-        error = found
-    return getattr(error, "strerror", None) or first_line(error), free
-
-
-def publish_checkpoint(staging, folder):
-    """Make a staged checkpoint `folder`, once all of it is on the disk. One of that name stays until then."""
-    folder = Path(folder)
-    checksums = {}
-    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-        flush_to_disk(file)
-        checksums[file.relative_to(staging).as_posix()] = {"size": file.stat().st_size, "sha256": file_sha256(file)}
-    write_json(staging / CHECKSUM_FILE, checksums)
-    flush_to_disk(staging / CHECKSUM_FILE)
-    flush_to_disk(staging)
-    replaced = hidden(folder, "replaced")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    staging.rename(folder)
-    flush_to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def clear_leftovers(run_folder):
-    """Remove what a killed run left half written or half deleted. Not while a run is writing there."""
-    for leftover in Path(run_folder).glob(".checkpoint-*"):
-        name, _, kind = leftover.name[1:].partition(".")
-        if kind == "replaced" and not leftover.with_name(name).exists():
-            leftover.rename(leftover.with_name(name))
-        elif kind in ("partial", "replaced", "deleted", "divided"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def rotate_checkpoints(run_folder, limit, newest, best=None):
-    """Delete the oldest checkpoints until `limit` are left; never `newest` or the best (`best`, or the link so named)."""
-    kept = {Path(path).resolve() for path in (newest, best, Path(run_folder) / "best") if path}
-    folders = checkpoints_by_age(run_folder)
-    surplus = len(folders) - limit
-    for folder in [folder for folder in folders if folder.resolve() not in kept][: max(0, surplus)]:
-        deleted = hidden(folder, "deleted")
-        folder.rename(deleted)
-        shutil.rmtree(deleted, ignore_errors=True)
-
-
-def verify_checkpoint(folder, files=None):
-    """ValueError naming file and fault unless a checkpoint, or only `files` of it, is as it was written.
-
-    Without checksums.json (official checkpoints, and those of earlier versions) it is taken as complete if it has
-    `files`; by default the prefix, and a trainer_state.json that can be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    checksums = folder / CHECKSUM_FILE
-    if checksums.is_file():
-        try:
-            expected = {name: (entry["size"], entry["sha256"]) for name, entry in read_json(checksums).items()}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder} is damaged: {CHECKSUM_FILE} cannot be read.") from error
-        for name in expected if files is None else expected.keys() & set(files):
-            size, sha256 = expected[name]
-            file = path_inside(folder, name, checksums)
-            if not file.is_file():
-                raise ValueError(f"{folder} is damaged: {name} is missing.")
-            if file.stat().st_size != size:
-                found = file.stat().st_size
-                raise ValueError(f"{folder} is damaged: {name} has {found} bytes, but {size} were written.")
-            if file_sha256(file) != sha256:
-                raise ValueError(f"{folder} is damaged: {name} is not what was written (its sha256 differs).")
-        return
-    for name in (trained_file(folder), STATE_FILE) if files is None else files:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is incomplete: {name} is missing.")
-    if files is None:
-        try:
-            read_json(folder / STATE_FILE)
-        except ValueError as error:
-            raise ValueError(f"{folder} is incomplete: {STATE_FILE} cannot be read.") from error
-
-
-def newest_checkpoint(run_folder, whole=True):
-    """(the checkpoint of a run that was written last, what is wrong with each newer one); None where none is valid.
-
-    Valid means that verify_checkpoint finds nothing, or nothing in the trained weights if not `whole`. Steps do not
-    tell the newest: checkpoints of an earlier, longer run may lie in the same folder.
-    """
-    damaged = []
-    for folder in reversed(checkpoints_by_age(run_folder)):
-        try:
-            verify_checkpoint(folder, None if whole else trained_files(folder))
-        except (ValueError, OSError) as error:
-            damaged.append(str(error))
-        else:
-            return folder, damaged
-    return None, damaged
-
-
-def checkpoint_folders(run_folder):
-    """The checkpoint-N folders of a run, complete or not, in no order."""
-    folders = Path(run_folder).glob("checkpoint-*")
-    return [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir()]
-
-
-def checkpoints_by_age(run_folder):
-    """The same in the order in which they were written; last those that cannot tell."""
-    return sorted(checkpoint_folders(run_folder), key=lambda folder: (save_number(folder), step_of(folder)))
-
-
-def step_of(folder):
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def save_number(folder):
-    """How many checkpoints the run folder had seen when this one was written; 0 in older ones, infinity if unknown."""
-    try:
-        verify_checkpoint(folder, [SIDECAR_FILE])
-        number = read_json(folder / SIDECAR_FILE)["training"]["save_number"]
-        if not is_count(number):
-            raise ValueError(f"{folder / SIDECAR_FILE}: save_number is no number.")
-        return number
-    except ValueError:
-        return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
-    except (OSError, KeyError, TypeError):
-        return 0
-
-
-def next_save_number(run_folder):
-    numbers = [save_number(folder) for folder in checkpoint_folders(run_folder)]
-    return 1 + max((number for number in numbers if number < math.inf), default=0)
-
-
-def hidden(folder, kind):
-    folder = Path(folder)
-    return folder.with_name(f".{folder.name}.{kind}")
-
-
-def flush_to_disk(path):
-    """Wait until a file's content, or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what some network disks answer for a folder
-            raise
-    finally:
-        os.close(handle)
-
-
-def file_sha256(file):
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

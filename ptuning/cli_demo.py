@@ -13,7 +13,7 @@ import os
 import sys
 
 from arguments import add_model_arguments, parse_words
-from failure import printable, run
+from common.failure import printable, run
 
 
 def parse_arguments(argv):
@@ -29,7 +29,8 @@ def parse_arguments(argv):
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
     run(parse_arguments, sys.argv[1:])
 
-from serving import Sampling, load_server
+from serving.loading import load_server
+from serving.server import Sampling
 
 try:
     import readline  # noqa: F401 - gives input() its history and line editing

@@ -14,11 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-import failure
 from arguments import parse_words
-from claims import MOST_LOG_BYTES, check_size
-from data import parse_json, read_rows
-from trainer_state import drawable, is_count, is_history, is_number, shown
+from checkpoints.trainer_state import is_count, is_history, is_number, shown
+from common import failure
+from common.claims import MOST_LOG_BYTES, check_size
+from common.plots import drawable
+from common.text import parse_json
+from data.rows import read_rows
 
 STATE_FILE, RESULTS_FILE, ANSWERS_FILE = "trainer_state.json", "all_results.json", "generated_predictions.txt"
 # (title, key of all_results.json or of `losses`, how to show it, whether the highest, the lowest or none is the best)

@@ -20,8 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from arguments import check_quantization_bit, parse_words
-from failure import run
+from arguments import parse_words
+from chatglm2.bits import check_quantization_bit
+from common.failure import run
 
 
 def parse_arguments(argv):
@@ -56,23 +57,23 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch and tr
 import torch
 from transformers.utils import logging
 
+from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import (
     load_model,
     load_prefix,
     load_tokenizer,
-    publish_checkpoint,
     read_config,
     read_prefix_settings,
-    read_sidecar,
     resolve_folder,
     save_model,
     save_prefix,
-    stage_checkpoint,
-    stored_dtype,
     warn_of_other_base,
 )
-from finetuning import add_adapter, find_trained, load_adapters, prepare_model, read_adapter, read_settings
-from prefix_encoder import PrefixEncoder
+from checkpoints.run_folder import publish_checkpoint, stage_checkpoint
+from checkpoints.sidecar import read_sidecar
+from checkpoints.weight_files import stored_dtype
+from tuning.lora import add_adapter, load_adapters, read_adapter
+from tuning.methods import find_trained, prepare_model, read_settings
 
 PROBE = "请写一段话，介绍一把蓝色的雨伞。"  # the logits of its prompt are compared
 LOADER = """# Loads this prefix onto its base model and answers. In the project's folder: PYTHONPATH=ptuning python {folder}/load.py

@@ -8,8 +8,8 @@ of its first revision, without any name and without its Python files, cannot be 
 import json
 from pathlib import Path, PurePath
 
-from claims import MOST_JSON_BYTES, check_size
-from data import parse_json
+from common.claims import MOST_JSON_BYTES, check_size
+from common.text import parse_json
 
 ROLE_TOKEN = "<|user|>"  # ChatGLM3 has one for each role, ChatGLM2 none
 # Where a folder says its tokens. The Python file is read as text and never run.

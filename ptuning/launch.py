@@ -25,8 +25,8 @@ from datetime import timedelta
 
 import psutil
 
-from failure import LAUNCHED, catch_signals, printable
-from processes import STORE, keep_to_loopback, network_interface, warn_of_port
+from common.failure import LAUNCHED, catch_signals, printable
+from common.processes import STORE, keep_to_loopback, network_interface, warn_of_port
 
 # What to do about a process that a signal ended, and that could therefore say nothing itself.
 REMEDIES = {
@@ -160,7 +160,7 @@ def run_on_this_machine(arguments):
     """Run torchrun so that neither it nor its processes listen where another machine could reach them."""
     from torch.distributed.run import run
 
-    from local_rendezvous import use_local_rendezvous
+    from common.local_rendezvous import use_local_rendezvous
 
     keep_to_loopback()
     with tempfile.TemporaryDirectory(prefix="ptuning-run-", ignore_cleanup_errors=True) as folder:  # this user's only

@@ -13,8 +13,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from arguments import check_bits_train, check_complete, check_quantization_bit, parse_arguments, parse_flags
-from failure import catch_signals, end_with_launcher, leave, leave_on_signal, run
+from arguments import check_complete, parse_arguments, parse_flags
+from chatglm2.bits import check_quantization_bit
+from common.failure import catch_signals, end_with_launcher, leave, leave_on_signal, run
+from tuning.rules import check_bits_train
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
     catch_signals(leave_on_signal)
@@ -25,43 +27,27 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging
 
-from chat_chatglm import TOP_K
+from chatglm2.chat import TOP_K
 from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config, resolve_folder
-from data import (
-    collate_prediction,
-    collate_training,
-    describe_training,
-    digest,
-    encode_prediction,
-    encode_training,
-)
-from finetuning import (
-    DEFAULTS,
-    check_adapters,
-    check_layers,
-    find_trained,
-    in_order,
-    load_trained,
-    prepare_model,
-    read_settings,
-)
-from memory import count_weights, memory_table, needs_checkpointing, peak_memory_gb, rows_that_fit
-from prediction import dev_scores, predict, predict_with_each
-from reports import close_reports, prepare_reports
-from resume import (
-    describe_differences,
-    describe_stop,
-    find_resume_checkpoint,
-    lock_run,
-    on_first_rank,
-    release_run,
-    training_record,
-)
-from run_log import going_on_without, keep_printing
-from schedule import describe_steps
-from splits import check_data, check_fits, longest_example, read_split
-from trainer import PrefixTrainer, plot_loss
-from watch import describe_checkpoints
+from common.failure import going_on_without
+from common.plots import plot_loss
+from common.ranks import on_first_rank
+from common.reports import close_reports, prepare_reports
+from data.batches import collate_prediction, collate_training
+from data.description import describe_training
+from data.encoding import digest, encode_prediction, encode_training
+from data.splits import check_data, check_fits, longest_example, read_split
+from evaluation.prediction import dev_scores, predict, predict_with_each
+from trainer import PrefixTrainer
+from training.memory import count_weights, memory_table, needs_checkpointing, peak_memory_gb, rows_that_fit
+from training.resume import describe_differences, find_resume_checkpoint, lock_run, release_run, training_record
+from training.run_log import keep_printing
+from training.schedule import describe_steps
+from training.signals import describe_stop
+from training.watch import describe_checkpoints
+from tuning.freeze import check_layers
+from tuning.lora import check_adapters, in_order
+from tuning.methods import DEFAULTS, find_trained, load_trained, prepare_model, read_settings
 
 # What a checkpoint's sidecar remembers, and what holds where neither a flag nor a sidecar says.
 SIDECAR_FIELDS = {

@@ -10,9 +10,13 @@ import copy
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from checkpoint import load_model, read_config, resolve_folder, stored_dtype
-from modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2 import modeling_chatglm
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+from checkpoint import load_model, read_config, resolve_folder
+from checkpoints.weight_files import stored_dtype
 
 # Accepted and of no effect: how to load, or which code may run; here one way of loading holds, and no such code runs.
 IGNORED = (
@@ -28,6 +32,29 @@ REPLACEMENTS = {
     **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), "device_map"),
     **dict.fromkeys(("max_memory", "offload_folder", "offload_buffers"), "a device_map that says where each part lies"),
 }
+
+
+class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGeneration):
+    """The model for people's own scripts: its `from_pretrained` is `load_pretrained`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """What load_model makes of a folder. Without one, transformers builds the model from its keyword arguments."""
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        return load_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def register_auto_classes():
+    """Let transformers' AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM know
+    ChatGLM2: their `from_pretrained(folder)` then gives the classes of this project, and runs no code of the folder.
+
+    It changes transformers for the whole process; nothing else here does.
+    """
+    AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+    AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok=True)
 
 
 def load_pretrained(
@@ -102,7 +129,7 @@ def choose_devices(wanted, config, dtype):
         if torch.cuda.device_count() < 2:
             return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
-            model = ChatGLMForConditionalGeneration(config)
+            model = modeling_chatglm.ChatGLMForConditionalGeneration(config)
         options = {"no_split_module_classes": ["GLMBlock"], "dtype": dtype}
         low_zero = wanted == "balanced_low_0"
         memory = None if wanted == "sequential" else get_balanced_memory(model, low_zero=low_zero, **options)

@@ -7,11 +7,10 @@ everything that a resumed run needs to go on exactly like one that was never sto
 """
 
 import contextlib
-import io
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,64 +19,45 @@ from accelerate.utils.memory import clear_device_cache
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
-from arguments import TrainingArguments
-from checkpoint import (
-    STATE_FILE,
+from chatglm2.generation import answer_prompts
+from chatglm2.official_recipe import OfficialAdamW, official_loss
+from checkpoints.run_folder import (
     next_save_number,
     nothing_half_written,
     point_to_best,
     publish_checkpoint,
-    read_json,
     rotate_checkpoints,
     stage_checkpoint,
-    write_bytes,
-    write_text,
 )
-from data import EvenBatches, RowOrder, WithBlankRow
-from finetuning import load_trained, save_trained
-from generation import answer_prompts
-from memory import explaining_out_of_memory, rows_that_fit
-from official import OfficialAdamW, official_loss
-from resume import (
-    StopOnSignal,
+from checkpoints.trainer_state import reading_known_keys
+from common.files import STATE_FILE, read_json, write_text
+from common.ranks import gather, on_first_rank, on_writing_ranks
+from data.batches import EvenBatches, RowOrder, WithBlankRow
+from training.memory import explaining_out_of_memory, rows_that_fit
+from training.resume import (
     check_optimizer,
     check_schedule,
-    count_writers,
-    divide_anew,
     fitting,
-    gather,
-    on_first_rank,
-    on_writing_ranks,
     random_state,
     random_state_file,
     read_process_states,
     restore_random_state,
 )
-from run_log import RunLog, guard_callback
-from trainer_state import drawable, reading_known_keys
-from watch import RunWatch, StepWatch, follow, watched_key
+from training.run_log import RunLog, guard_callback
+from training.shards import count_writers, divide_anew
+from training.signals import StopOnSignal
+from training.watch import RunWatch, StepWatch, follow, watched_key
+from tuning.methods import load_trained, save_trained
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
+
+
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
-
-
-@dataclass
-class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
-    """Every flag of training: those of arguments.py count where transformers has one of the same name."""
-
-    # --per_device_eval_batch_size where it was given, which holds for the dev loss in any case; None: what fits
-    prediction_batch_size: int | None = field(default=None, init=False)
-
-    def __post_init__(self):
-        if self.metric_for_best_model is None and self.eval_strategy != "no":
-            self.metric_for_best_model, self.greater_is_better = "loss", False
-        self.enable_jit_checkpoint = False  # StopOnSignal saves on SIGTERM in any case, and one handler must be enough
-        super().__post_init__()
 
 
 class PrefixTrainer(Seq2SeqTrainer):
@@ -576,51 +556,3 @@ class PrefixTrainer(Seq2SeqTrainer):
 def write_results(file, metrics):
     """Write figures as the Trainer writes them."""
     write_text(file, json.dumps(metrics, indent=4, sort_keys=True))
-
-
-def new_figure(rows=1):
-    """(figure, its `rows` axes one above the other), drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4 if rows == 1 else 3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
-
-
-def save_figure(figure, file):
-    """Write a PNG completely or not at all."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_bytes(file, picture.getvalue())
-
-
-def plot_loss(log_history, file):
-    """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
-    figure, (axes,) = new_figure()
-    for key, label in (("loss", "training loss"), ("eval_loss", "dev loss")):
-        points = drawable((entry["step"], entry[key]) for entry in log_history if key in entry)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend()
-    save_figure(figure, file)
-
-
-def plot_checkpoints(table, file):
-    """Draw scores, and the dev loss where there is one, over the steps of {"checkpoint-100": {"dev_loss": …}, …}."""
-    names = list(dict.fromkeys(name for scores in table.values() for name in scores))
-    losses = [name for name in names if name == "dev_loss"]
-    panels = [panel for panel in (losses, [name for name in names if name not in losses]) if panel]
-    figure, all_axes = new_figure(max(1, len(panels)))
-    for axes, panel in zip(all_axes, panels, strict=False):
-        for name in panel:
-            points = [(int(key.removeprefix("checkpoint-")), row[name]) for key, row in table.items() if name in row]
-            axes.plot(*zip(*points, strict=True), label=name, marker="o")
-        axes.set(ylabel="loss (nats per token)" if panel == losses else "score (percent)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    all_axes[-1].set(xlabel="step")
-    save_figure(figure, file)

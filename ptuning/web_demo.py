@@ -16,7 +16,7 @@ import sys
 import time
 
 from arguments import add_model_arguments, parse_words
-from failure import catch_signals, leave_on_signal, run
+from common.failure import catch_signals, leave_on_signal, run
 
 
 def parse_arguments(argv):
@@ -44,9 +44,10 @@ from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, Protocol, client_key, trusted_proxies
-from serving import BASE, Busy, Sampling, check_port, load_server
-from shown_text import LATEX_DELIMITERS, as_markdown, literally
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, Protocol, client_key, trusted_proxies
+from serving.loading import load_server
+from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
+from serving.server import BASE, Busy, Sampling, check_port
 
 EXAMPLES = (
     "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",

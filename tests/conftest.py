@@ -58,8 +58,8 @@ def formula_weights(state_dict, scale=0.02, bias_scale=0.01):
 
 def formula_model(config, scale=0.02, bias_scale=0.01, **overrides):
     """A model of `config` (dict of an official config.json) with formula weights, prefix dropout off, eval mode."""
-    from configuration_chatglm import ChatGLMConfig
-    from modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm2.configuration_chatglm import ChatGLMConfig
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 
     config = ChatGLMConfig(**{**config, "prefix_dropout": 0.0, **overrides})
     model = ChatGLMForConditionalGeneration(config)

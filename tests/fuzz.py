@@ -229,7 +229,8 @@ def data_files(draw):
 
 def data_target(folder):
     """Try one data file: read_rows on it, and for some load_examples."""
-    from data import load_examples, read_rows
+    from data.examples import load_examples
+    from data.rows import read_rows
 
     def attempt(example):
         name, content, flags, encode = example
@@ -269,7 +270,8 @@ def make_folders(folder):
     from safetensors.torch import save_file
 
     from checkpoint import load_model, save_prefix
-    from finetuning import prepare_model, save_adapter
+    from tuning.lora import save_adapter
+    from tuning.methods import prepare_model
 
     model = formula_model({**OFFICIAL_FIELDS, **SMALL, "pre_seq_len": 3})
     weights = {name: value.half() for name, value in model.state_dict().items() if "prefix_encoder" not in name}
@@ -317,8 +319,9 @@ def use_base(folder):
 
 def use_checkpoint(folder, model):
     """Everything that they do with a prefix checkpoint."""
-    from checkpoint import load_prefix, newest_checkpoint, read_prefix, read_prefix_settings
-    from resume import find_resume_checkpoint
+    from checkpoint import load_prefix, read_prefix, read_prefix_settings
+    from checkpoints.run_folder import newest_checkpoint
+    from training.resume import find_resume_checkpoint
 
     settings_of = read_prefix_settings(folder)
     assert settings_of["pre_seq_len"] >= 1
@@ -333,7 +336,7 @@ def use_adapter(folder, base):
     import torch
 
     from checkpoint import load_model
-    from finetuning import find_trained, prepare_model, read_settings
+    from tuning.methods import find_trained, prepare_model, read_settings
 
     checkpoints, _ = find_trained(folder)
     saved = read_settings(checkpoints)
@@ -344,7 +347,8 @@ def use_adapter(folder, base):
 
 def checkpoint_target(folder):
     """Change one file of one folder, use the folder, and put the file back."""
-    from checkpoint import load_model, read_config, read_tensors
+    from checkpoint import load_model, read_config
+    from checkpoints.weight_files import read_tensors
 
     make_folders(folder)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]

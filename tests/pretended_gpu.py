@@ -119,7 +119,7 @@ class PretendedGPU(TorchDispatchMode):
             (F, "rms_norm", plain_norm),
         ):
             monkeypatch.setattr(place, name, value)
-        monkeypatch.setattr("attention.causal_lower_right", causal_lower_right)
+        monkeypatch.setattr("chatglm2.attention.causal_lower_right", causal_lower_right)
         monkeypatch.setattr(torch.Tensor, "to", to)
         transfers.clear()
 

@@ -17,8 +17,8 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401 - imported by the trainer only when it draws
 import torch
 
-import failure
 import main
+from common import failure
 
 torch.set_num_threads(1)
 gc.collect()

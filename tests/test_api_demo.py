@@ -16,8 +16,8 @@ from test_serving import GREEDY, QUERIES, SlowServer, finish, make_run, open_ser
 from test_web_demo import free_port, wait_for
 
 import api_demo
-from limits import uvicorn_settings
-from serving import BASE
+from serving.limits import uvicorn_settings
+from serving.server import BASE
 
 USER = [{"role": "user", "content": QUERIES[0]}]
 GREEDY_FIELDS = {"temperature": 0, "max_tokens": GREEDY.max_new_tokens}
@@ -514,7 +514,7 @@ def test_a_long_list_of_mistakes_is_not_read_to_its_end(model, body):
 
 
 def test_messages_of_one_side_in_a_row_are_joined_in_linear_time():
-    from data import conversation
+    from chatglm2.conversation import conversation
 
     started = time.monotonic()
     messages = [("user", "a"), *[("assistant", "b" * 50)] * 200_000, ("user", "c")]

@@ -12,14 +12,10 @@ import torch
 from conftest import ROOT
 from transformers import Seq2SeqTrainingArguments
 
-from arguments import (
-    library_flags,
-    parse_arguments,
-    parse_flags,
-    read_settings_of,
-    translate_flags,
-    use_one_device,
-)
+from arguments import parse_arguments, parse_flags
+from common.flags import library_flags
+from common.flags_of_2023 import translate_flags
+from training.arguments import read_settings_of, use_one_device
 
 TRAIN = """--do_train --train_file AdvertiseGen/train.json --validation_file AdvertiseGen/dev.json
 --preprocessing_num_workers 10 --prompt_column content --response_column summary --overwrite_cache
@@ -209,7 +205,7 @@ def test_a_flag_that_needs_another_package_names_it(monkeypatch):
     def refuse(**settings):
         raise ImportError("Using --optim lomo requires lomo-optim")
 
-    monkeypatch.setattr("trainer.PrefixTrainingArguments", refuse)
+    monkeypatch.setattr("training.arguments.PrefixTrainingArguments", refuse)
     with pytest.raises(ValueError, match="needs a package that is not installed: .* requires lomo-optim"):
         parse(MINIMAL)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from pretended_gpu import causal_lower_right, plain_attention
 
-import attention
-import products
-from attention import LongAttention, attend, make_mask
+from chatglm2 import attention
+from chatglm2 import matmul as products
+from chatglm2.attention import LongAttention, attend, make_mask
 
 PAST = 5  # a prefix, or keys of earlier tokens
 

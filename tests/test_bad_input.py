@@ -24,7 +24,7 @@ from conftest import ROOT, SAMPLE, TINY
 from forked import Forks
 from safetensors.torch import load_file, save_file
 
-from checkpoint import CHECKSUM_FILE
+from checkpoints.run_folder import CHECKSUM_FILE
 
 TRAIN = {
     "do_train": True,

@@ -7,10 +7,13 @@ import torch
 from conftest import TINY
 from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
 
-from chat_chatglm import unknown_token_ids
+from chatglm2.chat import unknown_token_ids
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from checkpoint import load_model, load_tokenizer, read_config
-from modeling_chatglm import ChatGLMForConditionalGeneration
-from tokenization_chatglm import ChatGLMTokenizer
+from pretrained import register_auto_classes
+
+register_auto_classes()
 
 QUERY = "类型#裙*颜色#白色"
 GREEDY = {"do_sample": False, "max_new_tokens": 24}

@@ -16,20 +16,19 @@ import torch
 from conftest import OFFICIAL_FIELDS, ROOT, SYNTHETIC, TINY, synthetic_model
 from safetensors.torch import save_file
 
+from chatglm2.quantization import quantize_model_
 from checkpoint import (
     choose_dtype,
-    find_checkpoints,
     generation_config,
     load_model,
     load_prefix,
     load_tokenizer,
-    point_to_best,
     read_config,
     read_prefix_settings,
     resolve_folder,
     save_prefix,
 )
-from quantization import quantize_model_
+from checkpoints.run_folder import find_checkpoints, point_to_best
 
 CONFIG = {"model_type": "chatglm", "torch_dtype": "float16", **OFFICIAL_FIELDS, **SYNTHETIC["config"]}
 INPUT_IDS = torch.tensor(SYNTHETIC["input_ids"])

@@ -15,23 +15,15 @@ import torch
 from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
-from checkpoint import (
-    CHECKSUM_FILE,
-    PREFIX_FILE,
-    STATE_FILE,
-    load_model,
-    load_tokenizer,
-    read_config,
-    read_json,
-    read_tensors,
-    verify_checkpoint,
-    weight_files,
-)
-from claims import MOST_JSON_BYTES, check_torch_file, path_inside
-from data import read_dataset_info
-from failure import describe
-from finetuning import add_adapter, load_adapters, save_adapter
-from resume import find_resume_checkpoint
+from checkpoint import load_model, load_tokenizer, read_config
+from checkpoints.run_folder import CHECKSUM_FILE, verify_checkpoint
+from checkpoints.weight_files import PREFIX_FILE, read_tensors, weight_files
+from common.claims import MOST_JSON_BYTES, check_torch_file, path_inside
+from common.failure import describe
+from common.files import STATE_FILE, read_json
+from data.dataset_info import read_dataset_info
+from training.resume import find_resume_checkpoint
+from tuning.lora import add_adapter, load_adapters, save_adapter
 
 TERA = 2**40
 LARGE = 200_000_000  # bytes of a claim that this machine could meet
@@ -147,7 +139,7 @@ WEIGHTS = [
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from checkpoint import read_tensors
+from checkpoints.weight_files import read_tensors
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

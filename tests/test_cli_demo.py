@@ -15,7 +15,7 @@ from conftest import ROOT, TINY
 from test_serving import GREEDY, QUERIES, SlowServer, finish, make_run, open_server
 
 import cli_demo
-from serving import BASE, Sampling
+from serving.server import BASE, Sampling
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from conftest import ROOT, SAMPLE
 from test_main import TRAIN_SETTINGS, run
 
 import compare
-from trainer import RunLog
+from training.run_log import RunLog
 
 # ---- trainer_log.jsonl
 

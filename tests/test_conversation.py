@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import TINY
 
+from chatglm2.conversation import continued, conversation, read_history
 from checkpoint import load_model, load_tokenizer, read_config
-from conversation import continued, conversation, read_history
-from serving import ChatServer
+from serving.server import ChatServer
 
 PAIRS = [("你好", "你好！"), ("天气", "晴。")]
 MESSAGES = [

@@ -13,22 +13,16 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import sentencepiece
+from conftest import ROOT
 
-import data
-from data import (
-    BLANK_ROW,
-    EvenBatches,
-    RowOrder,
-    WithBlankRow,
-    collate_prediction,
-    collate_training,
-    describe_training,
-    encode_prediction,
-    encode_training,
-    load_examples,
-    read_rows,
-)
-from tokenization_chatglm import ChatGLMTokenizer
+from chatglm2.conversation import conversation
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+from data import encoding
+from data.batches import BLANK_ROW, EvenBatches, RowOrder, WithBlankRow, collate_prediction, collate_training
+from data.description import describe_training
+from data.encoding import encode_prediction, encode_training
+from data.examples import load_examples
+from data.rows import read_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN = SHARED / "golden"
@@ -439,7 +433,7 @@ def test_prediction_answers_a_dialogue_that_ends_with_the_question(write):
 
 def test_opening_answers_and_messages_of_one_side_in_a_row_are_joined():
     messages = [("assistant", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
-    assert data.conversation(messages) == ("e", [("", "a\nb"), ("c", "d")])
+    assert conversation(messages) == ("e", [("", "a\nb"), ("c", "d")])
 
 
 def test_an_edited_file_is_read_again_even_with_the_same_time_and_size(write):
@@ -603,7 +597,7 @@ def test_cached_features_change_with_settings_vocabulary_and_code(tokenizer, tmp
     monkeypatch.setattr(tokenizer, "model_sha256", "another vocabulary")
     others.add(encode_file(path, tokenizer)._fingerprint)
     monkeypatch.undo()
-    monkeypatch.setattr(data, "_code_sha256", lambda: "other code")
+    monkeypatch.setattr(data, "code_sha256", lambda: "other code")
     others.add(encode_file(path, tokenizer)._fingerprint)
     assert len(others | {base}) == 7
 
@@ -611,16 +605,16 @@ def test_cached_features_change_with_settings_vocabulary_and_code(tokenizer, tmp
 def test_ranks_that_start_together_share_one_cache(tokenizer_folder, tokenizer, tmp_path, write, monkeypatch):
     path = write([{"content": f"问题{i}", "summary": f"答{i}"} for i in range(50)])
     code = (
-        "import sys, data; from tokenization_chatglm import ChatGLMTokenizer\n"
-        "examples, _ = data.load_examples(sys.argv[1], 'content', 'summary')\n"
+        "import sys; from data import encoding, examples; from chatglm2.tokenization_chatglm import ChatGLMTokenizer\n"
+        "rows, _ = examples.load_examples(sys.argv[1], 'content', 'summary')\n"
         "tokenizer = ChatGLMTokenizer.from_pretrained(sys.argv[2])\n"
-        "encoded = data.encode_training(examples, tokenizer, max_source_length=64, max_target_length=64)\n"
+        "encoded = encoding.encode_training(rows, tokenizer, max_source_length=64, max_target_length=64)\n"
         "print(encoded._fingerprint, len(encoded), encoded[7]['labels'])"
     )
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(path), str(tokenizer_folder)],
-            cwd=Path(data.__file__).parent,
+            cwd=ROOT / "ptuning",
             env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
             text=True,
             stdout=subprocess.PIPE,
@@ -637,7 +631,7 @@ def test_ranks_that_start_together_share_one_cache(tokenizer_folder, tokenizer, 
 
 def test_many_workers_on_a_larger_file_give_the_same_features(tokenizer, write, monkeypatch):
     monkeypatch.setattr(data, "ROWS_PER_WORKER", 20)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(encoding.os, "cpu_count", lambda: 2)
     path = write([{"content": f"问题{i}", "summary": f"答{i}" * (i % 7 + 1)} for i in range(60)])
     alone = encode_file(path, tokenizer)[:]
     together = encode_file(path, tokenizer, num_workers=10, overwrite_cache=True)
@@ -812,6 +806,6 @@ def test_description_says_how_many_dialogues_lose_their_oldest_turns(tokenizer, 
 
 
 def test_importing_the_module_leaves_the_slow_libraries_alone():
-    code = "import sys, data; print([name for name in ('datasets', 'torch', 'pandas') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    code = "import sys, data.splits; print([name for name in ('datasets', 'torch', 'pandas') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "ptuning", capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr

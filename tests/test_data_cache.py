@@ -6,7 +6,8 @@ from conftest import TINY
 from test_data import ROWS, encode_file, tokenizer, tokenizer_folder, write  # noqa: F401, fixtures
 from test_main import PREDICT_SETTINGS, run
 
-from data import encode_training, load_examples
+from data.encoding import encode_training
+from data.examples import load_examples
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import torch
 from conftest import TINY
 from pretended_gpu import GPU, GPUTensor, PretendedGPU, transfers
 
+from chatglm2.generation import Batch, answer_prompts, choose
 from checkpoint import load_model, read_config
-from data import collate_training
-from finetuning import prepare_model
-from generation import Batch, answer_prompts, choose
+from data.batches import collate_training
+from tuning.methods import prepare_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], list(range(20, 60)), [7] * 3]
 

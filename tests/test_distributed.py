@@ -19,7 +19,7 @@ from test_main import losses, predictions
 from test_scripts import bash
 
 from checkpoint import load_model, read_config
-from processes import STORE
+from common.processes import STORE
 
 pytestmark = pytest.mark.slow
 
@@ -320,7 +320,8 @@ def test_four_processes_hold_one_copy_of_weights_that_need_no_conversion(tmp_pat
 
 
 def test_processes_send_each_other_the_gradient_of_the_prefix_and_nothing_else(tmp_path):
-    from trainer import PrefixTrainer, PrefixTrainingArguments
+    from trainer import PrefixTrainer
+    from training.arguments import PrefixTrainingArguments
 
     model = load_model(TINY, config=read_config(TINY, pre_seq_len=8)).train()
     PrefixTrainer(model=model, args=PrefixTrainingArguments(output_dir=tmp_path, use_cpu=True, report_to="none"))

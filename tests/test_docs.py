@@ -10,15 +10,10 @@ from urllib.parse import unquote
 import pytest
 from conftest import ROOT
 
-from arguments import (
-    RENAMED,
-    RETIRED,
-    DataTrainingArguments,
-    ModelArguments,
-    TrainingArguments,
-    library_flags,
-    own_flags,
-)
+from arguments import DataTrainingArguments, ModelArguments
+from common.flags import library_flags, own_flags
+from common.flags_of_2023 import RENAMED, RETIRED
+from training.flags import TrainingArguments
 
 ENGLISH = [ROOT / "README.md", *(file for file in sorted((ROOT / "docs").glob("*.md")) if "_zh" not in file.stem)]
 READMES = ["README.md", "README_zh.md"]

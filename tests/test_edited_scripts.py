@@ -12,7 +12,7 @@ from arguments import parse_flags
 PROGRAM = """
 import sys
 from arguments import parse_flags
-from failure import run
+from common.failure import run
 run(parse_flags, sys.argv[1:])
 print(sys.argv[1:])
 """

@@ -12,19 +12,18 @@ from test_finetuning import METHODS, TRAIN
 from test_finetuning import run as train
 
 import export_model
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from checkpoint import (
     load_model,
     load_prefix,
     load_tokenizer,
     read_config,
     read_prefix_settings,
-    read_tensors,
     save_model,
     save_prefix,
-    weight_files,
 )
-from configuration_chatglm import ChatGLMConfig
-from modeling_chatglm import ChatGLMForConditionalGeneration
+from checkpoints.weight_files import read_tensors, weight_files
 
 
 def export(output_dir, *words, model=TINY):

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 def end(body, *words, **environment):
     """The finished program whose main() is `body`."""
-    code = f"from failure import run\ndef main():\n    {body}\nrun(main)\nprint('the end')"
+    code = f"from common.failure import run\ndef main():\n    {body}\nrun(main)\nprint('the end')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), **environment}
     encoding = environment.get("PYTHONIOENCODING", "utf-8").partition(":")[0]
     command = [sys.executable, "-c", code, *words]
@@ -76,7 +76,7 @@ def test_the_message_is_shown_although_a_library_hooks_the_end():
 
 
 def test_an_import_that_fails_later_is_one_message():
-    code = "from failure import run\nrun(print)\nimport no_such_package"
+    code = "from common.failure import run\nrun(print)\nimport no_such_package"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert (

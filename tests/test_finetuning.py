@@ -8,9 +8,11 @@ import torch
 from conftest import SAMPLE, TINY, relative_difference, synthetic_model
 
 import main
-from checkpoint import load_model, load_tokenizer, read_config, read_tensors, save_model, weight_files
-from finetuning import freeze_pattern, prepare_model, read_settings
-from modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from checkpoint import load_model, load_tokenizer, read_config, save_model
+from checkpoints.weight_files import read_tensors, weight_files
+from tuning.freeze import freeze_pattern
+from tuning.methods import prepare_model, read_settings
 
 TRAIN = {
     "do_train": True,
@@ -136,7 +138,7 @@ def test_freeze_trains_one_module_of_exactly_n_layers(num_layer_trainable, expec
 
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_what_trains_lies_as_optimizers_and_engines_expect(monkeypatch, method):
-    monkeypatch.setattr("products.ONEDNN", True)  # whose weights lie otherwise
+    monkeypatch.setattr("chatglm2.matmul.ONEDNN", True)  # whose weights lie otherwise
     model = load_model(TINY)
     assert not all(parameter.is_contiguous() for parameter in model.parameters())
     prepare_model(model, method, do_train=True)
@@ -319,7 +321,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(runs, monkeypatch, tmp_path
 def test_evaluation_and_the_demos_need_the_checkpoint_only_and_agree(runs, monkeypatch, tmp_path, method):
     from test_serving import finish, open_server
 
-    from serving import Sampling
+    from serving.server import Sampling
 
     checkpoint = runs[method][0] / "checkpoint-4"
     run(monkeypatch, PREDICT, ptuning_checkpoint=checkpoint, output_dir=tmp_path)

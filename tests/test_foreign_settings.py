@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig
 from transformers.integrations import hub_kernels
 
 import checkpoint
-import finetuning
-import modeling_chatglm
-import tokenization_chatglm
-from configuration_chatglm import ChatGLMConfig
+from chatglm2 import modeling_chatglm, tokenization_chatglm
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from pretrained import register_auto_classes
+from tuning import methods as finetuning
+
+register_auto_classes()
 
 REPOSITORY = "owner/evil-kernel"
 HOSTILE = {

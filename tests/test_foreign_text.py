@@ -10,7 +10,7 @@ from forked import Forks
 from test_bad_input import PREDICT, TRAIN, flags
 
 import compare
-from failure import printable
+from common.failure import printable
 
 EVIL = "\x1b[2J\x9b31m\u202e\x07"  # clears the screen, colours, hides what stood there, turns the order
 SHOWN = r"\x1b[2J\x9b31m\u202e\x07"

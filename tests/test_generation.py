@@ -8,9 +8,9 @@ import torch
 from conftest import SYNTHETIC, synthetic_model
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from chat_chatglm import TOP_K
+from chatglm2.chat import TOP_K
+from chatglm2.generation import Batch, answer_prompts, choose
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, read_prefix_settings
-from generation import Batch, answer_prompts, choose
 
 NUM_KNOWN = 315  # of the 320 ids; the others are never chosen
 MAX_LENGTH = 40
@@ -58,8 +58,8 @@ def test_greedy_answers_are_those_of_generate_in_the_order_of_the_prompts(batch_
 
 @pytest.mark.parametrize("query_block", [256, 4])  # 4: pieces of 7 go through LongAttention
 def test_prompts_fed_in_pieces_have_the_same_answers(model, prompts, expected, query_block, monkeypatch):
-    monkeypatch.setattr("generation.PREFILL_TOKENS", 7)
-    monkeypatch.setattr("attention.QUERY_BLOCK", query_block)
+    monkeypatch.setattr("chatglm2.generation.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("chatglm2.attention.QUERY_BLOCK", query_block)
     assert answer(model, prompts, 5) == expected
 
 
@@ -170,7 +170,7 @@ def feed(batch, tokens):
 def test_the_cache_grows_while_rows_are_in_it(model, prompts, monkeypatch):
     prefix = prefix_of(model)
     wide, narrow = Batch(model, 3, 100), Batch(model, 3)
-    monkeypatch.setattr("generation.WIDTH_STEP", 4)
+    monkeypatch.setattr("chatglm2.generation.WIDTH_STEP", 4)
     texts = [feed(batch, batch.admit(prompts[:3], prefix).argmax(-1).tolist()) for batch in (wide, narrow)]
     assert texts[0] == texts[1]
     assert narrow.width < wide.width

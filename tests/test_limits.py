@@ -15,8 +15,8 @@ import uvicorn
 from conftest import ROOT, TINY
 from test_web_demo import free_port, wait_for
 
-import limits
-from limits import Attempts, BodyLimit, Turns, client_key, fair_share, uvicorn_settings
+from serving import limits
+from serving.limits import Attempts, BodyLimit, Turns, client_key, fair_share, uvicorn_settings
 
 # ---- who a client is, and its share
 

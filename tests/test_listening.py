@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import ROOT, SAMPLE, TINY
 
-from processes import STORE, keep_to_loopback, network_interface
+from common.processes import STORE, keep_to_loopback, network_interface
 
 pytestmark = pytest.mark.slow
 

@@ -326,7 +326,7 @@ def test_the_official_limit_counts_prompt_and_answer(trained, monkeypatch, tmp_p
     # max_source + max_target + 1 tokens in all, for each row as if it were alone in its batch
     settings = {**PREDICT_SETTINGS, "do_sample": "false", "max_source_length": 40, "max_target_length": 4}
     run(monkeypatch, settings, ptuning_checkpoint=trained[0] / "checkpoint-5", output_dir=tmp_path)
-    from tokenization_chatglm import ChatGLMTokenizer
+    from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 
     tokenizer = ChatGLMTokenizer.from_pretrained(TINY)
     rows = [json.loads(line) for line in (SAMPLE / "dev.json").read_text("utf-8").splitlines()[:10]]
@@ -422,7 +422,7 @@ def test_predictions_are_on_disk_before_they_are_scored(trained, monkeypatch, tm
     def fail(*args):
         raise RuntimeError("scoring failed")
 
-    monkeypatch.setattr("prediction.score_all", fail)
+    monkeypatch.setattr("evaluation.metrics.score_all", fail)
     with pytest.raises(RuntimeError, match="scoring failed"):
         run(monkeypatch, PREDICT_SETTINGS, ptuning_checkpoint=trained[0] / "checkpoint-5", output_dir=tmp_path)
     assert len(predictions(tmp_path)) == 10

@@ -9,9 +9,10 @@ import torch
 from conftest import ROOT, synthetic_model
 from test_main import TRAIN_SETTINGS, flags, losses, run
 
-import failure
-from finetuning import prepare_model
-from memory import (
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.quantization import QuantizedLinear, quantize_model_
+from common import failure
+from training.memory import (
     MOST_ROWS,
     count_weights,
     estimate_peak_bytes,
@@ -20,8 +21,7 @@ from memory import (
     needs_checkpointing,
     rows_that_fit,
 )
-from modeling_chatglm import ChatGLMForConditionalGeneration
-from quantization import QuantizedLinear, quantize_model_
+from tuning.methods import prepare_model
 
 BATCH = {"batch_size": 2, "length": 16, "num_supervised": 8}
 
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_is_for_batches_that_do_not_fit(monkeypatch):
     parts = estimate_peak_bytes(model, **BATCH)
     needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
     for free, on in ((2 * needed, False), (needed, True)):
-        monkeypatch.setattr("memory.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("training.memory.free_bytes", lambda device, free=free: free)
         decided, text = needs_checkpointing(model, **BATCH)
         assert decided == on
         assert text.startswith(f"Gradient checkpointing: {'on' if on else 'off'}, because")
@@ -119,7 +119,7 @@ def test_as_many_rows_are_generated_for_as_half_of_the_free_memory_holds(monkeyp
         sum(estimate_peak_bytes(model, batch_size=rows, length=16, num_supervised=0).values()) for rows in (1, 2)
     )
     for rows, expected in ((0.5, 1), (1, 1), (3, 2), (9, 8), (10**6, MOST_ROWS["cpu"])):
-        monkeypatch.setattr("memory.free_bytes", lambda device, rows=rows: int(2 * rows * (two - one)) + 1)
+        monkeypatch.setattr("training.memory.free_bytes", lambda device, rows=rows: int(2 * rows * (two - one)) + 1)
         assert rows_that_fit(model, 16) == expected
 
 
@@ -220,7 +220,7 @@ def test_a_process_may_halve_its_batches_alone(monkeypatch, tmp_path):
     program.write_text(
         "import os, runpy, sys, torch\n"
         f"sys.path.insert(0, {str(ROOT / 'ptuning')!r})\n"
-        "from modeling_chatglm import ChatGLMForConditionalGeneration as Model\n"
+        "from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration as Model\n"
         "honest = Model.forward\n"
         "def forward(self, input_ids=None, **kwargs):\n"
         "    if self.training and os.environ['RANK'] == '0' and len(input_ids) > 1:\n"

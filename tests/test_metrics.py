@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import metrics
-from metrics import METRICS, metric_table, score, score_all
+from evaluation import metrics
+from evaluation.metrics import METRICS, metric_table, score, score_all
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "metrics.public.json"
 
@@ -126,17 +126,17 @@ def test_the_longest_common_subsequence_is_that_of_the_usual_table(seed):
 
 
 def test_scoring_prints_nothing():
-    code = "import metrics; metrics.score('简约的外套', '白色的外套')"
+    code = "from evaluation import metrics; metrics.score('简约的外套', '白色的外套')"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(metrics.__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=Path(metrics.__file__).parents[1], capture_output=True, text=True
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
 def test_importing_the_module_leaves_the_slow_libraries_alone():
-    code = "import sys, metrics; print([name for name in ('jieba', 'nltk', 'torch') if name in sys.modules])"
+    code = "import sys, evaluation.metrics; print([name for name in ('jieba', 'nltk', 'torch') if name in sys.modules])"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(metrics.__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=Path(metrics.__file__).parents[1], capture_output=True, text=True
     )
     assert run.stdout.strip() == "[]"
 

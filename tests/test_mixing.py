@@ -10,7 +10,9 @@ from datasets import Dataset
 from test_main import PREDICT_SETTINGS, TRAIN_SETTINGS, run
 
 from arguments import parse_flags
-from data import draw_shares, hold_out, join, load_examples, number_rows, read_dataset_info, shown_rows
+from data.dataset_info import read_dataset_info
+from data.examples import load_examples
+from data.mixture import draw_shares, hold_out, join, number_rows, shown_rows
 
 
 @pytest.fixture(scope="module", autouse=True)

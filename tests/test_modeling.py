@@ -9,19 +9,21 @@ from conftest import OFFICIAL_FIELDS, SYNTHETIC, formula_model, relative_differe
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from chat_chatglm import unknown_token_ids
-from configuration_chatglm import ChatGLMConfig
-from modeling_chatglm import (
+from chatglm2.chat import unknown_token_ids
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.loss import SupervisedLoss, supervised_loss
+from chatglm2.matmul import ONEDNN, round_rows
+from chatglm2.modeling_chatglm import (
     ChatGLMForConditionalGeneration,
     NormProduct,
     OutputLayer,
     Rotary,
-    SupervisedLoss,
     SwiGLU,
     rotary_cos_sin,
-    supervised_loss,
 )
-from products import ONEDNN, round_rows
+from pretrained import register_auto_classes
+
+register_auto_classes()
 
 LEFT_PADDED = {
     name: torch.tensor(SYNTHETIC["left_padded"][name]) for name in ("input_ids", "attention_mask", "position_ids")
@@ -351,8 +353,8 @@ def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, oned
     expected = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
     padded_logits = model.eval()(**LEFT_PADDED).logits
     tokens = generate(model, cache_implementation="static")
-    monkeypatch.setattr("attention.QUERY_BLOCK", block)
-    monkeypatch.setattr("products.ONEDNN", onednn and ONEDNN)
+    monkeypatch.setattr("chatglm2.attention.QUERY_BLOCK", block)
+    monkeypatch.setattr("chatglm2.matmul.ONEDNN", onednn and ONEDNN)
     loss, gradient = losses_and_gradients(model.train(), input_ids=input_ids, labels=labels)
     assert loss == pytest.approx(expected[0], rel=1e-6)
     assert relative_difference(gradient, expected[1]) < 1e-5
@@ -362,8 +364,8 @@ def test_queries_attended_for_in_blocks_give_the_same_numbers(model, block, oned
 
 
 def test_keys_behind_a_block_of_queries_are_not_multiplied(model, monkeypatch):
-    monkeypatch.setattr("attention.QUERY_BLOCK", 8)
-    monkeypatch.setattr("products.ONEDNN", False)
+    monkeypatch.setattr("chatglm2.attention.QUERY_BLOCK", 8)
+    monkeypatch.setattr("chatglm2.matmul.ONEDNN", False)
     attention, keys = torch.nn.functional.scaled_dot_product_attention, []
     monkeypatch.setattr(
         torch.nn.functional,
@@ -392,7 +394,7 @@ def plain_loss(hidden_states, weight, targets):
     "dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str
 )
 def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(dtype, bound, monkeypatch):
-    monkeypatch.setattr("modeling_chatglm.loss_rows", lambda device_type: 4)
+    monkeypatch.setattr("chatglm2.loss.loss_rows", lambda device_type: 4)
     torch.manual_seed(0)
     hidden_states = torch.randn(10, 16).to(dtype)
     weight = (0.3 * torch.randn(50, 16)).to(dtype)
@@ -441,7 +443,7 @@ def test_the_logits_of_all_supervised_tokens_never_exist_at_once(model, monkeypa
                 rows.add(shape[:-1].numel())
             return result
 
-    monkeypatch.setattr("modeling_chatglm.loss_rows", lambda device_type: 4)
+    monkeypatch.setattr("chatglm2.loss.loss_rows", lambda device_type: 4)
     input_ids, labels = batch()
     with RecordLogits():
         model.train()(input_ids, labels=labels).loss.backward()
@@ -459,7 +461,7 @@ def test_the_flash_kernels_form_of_the_mask_changes_no_number(model, monkeypatch
             "labels": LEFT_PADDED["input_ids"].masked_fill(LEFT_PADDED["attention_mask"] == 0, -100),
         }
     loss, gradient = losses_and_gradients(model, **inputs)
-    monkeypatch.setattr("attention.flash_attention_runs", lambda device, dtype: True)
+    monkeypatch.setattr("chatglm2.attention.flash_attention_runs", lambda device, dtype: True)
     flash_loss, flash_gradient = losses_and_gradients(model, **inputs)
     assert flash_loss == pytest.approx(loss, rel=1e-6)
     assert relative_difference(flash_gradient, gradient) < 1e-5

@@ -9,11 +9,11 @@ from conftest import SYNTHETIC, TINY, relative_difference, synthetic_model
 from test_main import TRAIN_SETTINGS, losses, run
 
 from arguments import parse_arguments
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.official_recipe import OfficialAdamW, official_loss, prefix_in_official_order
+from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import choose_dtype, load_model, read_config
-from configuration_chatglm import ChatGLMConfig
 from main import set_precision
-from official import OfficialAdamW, official_loss, prefix_in_official_order
-from prefix_encoder import PrefixEncoder
 from trainer import PrefixTrainer
 
 INPUT_IDS, LABELS = torch.tensor(SYNTHETIC["input_ids"]), torch.tensor(SYNTHETIC["labels"])

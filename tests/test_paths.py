@@ -5,9 +5,9 @@ from conftest import ROOT
 from test_resume import write_checkpoint
 from test_scripts import bash
 
-import paths
-import resume
-from paths import seen_from_caller
+from common import paths
+from common.paths import seen_from_caller
+from training import resume
 
 
 def test_a_path_that_only_the_users_folder_has_is_found_there(tmp_path, monkeypatch):

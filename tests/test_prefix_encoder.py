@@ -3,8 +3,8 @@
 import torch
 from conftest import OFFICIAL_FIELDS, SYNTHETIC
 
-from configuration_chatglm import ChatGLMConfig
-from prefix_encoder import PrefixEncoder
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.prefix_encoder import PrefixEncoder
 
 
 def make(**fields):

@@ -8,9 +8,11 @@ import torch
 from conftest import TINY
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
+from chatglm2.quantization import QuantizedLinear
 from checkpoint import load_model, read_config, save_model
-from modeling_chatglm import ChatGLMForConditionalGeneration
-from quantization import QuantizedLinear
+from pretrained import ChatGLMForConditionalGeneration, register_auto_classes
+
+register_auto_classes()
 
 INPUT_IDS = torch.arange(24)[None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

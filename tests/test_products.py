@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import products
-from products import Linear, convert, multiply, round_rows
+from chatglm2 import matmul as products
+from chatglm2.matmul import Linear, convert, multiply, round_rows
 
 IN, OUT = 48, 80
 

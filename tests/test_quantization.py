@@ -20,10 +20,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-import quantization
-import quantization_cpm
-from arguments import check_quantization_bit
-from quantization import (
+from chatglm2 import quantization, quantization_cpm
+from chatglm2.bits import check_quantization_bit
+from chatglm2.quantization import (
     BACKENDS,
     QUANTIZED_MODULES,
     TORCH,
@@ -366,7 +365,7 @@ def test_a_backend_for_gpus_is_refused_on_a_cpu_and_its_library_is_not_imported(
 
 
 def test_importing_the_module_imports_no_library_for_gpus():
-    program = "import sys, quantization; print({'triton', 'cpm_kernels', 'pkg_resources'} & set(sys.modules))"
+    program = "import sys, chatglm2.quantization; print({'triton', 'cpm_kernels', 'pkg_resources'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "ptuning")
     assert done.stdout == "set()\n", done.stderr
 

@@ -14,8 +14,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 triton = pytest.importorskip("triton", reason="triton is not installed (torch's build for CPUs comes without it)")
 
-import quantization_triton  # noqa: E402
-from quantization import (  # noqa: E402
+from chatglm2 import quantization_triton  # noqa: E402
+from chatglm2.quantization import (  # noqa: E402
     QuantizedLinear,
     dequantize_weight,
     load_triton,
@@ -124,7 +124,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import quantization_triton as kernels
+from chatglm2 import quantization_triton as kernels
 
 dtype, bits, capability = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 types = {"weight_pointer": "*i8", "scale_pointer": "*fp16", "input_pointer": "*" + dtype, "output_pointer": "*" + dtype}

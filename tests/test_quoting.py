@@ -7,8 +7,8 @@ import subprocess
 import pytest
 from test_arguments import MINIMAL, parse_flags
 
-from data import load_examples
-from quoting import as_typed, flag_as_typed
+from common.quoting import as_typed, flag_as_typed
+from data.examples import load_examples
 
 
 @pytest.fixture

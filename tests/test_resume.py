@@ -19,18 +19,18 @@ import torch
 from conftest import ROOT, SAMPLE, TINY
 from test_main import flags
 
-import checkpoint
-import resume
-from checkpoint import (
+from checkpoint import read_prefix
+from checkpoints import run_folder
+from checkpoints.run_folder import (
     clear_leftovers,
     newest_checkpoint,
     publish_checkpoint,
-    read_prefix,
     rotate_checkpoints,
     stage_checkpoint,
     verify_checkpoint,
-    write_json,
 )
+from common.files import write_json
+from training import resume, shards
 
 # ---- folders that look like checkpoints, without a model
 
@@ -170,7 +170,7 @@ def test_a_kill_between_any_two_steps_of_publishing_leaves_a_whole_checkpoint(ca
         return wrapped
 
     def publish(staging, folder):
-        for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (checkpoint, "write_json")):
+        for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (run_folder, "write_json")):
             monkeypatch.setattr(owner, name, kill_in_time(getattr(owner, name)))
         publish_checkpoint(staging, folder)
 
@@ -192,7 +192,7 @@ def test_what_a_kill_left_is_never_taken_for_a_checkpoint(tmp_path):
     for kind in ("partial", "deleted", "divided"):
         shutil.copytree(whole, tmp_path / f".checkpoint-9.{kind}")
     assert newest_checkpoint(tmp_path)[0] == whole
-    assert list(checkpoint.list_checkpoints(tmp_path)) == ["checkpoint-1"]
+    assert list(run_folder.list_checkpoints(tmp_path)) == ["checkpoint-1"]
     clear_leftovers(tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
 
@@ -207,7 +207,7 @@ def test_the_oldest_checkpoints_go_but_never_the_best_or_the_last(limit, best, t
     if best == "link":
         (tmp_path / "best").symlink_to("checkpoint-2")
     rotate_checkpoints(tmp_path, limit, newest=folders[5], best=folders[2] if best == "state" else None)
-    kept = {path.name for path in checkpoint.checkpoint_folders(tmp_path)}
+    kept = {path.name for path in run_folder.checkpoint_folders(tmp_path)}
     newest = {f"checkpoint-{step}" for step in (5, 4, 3)[: max(limit - bool(best), 1)]}
     assert kept == newest | ({"checkpoint-2"} if best else set())
 
@@ -759,7 +759,7 @@ def test_a_shard_that_would_run_code_or_is_damaged_is_not_unpickled(name, damage
     else:
         file.write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match=f"{name} cannot be read .*--model_name_or_path {tmp_path}"):
-        resume.check_shards(tmp_path)
+        shards.check_shards(tmp_path)
     assert not Path("payload-ran").exists()
 
 
@@ -768,7 +768,7 @@ def test_a_shard_does_not_reach_a_function_by_way_of_a_module_that_may_be_named(
     names = b"\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.getpid\x93"  # this module imports os
     (tmp_path / "optimizer_0" / ".metadata").write_bytes(b"\x80\x04" + names + b")R.")
     with pytest.raises(ValueError, match="it names torch.distributed.checkpoint.metadata.os.getpid"):
-        resume.check_shards(tmp_path)
+        shards.check_shards(tmp_path)
 
 
 def test_shards_of_tensors_and_plain_values_may_be_read(tmp_path):
@@ -776,4 +776,4 @@ def test_shards_of_tensors_and_plain_values_may_be_read(tmp_path):
     torch.save({"step": 2, "exp_avg": torch.zeros(3)}, tmp_path / "global_step2" / "mp_rank_00_model_states.pt")
     (tmp_path / "optimizer_0").mkdir()
     (tmp_path / "optimizer_0" / ".metadata").write_bytes(pickle.dumps((torch.Size([3]), torch.float16)))
-    resume.check_shards(tmp_path)
+    shards.check_shards(tmp_path)

@@ -13,7 +13,7 @@ from conftest import ROOT
 from test_main import TRAIN_SETTINGS, flags, run
 
 import trainer
-from run_log import RunLog
+from training.run_log import RunLog
 
 TWO_STEPS = {**TRAIN_SETTINGS, "max_train_samples": 20, "max_steps": 4, "save_steps": 2}
 

@@ -18,7 +18,7 @@ import api_demo
 import cli_demo
 import export_model
 import web_demo
-from serving import Sampling
+from serving.server import Sampling
 
 GREEDY = Sampling(max_new_tokens=900, temperature=0)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import SAMPLE, TINY
 
-from data import load_examples, read_dataset_info
+from data.dataset_info import read_dataset_info
+from data.examples import load_examples
 from tiny import make_general
 from tiny.make_sample import CONFLICTS, KINDS, MAX_CHARACTERS, MIN_CHARACTERS, POOLS, main, sample_rows
 from tiny.make_tiny import documents, encode_document
@@ -104,7 +105,7 @@ def test_every_data_set_of_the_sample_can_be_named():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenization_chatglm import ChatGLMTokenizer
+    from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 
     return ChatGLMTokenizer.from_pretrained(str(TINY))
 

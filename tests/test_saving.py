@@ -11,7 +11,7 @@ from test_main import flags
 from test_scripts import bash
 
 from arguments import parse_flags
-from finetuning import load_trained
+from tuning.methods import load_trained
 
 METHODS = {
     "prefix": {"pre_seq_len": 4},

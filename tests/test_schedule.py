@@ -7,7 +7,7 @@ import pytest
 from test_main import TRAIN_SETTINGS, run
 from transformers import Trainer
 
-from schedule import plan_steps
+from training.schedule import plan_steps
 
 
 def flags(batch_size=1, accumulation=1, processes=1, max_steps=-1, epochs=3.0, drop_last=False, precision="auto"):

@@ -10,19 +10,13 @@ import torch
 from conftest import TINY
 
 from arguments import add_model_arguments
-from chat_chatglm import TRAINING_DATE
+from chatglm2.chat import TRAINING_DATE
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_prefix
-from data import encode_prediction, load_examples
-from finetuning import prepare_model, save_trained
-from serving import (
-    BASE,
-    Answer,
-    Busy,
-    ChatServer,
-    Sampling,
-    hold_back,
-    load_server,
-)
+from data.encoding import encode_prediction
+from data.examples import load_examples
+from serving.loading import load_server
+from serving.server import BASE, Answer, Busy, ChatServer, Sampling, hold_back
+from tuning.methods import prepare_model, save_trained
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 QUERIES = ["类型#裙*颜色#白色", "类型#上衣*风格#简约*图案#刺绣", "你好", "类型#锅*功能#聚热*颜色#黑色*人群#上班族"]

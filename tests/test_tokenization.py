@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-import tokenization_chatglm
-from tokenization_chatglm import ChatGLMTokenizer
+from chatglm2 import tokenization_chatglm
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL_FOLDER = SHARED / "chatglm2-tokenizer"
@@ -275,7 +275,7 @@ def test_auto_tokenizer_uses_this_class_and_runs_no_code_of_the_folder(small_fol
     (folder / "config.json").write_text(json.dumps({"model_type": "chatglm"}))
     code = (
         "import sys; from transformers import AutoTokenizer, PretrainedConfig\n"
-        "from tokenization_chatglm import ChatGLMTokenizer\n"
+        "from chatglm2.tokenization_chatglm import ChatGLMTokenizer\n"
         "class Config(PretrainedConfig): model_type = 'chatglm'\n"
         "from transformers import AutoConfig; AutoConfig.register('chatglm', Config)\n"
         "AutoTokenizer.register(Config, tokenizer_class=ChatGLMTokenizer)\n"
@@ -283,7 +283,7 @@ def test_auto_tokenizer_uses_this_class_and_runs_no_code_of_the_folder(small_fol
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        cwd=Path(tokenization_chatglm.__file__).parent,
+        cwd=Path(tokenization_chatglm.__file__).parents[1],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

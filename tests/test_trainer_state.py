@@ -9,9 +9,9 @@ from conftest import SAMPLE
 from test_finetuning import run
 from test_resume import RUN, write_checkpoint
 
-import resume
-from checkpoint import newest_checkpoint, publish_checkpoint, save_number
-from trainer_state import KINDS, check_state
+from checkpoints.run_folder import newest_checkpoint, publish_checkpoint, save_number
+from checkpoints.trainer_state import KINDS, check_state
+from training import resume
 
 STATE = {
     "best_global_step": 2,

@@ -6,7 +6,7 @@ import pytest
 from conftest import SAMPLE, TINY
 from test_main import PREDICT_SETTINGS, run
 
-import prediction
+from evaluation import prediction
 
 PROMPTS = [json.loads(line)["content"] for line in (SAMPLE / "dev.json").read_text(encoding="utf-8").splitlines()[:3]]
 SETTINGS = {

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, SAMPLE
 from test_main import TRAIN_SETTINGS, flags, run
 
-import watch
 from trainer import PrefixTrainer
-from watch import SKIPPED_STEPS, ZERO_STEPS, LossTrend, StepWatch
+from training import watch
+from training.watch import SKIPPED_STEPS, ZERO_STEPS, LossTrend, StepWatch
 
 
 def make_watch(said=None, dtype=torch.float32, loss_scaling=False, checkpoint=None):

@@ -20,7 +20,7 @@ from conftest import ROOT, TINY
 from test_serving import QUERIES, SlowServer, finish, make_run, open_server
 
 import web_demo
-from serving import BASE
+from serving.server import BASE
 
 with contextlib.suppress(ImportError):  # the fixture `browser` says so
     from playwright.sync_api import expect, sync_playwright
@@ -643,7 +643,7 @@ def test_passwords_cannot_be_tried_on_and_on(server):
 
 @pytest.mark.slow
 def test_the_page_bounds_connections_as_the_api_does(server):
-    from limits import END_SECONDS, Protocol
+    from serving.limits import END_SECONDS, Protocol
 
     blocks = web_demo.launch(server, server_port=free_port(), block=False)
     try:

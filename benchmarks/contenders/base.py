@@ -53,9 +53,9 @@ def find_data():
 
 def read_examples(count):
     """(tokenizer, the first rows of the training file as read from it)."""
+    from chatglm2.configuration_chatglm import ChatGLMConfig
     from checkpoint import load_tokenizer
-    from configuration_chatglm import ChatGLMConfig
-    from data import load_examples
+    from data.examples import load_examples
 
     folder, file = find_data()
     tokenizer = load_tokenizer(folder, ChatGLMConfig(**COMMON, **SIZES["tiny"]))
@@ -64,7 +64,7 @@ def read_examples(count):
 
 def read_data(settings):
     """{"rows": encoded training rows, "prompts": token ids of prompts of one length}."""
-    from data import encode_prediction, encode_training
+    from data.encoding import encode_prediction, encode_training
 
     tokenizer, examples = read_examples(max(2000, settings.rows))
     lengths = {"max_source_length": MAX_SOURCE, "max_target_length": MAX_TARGET}
@@ -144,9 +144,9 @@ class Contender:
     def chatglm(self):
         import torch
 
-        from configuration_chatglm import ChatGLMConfig
-        from modeling_chatglm import ChatGLMForConditionalGeneration
-        from quantization import quantize_model_
+        from chatglm2.configuration_chatglm import ChatGLMConfig
+        from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+        from chatglm2.quantization import quantize_model_
 
         config = ChatGLMConfig(**COMMON, **self.sizes, pre_seq_len=self.settings.pre_seq_len)
         with torch.device(self.device):

@@ -16,7 +16,7 @@ class Official(Contender):
         if self.settings.quantization_bit:
             from benchmarks.quantization import OfficialLinear
 
-            from quantization import QuantizedLinear
+            from chatglm2.quantization import QuantizedLinear
 
             for module in self.model.modules():
                 if isinstance(module, QuantizedLinear):

@@ -3,10 +3,10 @@
 from benchmarks.contenders.base import Contender
 from torch import nn
 
-from data import RowOrder, collate_training
-from generation import answer_prompts
-from memory import rows_that_fit
-from products import Linear, convert
+from chatglm2.generation import answer_prompts
+from chatglm2.matmul import Linear, convert
+from data.batches import RowOrder, collate_training
+from training.memory import rows_that_fit
 
 
 class Ours(Contender):

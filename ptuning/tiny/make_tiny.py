@@ -20,10 +20,10 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from configuration_chatglm import ChatGLMConfig
-from modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from tiny.make_sample import KINDS, POOLS, Product, draw_row, sample_rows
-from tokenization_chatglm import ChatGLMTokenizer
 
 FOLDER = Path(__file__).resolve().parent
 SEED = 7

@@ -1,0 +1,1 @@
+"""The model: ChatGLM2's configuration, tokenizer, transformer, prefix and integer weights; no flags, no files."""

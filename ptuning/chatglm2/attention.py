@@ -1,0 +1,154 @@
+"""Attention of queries to the keys up to their own, by the fastest kernel at hand.
+
+Answers to the official `CoreAttention`, which expands the KV groups to all heads and adds a mask of every query and
+key. The shape legend is that of modeling_chatglm.py. Three ways, all with the same numbers:
+
+- on a GPU, in half precision and without left padding: the flash kernel, which knows what causal means;
+- on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, the products of products.py;
+- else: torch's `scaled_dot_product_attention` with a mask of numbers, QUERY_BLOCK queries at a time.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+from chatglm2.matmul import OwnGradient, multiply, onednn_runs
+
+QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
+LONG_BLOCK = 1024  # the same in LongAttention, where the heads of a group count: so many rows of scores exist at once
+LONG_STEP = 64  # it fills rows up to a multiple: oneDNN compiles a kernel for each length
+LONG = "causal, for LongAttention"  # the mask of what goes there, which needs to be told no more
+
+
+def flash_attention_runs(device, dtype):
+    """Whether the flash kernel does: it takes causal attention without a mask, and KV groups as they are."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def long_attention_runs(device, dtype, query_length):
+    """Whether LongAttention does."""
+    return query_length > QUERY_BLOCK and onednn_runs(device, dtype)
+
+
+def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropout, dtype, device):
+    """Which keys a query may see, for attend(): None where every query sees every key.
+
+    Query i sits in slot `first_slot` + i of `key_length` and sees all slots up to its own. `padding_mask`
+    (B, at most T; True for real tokens, the prefix included) hides left padding. `repeats` is R.
+    """
+    causal = padding_mask is None and query_length > 1 and key_length == first_slot + query_length
+    if causal and flash_attention_runs(device, dtype):
+        return causal_lower_right(query_length, key_length)  # the last query sees all keys
+    if causal and not dropout and long_attention_runs(device, dtype, query_length):
+        return LONG
+    return mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device)
+
+
+def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device):
+    """The same as numbers to add to the scores.
+
+    A list with a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
+    keys behind it are not even multiplied, which is almost half of them in a long row.
+    """
+    if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:
+        return None
+    slots = torch.arange(key_length, device=device)
+    masks = []
+    for start in range(0, query_length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, query_length)
+        keys = first_slot + stop
+        hidden = (slots[None, :keys] > slots[first_slot + start : keys, None])[None, None]
+        if padding_mask is not None:
+            padding = ~padding_mask[:, None, None, :keys]
+            hidden = hidden | F.pad(padding, (0, keys - padding.shape[-1]), value=True)
+        numbers = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        masks.append(numbers.repeat(1, 1, repeats, 1))
+    return masks
+
+
+def attend(query, key, value, mask, dropout=0.0):
+    """Attention of query (B, N, S, D) to key and value (B, G, T, D): (B, N, S, D). `mask` is from make_mask()."""
+    if isinstance(mask, CausalBias):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, enable_gqa=True)
+    if mask is LONG:
+        length = query.shape[2]
+        missing = (0, 0, 0, -length % LONG_STEP)  # behind all keys that a query of the row sees
+        query, key, value = (F.pad(x, missing).contiguous() for x in (query, key, value))
+        return LongAttention.apply(query * query.shape[-1] ** -0.5, key, value)[:, :, :length]
+    # The R query heads of a group share their keys, so they are laid end to end as R * S queries of
+    # one head: the KV groups need no expansion, and any attention kernel takes the shape.
+    batch_size, _, _, head_channels = query.shape
+    blocks, masks = ([query], [None]) if mask is None else (query.split(QUERY_BLOCK, dim=2), mask)
+    contexts = []
+    for block, numbers in zip(blocks, masks, strict=True):
+        keys = key.shape[2] if numbers is None else numbers.shape[3]
+        folded = block.reshape(batch_size, key.shape[1], -1, head_channels)  # (B, G, R * S, D)
+        context = F.scaled_dot_product_attention(folded, key[:, :, :keys], value[:, :, :keys], numbers, dropout)
+        contexts.append(context.view(block.shape))
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
+
+
+class LongAttention(OwnGradient):
+    """Causal attention of query (B, N, S, D), divided by √D, to key and value (B, G, T, D), the last query seeing all.
+
+    For one row and group after the other, and for a block of queries q and the n keys k up to the last of them:
+
+        p = softmax(q kᵀ + mask)      o = p v
+        ds = p (dp - Σ p dp)  with  dp = do vᵀ      dq = ds k      dk = dsᵀ q      dv = pᵀ do
+
+    Scores (at most LONG_BLOCK, n) exist for one block at a time and are computed again for backward, so nothing is kept
+    but query, key and value. dv and dk are summed as their transposes, doᵀ p and qᵀ ds, which oneDNN multiplies three
+    times as fast. torch's kernel does the same through MKL, which on an AMD EPYC with
+    AVX-512 took 1.6 to 1.8 times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        context = torch.empty_like(query)
+        for queries, keys in LongAttention.blocks(query, key):
+            probabilities = LongAttention.probabilities(query[queries], key[keys])
+            context[queries] = multiply(probabilities, value[keys].t()).view_as(context[queries])
+        return context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, key, value = ctx.saved_tensors
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (x.new_zeros(x.transpose(2, 3).shape) for x in (key, value))  # (B, G, D, T)
+        for queries, keys in LongAttention.blocks(query, key):
+            row, group, slots = keys
+            probabilities = LongAttention.probabilities(query[queries], key[keys])
+            block, grad_block = (x[queries].flatten(0, 1) for x in (query, gradient))  # (R * S, D)
+            grad_value[row, group, :, slots] += multiply(grad_block.t(), probabilities.t())
+            grad_probabilities = multiply(grad_block, value[keys])
+            grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, gradient.dtype)
+            grad_query[queries] = multiply(grad_scores, key[keys].t()).view_as(grad_query[queries])
+            grad_key[row, group, :, slots] += multiply(block.t(), grad_scores.t())
+        return grad_query, grad_key.transpose(2, 3), grad_value.transpose(2, 3)
+
+    @staticmethod
+    def blocks(query, key):
+        """Indices of each block of queries, in (B, N, S, D), and of the keys that they see, in (B, G, T, D)."""
+        repeats = query.shape[1] // key.shape[1]
+        size = max(LONG_STEP, LONG_BLOCK // repeats)
+        past = key.shape[2] - query.shape[2]
+        for row, group in itertools.product(range(key.shape[0]), range(key.shape[1])):
+            heads = slice(group * repeats, (group + 1) * repeats)
+            for start in range(0, query.shape[2], size):
+                stop = min(start + size, query.shape[2])
+                yield (row, heads, slice(start, stop)), (row, group, slice(past + stop))
+
+    @staticmethod
+    def probabilities(query, key):
+        """Of query (R, S, D) and the keys (n, D) up to that of the last query: (R * S, n)."""
+        scores = multiply(query.flatten(0, 1), key)
+        length = query.shape[1]
+        hidden = torch.full((length, length), -torch.inf).triu(1)  # keys behind a query are among the last ones
+        scores.unflatten(0, query.shape[:2])[..., -length:] += hidden
+        return scores.softmax(-1)

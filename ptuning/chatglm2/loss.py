@@ -1,0 +1,80 @@
+"""The language-model head's loss: cross-entropy of the supervised tokens, a few rows of logits at a time.
+
+Shapes: U supervised tokens, H hidden, V padded vocabulary."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from chatglm2.matmul import OwnGradient, multiply, round_rows
+
+FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probability is about 1 / V = 1.5e-5
+
+
+def loss_rows(device_type):
+    """Supervised tokens whose logits exist at a time; 128 take 33 MB in float32, twice. Larger products pay on a GPU."""
+    return 128 if device_type == "cpu" else 512
+
+
+class SupervisedLoss(OwnGradient):
+    """Sum of the cross-entropies, float32, of targets (U,) under the logits hidden_states (U, H) @ weight (V, H)ᵀ.
+
+    The logits of all U tokens never exist: a few rows at a time are multiplied out, and while they are there their
+    gradient, softmax - onehot, is multiplied back into that of the hidden states (and of the weight, if it trains).
+    Each logit is thus computed once and kept nowhere. A run of ADGEN with 8 x 78 supervised tokens would otherwise
+    hold 162 MB of float32 logits, and as much again twice for log-softmax and gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets):
+        count, rows = len(targets), loss_rows(weight.device.type)
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        factor = FLOAT16_SCALE if weight.dtype == torch.float16 else 1
+        missing = round_rows(count) - count  # filled with zeros, for the products
+        hidden_states, targets = F.pad(hidden_states, (0, 0, 0, missing)), F.pad(targets, (0, missing))
+        for start in range(0, count, rows):
+            hidden, target = hidden_states[start : start + rows], targets[start : start + rows, None]
+            filled = slice(min(rows, count - start))
+            logits = multiply(hidden, weight).float()  # (rows, V)
+            log_odds = logits.log_softmax(dim=-1)
+            total -= log_odds.gather(1, target)[filled].sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            gradient = torch.exp(log_odds, out=logits)  # softmax
+            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            if factor != 1:
+                gradient *= factor
+            gradient = gradient.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = multiply(gradient, weight.t())[filled]
+            if grad_weight is not None:  # rows that fill up are zeros
+                grad_weight.addmm_(gradient.t(), hidden)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.factor = factor
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        gradient = gradient / ctx.factor
+        return *(None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors), None
+
+
+def supervised_loss(hidden_states, labels, output_layer, num_items_in_batch=None, packing=None):
+    """Mean cross-entropy, float32, of predicting labels (B, S) from the hidden states one place before.
+
+    Positions labelled -100 cost nothing: the (V, H) output layer is applied to the others only. With
+    `num_items_in_batch` the sum is divided by it instead of by the number of supervised positions
+    here, so that the parts of an accumulated or distributed step add up to one mean. With a `packing`
+    the hidden states are (tokens, H).
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    hidden_states = hidden_states.flatten(0, -2)
+    if packing is not None:
+        targets = targets[packing.places]
+    supervised = (targets != -100).nonzero()[:, 0]
+    hidden_states, targets = hidden_states.index_select(0, supervised), targets[supervised]
+    total = output_layer(hidden_states, targets)
+    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,524 @@
+"""ChatGLM2: the transformer, the language-model head and its loss, hooks for generate().
+
+Answers to the official `modeling_chatglm.py`. Parameter names and numbers are the same; it differs in
+that tensors are batch-first inside, attention (attention.py) expands neither mask nor KV groups
+where the kernel allows it, and the cache is a transformers `Cache`. While training, nothing is computed for
+right padding except inside attention, the vocabulary-wide logits exist for supervised positions only and
+for a few of them at a time, and less is kept for backward; see `Packing`, `SupervisedLoss`, `SwiGLU`, `Rotary`.
+
+Shapes: B batch, S query tokens, P prefix tokens, T = P + past + S keys, L layers, H hidden (4096),
+N query heads (32), G KV groups (2), R = N / G, D head channels (128), F feed-forward (13696),
+V padded vocabulary (65024), U supervised tokens. The figures are ChatGLM2-6B's.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from chatglm2.attention import attend, make_mask
+from chatglm2.chat import ChatMethods
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.loss import SupervisedLoss, supervised_loss
+from chatglm2.matmul import Linear, OwnGradient, round_rows
+from chatglm2.prefix_encoder import PrefixEncoder
+from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_model_, use_backend_
+
+ROPE_BASE = 10000
+
+
+def rotary_frequencies(head_channels, device=None):
+    """Radians per position of every pair of channels (D/4), float32."""
+    rotary_channels = head_channels // 2
+    return ROPE_BASE ** (-torch.arange(0, rotary_channels, 2, device=device, dtype=torch.float32) / rotary_channels)
+
+
+def rotary_cos_sin(position_ids, head_channels, dtype):
+    """Cosines and sines for `position_ids` (B, S): two tensors (B, 1, S, D/4) of `dtype`.
+
+    ChatGLM2 rotates only the first half of a head, so D/2 channels make D/4 pairs.
+    """
+    angles = position_ids[:, None, :, None].float() * rotary_frequencies(head_channels, position_ids.device)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """A copy of x (B, heads, S, D) with the pairs (0, 1), (2, 3), … of the first half of its channels rotated."""
+    result = x.clone(memory_format=torch.contiguous_format)
+    pairs = result[..., : x.shape[-1] // 2].unflatten(-1, (-1, 2))  # (B, heads, S, D/4, 2)
+    if x.dtype == torch.float32:  # as complex numbers, in one pass
+        torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))
+        return result
+    even, odd = pairs.unbind(-1)
+    turned = even * cos - odd * sin, odd * cos + even * sin
+    pairs[..., 0], pairs[..., 1] = turned
+    return result
+
+
+class Rotary(OwnGradient):
+    """`rotate`, whose gradient is the rotation back: keeps nothing of x."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return rotate(gradient, cos, -sin), None, None
+
+
+class Packing(NamedTuple):
+    """Which tokens of a right-padded batch are computed: all work but attention's is done on those alone.
+
+    They are the tokens up to the last that predicts a label. A row of ADGEN has 129 of them on average, the longest
+    of 8 rows 167, so this saves a fifth of the arithmetic, whatever rows meet in a batch.
+    """
+
+    places: torch.Tensor  # (tokens,) int64, among the B * S of the batch
+    batch_size: int
+    length: int  # S
+
+    @classmethod
+    def of_labels(cls, labels):
+        """The packing of labels (B, S), -100 where not supervised.
+
+        Its number is rounded up, as products like it, by padding behind the rows: nothing looks there.
+        """
+        predicts = F.pad(labels[:, 1:] != -100, (0, 1))
+        needed = predicts.flip(1).cummax(1).values.flip(1).flatten()  # from the last predicting token to the left
+        count = min(round_rows(int(needed.sum())), needed.numel())
+        return cls(needed.int().argsort(descending=True, stable=True)[:count], *labels.shape)
+
+    def pack(self, x):
+        """(B, S, ·) -> (tokens, ·)"""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def unpack(self, x):
+        """(tokens, ·) -> (B, S, ·), with zeros at padding"""
+        padded = x.new_zeros(self.batch_size * self.length, x.shape[-1])
+        return padded.index_copy(0, self.places, x).view(self.batch_size, self.length, -1)
+
+
+class NormProduct(OwnGradient):
+    """RMSNorm in float32, in few passes: keeps its input and one number a token.
+
+    y = w n with n = r x and r = (mean x² + eps)^-½, so that dx = r (g - n mean(g n)) with g = w dy, and dw = Σ dy n.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).mul_(weight).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, scale, weight = ctx.saved_tensors
+        normed, gradient = x * scale, gradient.float()
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        gradient = gradient * weight
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return gradient.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, computed in float32, returned in the dtype of its weight."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states):
+        if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype:  # one kernel, float32 inside
+            return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.eps)
+        return NormProduct.apply(hidden_states, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 (`rmsnorm: false`), returned in the dtype of its weight."""
+
+    def forward(self, hidden_states):
+        normed = F.layer_norm(
+            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        )
+        return normed.to(self.weight.dtype)
+
+
+def make_norm(config):
+    return (RMSNorm if config.rmsnorm else LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config, layer_index):
+        super().__init__()
+        self.layer_index = layer_index
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_key_value_heads
+        self.head_channels = config.kv_channels
+        self.multi_query = config.multi_query_attention
+        self.dropout = config.attention_dropout
+        width = self.num_heads * self.head_channels
+        qkv_width = width + 2 * self.num_groups * self.head_channels
+        self.query_key_value = Linear(config.hidden_size, qkv_width, bias=config.add_bias_linear or config.add_qkv_bias)
+        self.dense = Linear(width, config.hidden_size, bias=config.add_bias_linear)
+
+    def split_heads(self, mixed):
+        """The projection (B, S, ·) as queries and keys (B, N + G, S, D), which are rotated, and values (B, G, S, D)."""
+        batch_size, query_length, _ = mixed.shape
+        if self.multi_query:  # all queries, then all keys, then all values
+            mixed = mixed.view(batch_size, query_length, -1, self.head_channels).transpose(1, 2)
+            return mixed.split((self.num_heads + self.num_groups, self.num_groups), dim=1)
+        # query, key and value side by side within each head
+        mixed = mixed.view(batch_size, query_length, self.num_heads, 3 * self.head_channels)
+        query, key, value = mixed.transpose(1, 2).chunk(3, dim=-1)
+        return torch.cat((query, key), dim=1), value
+
+    def forward(self, hidden_states, mask, cos, sin, prefix, past_key_values, packing):
+        mixed = self.query_key_value(hidden_states)
+        query_key, value = self.split_heads(mixed if packing is None else packing.unpack(mixed))
+        query, key = Rotary.apply(query_key, cos, sin).split((self.num_heads, self.num_groups), dim=1)
+        if prefix is not None:  # not rotated: the prefix has no positions
+            key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        context = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        context = context.transpose(1, 2).flatten(2)  # (B, S, N * D)
+        return self.dense(context if packing is None else packing.pack(context))
+
+
+class SwiGLU(OwnGradient):
+    """silu(gate) * value of (…, 2F), computed again for backward: keeps 2F numbers a token instead of 3F."""
+
+    @staticmethod
+    def forward(ctx, gate_value):
+        ctx.save_for_backward(gate_value)
+        gate, value = gate_value.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (gate_value,) = ctx.saved_tensors
+        gate, value = gate_value.chunk(2, dim=-1)
+        grad_gate = torch.ops.aten.silu_backward(gradient * value, gate)
+        return torch.cat((grad_gate, F.silu(gate).mul_(gradient)), dim=-1)
+
+
+class MLP(nn.Module):
+    """SwiGLU: gate and value come out of one projection to 2F channels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense_h_to_4h = Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(self, hidden_states):
+        return self.dense_4h_to_h(SwiGLU.apply(self.dense_h_to_4h(hidden_states)))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    def __init__(self, config, layer_index):
+        super().__init__()
+        self.residual_after_norm = config.apply_residual_connection_post_layernorm
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = make_norm(config)
+        self.self_attention = SelfAttention(config, layer_index)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def residual_add(self, hidden_states, normed, update):
+        residual = normed if self.residual_after_norm else hidden_states
+        return residual + F.dropout(update, self.dropout, self.training)
+
+    def forward(self, hidden_states, mask, cos, sin, prefix, packing=None, past_key_values=None):
+        normed = self.input_layernorm(hidden_states)
+        update = self.self_attention(normed, mask, cos, sin, prefix, past_key_values, packing)
+        hidden_states = self.residual_add(hidden_states, normed, update)
+        normed = self.post_attention_layernorm(hidden_states)
+        return self.residual_add(hidden_states, normed, self.mlp(normed))
+
+
+class GLMTransformer(nn.Module):
+    """The blocks and, with `post_layer_norm`, the final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList(GLMBlock(config, index) for index in range(config.num_layers))
+        self.final_layernorm = make_norm(config) if config.post_layer_norm else None
+
+    def forward(self, hidden_states, mask, cos, sin, prefixes, past_key_values, packing=None):
+        for layer, prefix in zip(self.layers, prefixes, strict=True):
+            hidden_states = layer(hidden_states, mask, cos, sin, prefix, packing, past_key_values=past_key_values)
+        return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fp32_residual_connection = config.fp32_residual_connection
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+    def forward(self, input_ids):
+        embeddings = self.word_embeddings(input_ids)
+        return embeddings.float() if self.fp32_residual_connection else embeddings
+
+
+class OutputLayer(Linear):
+    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
+
+    The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
+    for the module that it belongs to.
+    """
+
+    def forward(self, hidden_states, targets=None):
+        if targets is None:
+            return super().forward(hidden_states)
+        return SupervisedLoss.apply(hidden_states, self.weight, targets)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["prefix_encoder"]
+    # The official checkpoints store the rotary frequencies; here they are computed from the configuration.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, PrefixEncoder):  # visited after its children
+            module.reset_parameters()
+
+    def enable_input_require_grads(self):
+        """Nothing: gradient checkpointing asks for this, and it would run backward on below the first prefix."""
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Token ids (B, S) -> final hidden states (B, S, H)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.encoder = GLMTransformer(config)
+        # Lies here and not beside the transformer, because the official parameter names say so.
+        self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.prefix_encoder = None
+        if config.pre_seq_len:  # as official: the prefix alone trains
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embedding.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        return_dict=None,
+        packing=None,
+        **kwargs,
+    ):
+        """Run the blocks.
+
+        `input_ids` (B, S) int64; `attention_mask` (B, past + S), 1 for real tokens, never with the prefix in
+        it, None where nothing is padded or padding is on the right; `position_ids` (B, S) int64, by default
+        counted from 0 after the prefix; `past_key_values` a transformers `Cache`, which holds the prefix in
+        its first P slots. Returns `last_hidden_state` (B, S, H) and the cache; with a `packing` of right-padded
+        rows, `last_hidden_state` (tokens, H) of its tokens.
+
+        Raises ValueError for more tokens than the configuration's `seq_length`.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        batch_size, query_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if query_length > self.config.seq_length:
+            raise ValueError(
+                f"{query_length} tokens in one sequence, but the model was made for {self.config.seq_length} "
+                "(seq_length of its config.json). Shorten the input."
+            )
+
+        # The prefix enters once per sequence: in front of an empty cache, or at every call without one.
+        prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        prefixes = [None] * self.config.num_layers
+        first_slot = past_length  # slot of the first query token among the keys
+        if prefix_length and past_length == 0:
+            prefixes = self.prefix_encoder(batch_size, self.dtype_of_blocks)
+            first_slot = prefix_length
+        key_length = first_slot + query_length
+        if past_key_values is not None and past_key_values.is_compileable:  # a static cache is all there at once
+            key_length = past_key_values.get_mask_sizes(query_length, 0)[0]
+
+        if position_ids is None:
+            start = first_slot - prefix_length
+            position_ids = torch.arange(start, start + query_length, device=self.device)[None]
+        cos, sin = rotary_cos_sin(position_ids, self.config.kv_channels, self.dtype_of_blocks)
+        padding_mask = None
+        if attention_mask is not None:
+            padding_mask = F.pad(attention_mask.bool(), (prefix_length, 0), value=True)
+        repeats = self.config.num_attention_heads // self.config.num_key_value_heads
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mask = make_mask(  # once for all layers
+            query_length, key_length, first_slot, padding_mask, repeats, dropout, self.dtype_of_blocks, self.device
+        )
+
+        if inputs_embeds is None:
+            input_ids = input_ids if packing is None else packing.pack(input_ids[..., None])[:, 0]
+            hidden_states = self.embedding(input_ids)
+        else:
+            hidden_states = inputs_embeds if packing is None else packing.pack(inputs_embeds)
+        hidden_states = self.encoder(hidden_states, mask, cos, sin, prefixes, past_key_values, packing)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return output.to_tuple() if return_dict is False else output
+
+    @property
+    def dtype_of_blocks(self):
+        """The dtype activations have between the norms and the projections."""
+        return self.encoder.layers[0].input_layernorm.weight.dtype
+
+
+class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat_chatglm.py)."""
+
+    official_loss = None  # with --precision official, the function of official.py that training goes through
+
+    def __init__(self, config, empty_init=True, device=None):
+        """As official, with the frozen integer layers that `quantization_bit` asks for, and all but a prefix frozen.
+
+        `device` is where the weights are made. They are random numbers whatever `empty_init` says.
+        """
+        super().__init__(config)
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            self.transformer = ChatGLMModel(config)
+        if config.quantization_bit:
+            unfilled = self.device.type == "meta"
+            (prepare_quantized_ if unfilled else quantize_model_)(self, config.quantization_bit)
+        self.post_init()
+
+    def quantize(self, bits, empty_init=False, device=None):
+        """Quantize the linear layers in place to 4 or 8 bits, as official; the model itself.
+
+        0 changes nothing, and neither does the width that the weights have already. `device` is where the model goes
+        first; the integers are made of its weights, whatever `empty_init` says.
+        """
+        already = self.config.quantization_bit
+        if device is not None:
+            self.to(device)
+        if bits in (0, None) or bits == already:
+            return self
+        quantize_model_(self, bits)
+        self.config.quantization_bit = bits
+        use_backend_(self, choose_backend("auto", self.device, bits, self.transformer.dtype_of_blocks))
+        return self
+
+    def get_output_embeddings(self):
+        return self.transformer.output_layer
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        return_dict=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """Logits and, with labels, the loss.
+
+        Arguments as in ChatGLMModel; `labels` (B, S) int64, aligned with `input_ids` (the shift by one
+        happens here), -100 where not supervised; `logits_to_keep` last positions to compute logits for,
+        0 for all. Returns CausalLMOutputWithPast with `loss` float32 (), `logits` float32 (B, S, V).
+        While training with labels, `logits` is None: nothing needs them and they are the largest tensor.
+        """
+        only_loss = self.training and labels is not None
+        if only_loss and self.official_loss is not None:
+            return CausalLMOutputWithPast(loss=self.official_loss(self, input_ids, labels))
+        packing = Packing.of_labels(labels) if only_loss and attention_mask is None and not use_cache else None
+        output = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            packing=packing,
+            **kwargs,
+        )
+        hidden_states = output.last_hidden_state
+        output_layer = self.transformer.output_layer
+        loss = logits = None
+        if labels is not None:
+            loss = supervised_loss(hidden_states, labels, output_layer, num_items_in_batch, packing)
+        if not only_loss:
+            logits = output_layer(hidden_states[:, -logits_to_keep:]).float()
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        return output.to_tuple() if return_dict is False else output
+
+    # generate(): the prefix takes slots in the cache that generate() does not know of.
+
+    @property
+    def prefix_length(self):
+        prefix_encoder = self.transformer.prefix_encoder
+        return 0 if prefix_encoder is None else prefix_encoder.pre_seq_len
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + self.prefix_length
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, is_first_iteration=False, **kwargs
+    ):
+        # A continued cache counts the prefix among the tokens that need not be fed again.
+        continued = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+        if is_first_iteration and next_sequence_length is not None and continued:
+            next_sequence_length += self.prefix_length
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        return attention_mask  # the 2D mask: forward adds the prefix and the causal part

@@ -1,0 +1,319 @@
+"""ChatGLM2's tokenizer: SentencePiece pieces, five special tokens behind them, and the chat prompt.
+
+Answers to the official `tokenization_chatglm.py` of ChatGLM2-6B: same ids, prompt, padding and files.
+What differs: it runs on transformers 5; ids that stand for no text (special and control tokens, negative
+ids, ids in the padding of the embedding table) decode to nothing instead of raising; a whole batch of texts
+is encoded in one SentencePiece call; any SentencePiece model with `<unk>` and `</s>` is accepted, so a small
+vocabulary works as well as the real one of 64,789 pieces.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_left
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from transformers import PreTrainedTokenizer
+from transformers.utils import PaddingStrategy
+
+from chatglm2.conversation import read_history
+from common.claims import MOST_TOKENIZER_BYTES, check_size
+
+VOCABULARY_FILE = "tokenizer.model"
+# In the order of their ids, which follow the last SentencePiece piece: 64789 to 64793 in ChatGLM2-6B.
+SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+# What transformers is given of a tokenizer_config.json, or of a caller's arguments: no special tokens, which it would
+# cut out of the text, and nothing that names a file or a class.
+LIBRARY_SETTINGS = (
+    "chat_template",
+    "do_lower_case",
+    "is_local",
+    "local_files_only",
+    "model_max_length",
+    "name_or_path",
+    "remove_space",
+    "truncation_side",
+    "verbose",
+)
+# What transformers adds to tokenizer_config.json and the official file has not.
+KEYS_NOT_SAVED = ("added_tokens_decoder", "backend", "is_local", "local_files_only")
+
+
+def read_settings(folder):
+    """The object in a folder's tokenizer_config.json, with the chat template beside it; {} without these files."""
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = {name: value for name, value in settings.items() if name not in ("vocab_file", "is_local")}
+    return {**settings, "chat_template": template.read_text(encoding="utf-8")} if template.is_file() else settings
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """Text to ids and back; every encoded text starts with `[gMASK] sop` unless `add_special_tokens=False`.
+
+    Text that merely looks like a special token (`[gMASK]`, `</s>`, ...) is encoded as text: the names are
+    never handed to the base class, which would cut them out of the text.
+
+    `vocab_file` is the path of a SentencePiece model; ValueError when it is none or lacks `<unk>` or `</s>`.
+    """
+
+    vocab_files_names = {"vocab_file": VOCABULARY_FILE}
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    padding_side = "left"
+    source_prefix = ""  # text before every prompt of build_prompt
+
+    def __init__(self, vocab_file, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
+        if vocab_file is None:
+            raise ValueError(
+                f"no {VOCABULARY_FILE} came with this tokenizer; copy it from the ChatGLM2-6B model folder"
+            )
+        self.vocab_file = str(vocab_file)
+        self._load_sentencepiece()
+        self.special_token_to_id = {
+            token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(SPECIAL_TOKENS)
+        }
+        settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
+        super().__init__(
+            padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **settings
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
+        """As in transformers; FileNotFoundError for a local folder without `tokenizer.model`.
+
+        Of a local folder this reads tokenizer.model, tokenizer_config.json and chat_template.jinja, and no file that
+        one of these names.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        file = folder / (kwargs.get("subfolder") or "") / VOCABULARY_FILE
+        if folder.is_dir() and not file.is_file():
+            raise FileNotFoundError(
+                f"{file} does not exist, so this folder has no ChatGLM2 tokenizer; "
+                f"copy {VOCABULARY_FILE} and tokenizer_config.json from the ChatGLM2-6B model folder"
+            )
+        if file.is_file():
+            return cls(str(file), **{**read_settings(file.parent), "name_or_path": str(folder), **kwargs})
+        return super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+
+    def _load_sentencepiece(self):
+        check_size(self.vocab_file, MOST_TOKENIZER_BYTES)
+        with open(self.vocab_file, "rb") as file:
+            model = file.read()
+        self.sp_model = SentencePieceProcessor()
+        try:
+            loaded = bool(model) and self.sp_model.LoadFromSerializedProto(model)
+        except RuntimeError:
+            loaded = False
+        if not loaded:
+            raise ValueError(
+                f"{self.vocab_file} ({len(model):,} bytes) is not a SentencePiece model; download it again "
+                "(a file of about 130 bytes is a Git LFS pointer, the one of ChatGLM2-6B has 1,018,370 bytes)"
+            )
+        if self.sp_model.unk_id() < 0 or self.sp_model.eos_id() < 0:
+            raise ValueError(
+                f"{self.vocab_file} has no <unk> or no </s> piece, which stand for padding and the end of an "
+                "answer; use a SentencePiece model trained with both"
+            )
+        # Part of the pickled state, so that caches keyed on the pickle notice another file at the same path.
+        self.model_sha256 = hashlib.sha256(model).hexdigest()
+        self.ids_without_text = frozenset(
+            index
+            for index in range(self.sp_model.get_piece_size())
+            if self.sp_model.is_control(index) or self.sp_model.is_unknown(index)
+        )
+
+    # Workers receive the path, not the processor.
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "sp_model"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._load_sentencepiece()
+
+    # ---- vocabulary and special tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sp_model.get_piece_size() + len(SPECIAL_TOKENS)
+
+    @property
+    def unk_token(self) -> str:
+        return self.sp_model.id_to_piece(self.unk_token_id)
+
+    @property
+    def unk_token_id(self) -> int:
+        return self.sp_model.unk_id()
+
+    @property
+    def pad_token(self) -> str:
+        return self.unk_token
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.unk_token_id
+
+    @property
+    def eos_token(self) -> str:
+        return self.sp_model.id_to_piece(self.eos_token_id)
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.sp_model.eos_id()
+
+    @property
+    def bos_token(self) -> str | None:
+        return None if self.bos_token_id is None else self.sp_model.id_to_piece(self.bos_token_id)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.sp_model.bos_id() if self.sp_model.bos_id() >= 0 else None
+
+    @property
+    def prefix_tokens(self) -> list[int]:
+        """The two ids every sequence starts with: `[gMASK] sop`."""
+        return [self.special_token_to_id["[gMASK]"], self.special_token_to_id["sop"]]
+
+    def get_command(self, token: str) -> int:
+        """Id of a special token by its official name, `<bos>`, `<eos>` and `<pad>` included."""
+        commands = {"<bos>": self.bos_token_id, "<eos>": self.eos_token_id, "<pad>": self.pad_token_id}
+        commands.update(self.special_token_to_id)
+        if token not in commands:
+            raise ValueError(f"{token!r} is not a special token; there are {', '.join(commands)}")
+        return commands[token]
+
+    def get_vocab(self) -> dict[str, int]:
+        pieces = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
+        return {**self.special_token_to_id, **pieces, **self._added_tokens_encoder}
+
+    # ---- text -> ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text without special tokens, all texts in one call on SentencePiece's own threads."""
+        return self.sp_model.encode(texts, out_type=int, num_threads=min(8, os.cpu_count() or 1))
+
+    def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
+        """The chat prompt ChatGLM2 was trained on: past (query, answer) turns, then the open question.
+
+        `history` may also be messages of role and content. ValueError for anything else.
+        """
+        query, history = read_history(query, history)
+        turns = [
+            self.build_turn(question, number) + f"{answer}\n\n"
+            for number, (question, answer) in enumerate(history, start=1)
+        ]
+        return self.source_prefix + "".join(turns) + self.build_turn(query, len(turns) + 1)
+
+    def build_turn(self, query: str, number: int) -> str:
+        """One open turn of the prompt, counted from 1."""
+        return f"[Round {number}]\n\n问：{query}\n\n答："
+
+    def fit_prompt(
+        self, query: str, history: list[tuple[str, str]], limit: int, source_prefix: str = ""
+    ) -> tuple[list[int], int]:
+        """(ids of the chat prompt, `[gMASK] sop` included, number of oldest turns left out to fit into `limit`).
+
+        The turns that stay are counted from 1, as if the conversation began with them. The question is never
+        left out: a longer one comes back whole.
+        """
+        query, history = read_history(query, history)
+
+        def encode(start):
+            prompt = source_prefix + self.build_prompt(query, history[start:])
+            return self.prefix_tokens + self.encode_batch([prompt])[0]
+
+        # A turn has more than ten tokens, so most of a very long history is left out without encoding it.
+        starts = range(max(0, len(history) - limit // 10), len(history))
+        dropped = starts.start + bisect_left(starts, True, key=lambda start: len(encode(start)) <= limit)
+        return encode(dropped), dropped
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        # By way of the ids: an unknown character must become <unk>, never the name of a special token.
+        return self.sp_model.id_to_piece(self.sp_model.encode(text, out_type=int))
+
+    def _convert_token_to_id(self, token: str) -> int:
+        index = self.sp_model.piece_to_id(token)
+        return self.special_token_to_id.get(token, index) if index == self.unk_token_id else index
+
+    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
+        """`[gMASK] sop A`, or `[gMASK] sop A B </s>` for a pair."""
+        sequence = self.prefix_tokens + token_ids_0
+        return sequence if token_ids_1 is None else sequence + token_ids_1 + [self.eos_token_id]
+
+    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
+        if already_has_special_tokens:
+            return [int(not self._has_text(index)) for index in token_ids_0]
+        mask = [1] * len(self.prefix_tokens) + [0] * len(token_ids_0)
+        return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
+
+    def _pad(
+        self,
+        encoded_inputs,
+        max_length=None,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of=None,
+        padding_side=None,
+        return_attention_mask=None,
+    ) -> dict:
+        """The base class pads ids and attention mask; position ids count from 0 and are 0 at padding."""
+        if "position_ids" not in encoded_inputs:
+            encoded_inputs["position_ids"] = list(range(len(encoded_inputs["input_ids"])))
+        encoded_inputs = super()._pad(
+            encoded_inputs,
+            max_length=max_length,
+            padding_strategy=padding_strategy,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+        )
+        padding = [0] * (len(encoded_inputs["input_ids"]) - len(encoded_inputs["position_ids"]))
+        if (padding_side or self.padding_side) == "left":
+            encoded_inputs["position_ids"] = padding + encoded_inputs["position_ids"]
+        else:
+            encoded_inputs["position_ids"] = encoded_inputs["position_ids"] + padding
+        return encoded_inputs
+
+    # ---- ids -> text
+
+    def _has_text(self, index: int) -> bool:
+        return 0 <= index < self.sp_model.get_piece_size() and index not in self.ids_without_text
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if 0 <= index < self.sp_model.get_piece_size():
+            return self.sp_model.id_to_piece(index)
+        offset = index - self.sp_model.get_piece_size()
+        return SPECIAL_TOKENS[offset] if 0 <= offset < len(SPECIAL_TOKENS) else ""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self._decode([self._convert_token_to_id(token) for token in tokens])
+
+    def _decode(self, token_ids, skip_special_tokens=False, **kwargs) -> str:
+        """Text of the ids that have one; spaces are never tidied, and special tokens are always skipped."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        return self.sp_model.decode([int(index) for index in ids if self._has_text(int(index))])
+
+    # ---- files
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Write `tokenizer.model`, also where the file it was read from is gone."""
+        name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
+        file = Path(save_directory) / name
+        file.write_bytes(self.sp_model.serialized_model_proto())
+        return (str(file),)
+
+    def save_pretrained(self, save_directory, legacy_format=None, filename_prefix=None, **kwargs):
+        """Write the official files: tokenizer.model, tokenizer_config.json and special_tokens_map.json."""
+        files = super().save_pretrained(
+            save_directory, legacy_format=legacy_format, filename_prefix=filename_prefix, **kwargs
+        )
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        config_file = Path(save_directory) / f"{prefix}tokenizer_config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        # Official code loading this folder finds its own class through auto_map.
+        config["auto_map"] = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+        config = {name: value for name, value in config.items() if name not in KEYS_NOT_SAVED}
+        config_file.write_text(
+            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        map_file = Path(save_directory) / f"{prefix}special_tokens_map.json"
+        map_file.write_text("{}\n", encoding="utf-8")
+        return (*files, str(map_file))

@@ -1,0 +1,60 @@
+"""ptuning.json beside a checkpoint's weights: what config.json lacks, such as base model, columns and lengths."""
+
+from pathlib import Path
+
+from checkpoints.trainer_state import is_count, shown
+from checkpoints.weight_files import ADAPTER_FILES
+from common.files import read_json
+
+SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths, how it was trained
+
+
+SIDECAR_KINDS = {
+    **dict.fromkeys(
+        "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
+    ),
+    **dict.fromkeys(("base_fingerprint", "engine"), str),
+    **dict.fromkeys(("max_source_length", "max_target_length"), int),
+    "training": dict,
+    "merged_checkpoints": list,
+}
+
+
+KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
+
+
+# ---- the prefix
+
+
+def read_sidecar(checkpoint):
+    """What the sidecar of a checkpoint remembers, nothing where there is none."""
+    file = Path(checkpoint) / SIDECAR_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def finetuning_type(checkpoint):
+    """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
+    checkpoint = Path(checkpoint)
+    if (checkpoint / SIDECAR_FILE).is_file():
+        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", "p_tuning")
+        if kind not in ("p_tuning", "full", "freeze", "lora"):
+            raise ValueError(
+                f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected p_tuning, full, freeze or lora."
+            )
+        return kind
+    if any((checkpoint / name).is_file() for name in ADAPTER_FILES):
+        return "lora"
+    return None
+
+
+def check_sidecar(settings, file):
+    """Raise ValueError where what the sidecar `file` says has the wrong type."""
+    for name, kind in SIDECAR_KINDS.items():
+        value = settings.get(name)
+        fits = is_count(value, 1) if kind is int else isinstance(value, kind)
+        if kind is list and fits:
+            fits = all(isinstance(item, str) for item in value)
+        if value is not None and not fits:
+            raise ValueError(
+                f"{file}: {name} is {shown(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
+            )

@@ -1,0 +1,172 @@
+"""Files of weights: their names in a folder, and reading them, memory-mapped and checked.
+
+Pickles are read with `weights_only`, so no code in a file is ever run."""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from common.claims import ZIP_MARK, check_claim, check_safetensors, check_torch_file
+from common.files import first_line, read_json
+
+PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
+
+
+PREFIX_KEY = "transformer.prefix_encoder."
+
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
+
+
+# Differs between any two base models, and is the same in their float, int8 and int4 folders.
+FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
+
+
+# Copied with a model, beside its weights. Python files are there for the official code, and never run here.
+COPIED = (
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "configuration_chatglm.py",
+    "modeling_chatglm.py",
+    "tokenization_chatglm.py",
+    "quantization.py",
+    "*LICENSE*",
+)
+
+
+# Stored by the official checkpoints, computed here.
+ROTARY_TENSOR = "transformer.rotary_pos_emb.inv_freq"
+
+
+# ---- reading weight files
+
+
+def read_tensors(file):
+    """Yield (name, tensor) of one weight file, memory-mapped. Raises ValueError for a file that is no such."""
+    file = Path(file)
+    problem = f"{file} cannot be read as model weights ({{}}). Download or copy it again and compare its size."
+    with open(file, "rb") as opened:
+        is_zip = opened.read(4) == ZIP_MARK  # files from before torch 1.6 cannot be memory-mapped
+    size = file.stat().st_size
+    if file.suffix == ".safetensors":
+        try:
+            check_safetensors(file)
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    yield name, tensors.get_tensor(name)
+        except Exception as error:  # likewise
+            raise ValueError(problem.format(first_line(error))) from error
+        return
+    try:
+        check_torch_file(file)
+    except ValueError as error:
+        raise ValueError(problem.format(error)) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle
+            tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it is no torch file, or holds objects other than tensors, which are never loaded"
+        raise ValueError(problem.format(reason)) from error
+    except Exception as error:  # bytes at random make torch.load raise anything
+        reason = (is_zip and claim_too_large(file, size)) or first_line(error)
+        raise ValueError(problem.format(reason)) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
+        raise ValueError(problem.format("it does not hold a dictionary of tensors"))
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(problem.format(f"{name} is a {tensor.layout} tensor of {tensor.dtype}"))
+        try:
+            check_claim(name, tensor, size)
+        except ValueError as error:
+            raise ValueError(problem.format(error)) from error
+        yield name, tensor
+
+
+def claim_too_large(file, size):
+    """Why a torch file of `size` bytes could not be read, if a tensor in it claims more; it is not read for that."""
+    try:
+        for name, tensor in torch.load(file, map_location="meta", weights_only=True).items():
+            if tensor.untyped_storage().nbytes() > size:
+                return f"{name} claims {tensor.untyped_storage().nbytes():,} bytes, and the file has {size:,}"
+    except Exception:  # it has another fault
+        return None
+
+
+def weight_files(folder):
+    """The weight files of a model folder, in order: those of its index, or the single one."""
+    folder = Path(folder)
+    for name in INDEX_FILES:
+        if (folder / name).is_file():
+            weight_map = read_json(folder / name).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{folder / name} has no weight_map. Download it again.")
+            files = weight_map.values()
+            strange = [file for file in files if not isinstance(file, str) or Path(file).name != file or file == ".."]
+            if strange:
+                raise ValueError(f"{folder / name} names {strange[0]!r}, which is no file in its folder.")
+            files = [folder / file for file in sorted(set(weight_map.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} weight files that {name} "
+                    "names). Download the rest."
+                )
+            return files
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+    raise FileNotFoundError(
+        f"{folder} holds no weights; expected {', '.join(INDEX_FILES)}, or {' or '.join(SINGLE_FILES)}."
+    )
+
+
+def stored_dtype(folder):
+    """Dtype of the float weights in a model folder."""
+    for file in weight_files(folder):
+        for name, tensor in read_tensors(file):
+            if name == FINGERPRINT_TENSOR:
+                return tensor.dtype
+    raise ValueError(f"{folder} has no {FINGERPRINT_TENSOR}. Is it the complete folder of a ChatGLM2 model?")
+
+
+def check_tensor(tensor, name, expected, file):
+    """Raise ValueError unless shape and kind of dtype are those the configuration asks for."""
+    if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
+        raise ValueError(
+            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but config.json asks for "
+            f"{'float' if expected.is_floating_point() else expected.dtype} {tuple(expected.shape)}."
+        )
+    check_finite(tensor, name, file)
+
+
+def check_finite(tensor, name, file):
+    """Raise ValueError for a tensor with a NaN or an infinity in it."""
+    if tensor.is_floating_point():
+        for extreme in tensor.aminmax():  # 0.3 s per GB; isfinite() takes 30 times as long
+            if not extreme.isfinite():
+                raise ValueError(
+                    f"{file}: {name} holds {extreme.item()}; nothing can be computed with that. Download or copy the "
+                    "file again; of a trained prefix take an earlier checkpoint."
+                )
+
+
+def check_trained(tensor, name, file):
+    """Raise ValueError for a tensor that no training can have written: empty, of integers, or not finite."""
+    if tensor.ndim == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
+        raise ValueError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float numbers.")
+    check_finite(tensor, name, file)

@@ -1,0 +1,1 @@
+"""What every room may use: failures, files, flags, plots, processes, reports."""

@@ -1,0 +1,79 @@
+"""JSON and text files: read with a clear error, written whole or not at all, and down to the disk."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from common.claims import MOST_JSON_BYTES, MOST_LOG_BYTES, check_size
+from common.text import parse_json
+
+STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
+
+
+def read_json(file):
+    """A JSON object from `file`. Raises FileNotFoundError and ValueError naming the file."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
+    check_size(file, MOST_LOG_BYTES if file.name == STATE_FILE else MOST_JSON_BYTES)
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}). Copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
+    return value
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def write_bytes(file, data):
+    """Write a file completely or not at all: what it held before stays until the new content is there.
+
+    OSError names the file, which the system does not where a disk is full.
+    """
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, file)
+        finally:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                partial.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def write_text(file, text):
+    """Write a text file in UTF-8, as write_bytes does."""
+    write_bytes(file, text.encode("utf-8"))
+
+
+def write_json(file, value):
+    write_text(file, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+
+
+def flush_to_disk(path):
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what some network disks answer for a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def file_sha256(file):
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""How the processes of one run find and reach each other, so that nobody else can.
+
+torch listens on every network interface and asks nobody for a password, on a single machine too. torchrun unpickles
+what comes to its port: whoever reaches it runs code as the user who trains. So on one machine everything keeps to the
+loopback interface, and main.py's processes find each other through a file that nobody else may read (launch.py). On
+several machines the ports are needed, and it is said who may reach them.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+from datetime import timedelta
+
+from common.failure import LAUNCHED
+
+STORE = "PTUNING_STORE"  # set by launch.py: a file through which the processes of one machine find each other
+LOOPBACK = "127.0.0.1"
+
+
+def network_interface(address):
+    """Name of the network interface that leads to `address`, IPv4, or None; it may be an address of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing
+        except OSError:
+            return None
+        own_address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                found = fcntl.ioctl(probe, 0x8915, request)[20:24]  # SIOCGIFADDR
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found) == own_address:
+                return name
+    return None
+
+
+def keep_to_loopback():
+    """Let gloo and NCCL of this process and its children listen on this machine only, whatever the user's settings."""
+    interface = network_interface(LOOPBACK)
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"  # =: of this very name; NCCL takes a beginning otherwise
+
+
+def listen_on_loopback(port, timeout=timedelta(minutes=30)):
+    """torch's store of keys, open to this machine only; `port` 0 is any. OSError where the port is taken."""
+    from torch.distributed import TCPStore
+
+    with socket.create_server((LOOPBACK, port), backlog=1024) as server:
+        port = server.getsockname()[1]
+        return TCPStore(
+            LOOPBACK,
+            port,
+            is_master=True,
+            master_listen_fd=server.detach(),  # its own socket would listen everywhere
+            timeout=timeout,
+            wait_for_workers=False,
+        )
+
+
+def on_one_machine():
+    """Whether all processes of this run are on this machine, as far as the launcher's variables say it."""
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    if local is None:  # of a launcher that is not torchrun
+        return os.environ.get("MASTER_ADDR") in (LOOPBACK, "localhost", "::1")
+    return local == os.environ.get("WORLD_SIZE")
+
+
+def open_store(timeout):
+    """What this process finds the others with, on one machine; None: what the launcher keeps for them."""
+    from torch.distributed import FileStore, TCPStore
+
+    if STORE in os.environ:
+        return FileStore(os.environ[STORE])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] != "0":
+        return TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
+    try:
+        return listen_on_loopback(port, timeout)
+    except OSError as error:
+        raise OSError(f"MASTER_PORT={port} of this machine cannot be used ({error}). Give another.") from error
+
+
+def join_processes(*, cpu, backend, timeout):
+    """Join the other processes that a launcher has started, if it has; what is to be said about its ports, in a list.
+
+    Everything that the processes do together waits at most `timeout` seconds. transformers would join them too, but
+    on a CPU without that limit. `backend` is gloo, nccl, …; None is the device's own.
+    """
+    from accelerate import PartialState
+    from torch.distributed import DistStoreError
+
+    settings = {"timeout": timedelta(seconds=timeout)}
+    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if launched and on_one_machine():
+        keep_to_loopback()
+        store = open_store(settings["timeout"])
+        if store is not None:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            settings.update(store=store, rank=rank, world_size=world_size)
+    try:
+        PartialState(cpu=cpu, backend=backend, **settings)
+    except RuntimeError as error:
+        if "timeout" not in str(error).lower():
+            raise
+        raise DistStoreError(f"timeout: not every process has come within {timeout} seconds") from error
+    return describe_ports()
+
+
+def describe_ports():
+    """A list with one line on the ports of a launcher that is not launch.py, where others may reach them."""
+    if LAUNCHED in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    if on_one_machine():
+        return [
+            "Warning: torchrun listens on every network interface here, and whoever reaches its port can run code as "
+            "you. Write `python ptuning/launch.py` in its place: it takes the same words and listens on this machine "
+            "only."
+        ]
+    return [warn_of_port(os.environ.get("MASTER_PORT"))]
+
+
+def warn_of_port(port):
+    """The line about the port of several machines."""
+    return (
+        f"Warning: whoever reaches port {port} of machine 0 (MASTER_PORT) can run code as you. Let only the machines of "
+        "this run reach it."
+    )

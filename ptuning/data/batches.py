@@ -1,0 +1,136 @@
+"""Encoded rows -> the order in which they are read -> tensors.
+
+Answers to the data collators of the official `main.py`. It differs in that rows are padded to the longest of their
+batch instead of to max_source + max_target + 1, and that the rows of a step are grouped by length."""
+
+from data.encoding import IGNORED_LABEL, any_supervised
+from data.mixture import shown_rows
+
+# ---- rows -> the order in which they are read
+
+
+class RowOrder:
+    """The rows of an epoch in random order, those of a step then grouped by length; a sampler for a DataLoader.
+
+    `batches_per_step` batches of `batch_size` rows, those of all processes and accumulated ones, make a step. It gets
+    the rows that plain random sampling with this seed gives it, so its gradient is the same; but rows of one batch are
+    of like length, and so are the batches that `num_processes` processes compute at the same time. With `window` > 1
+    rows are grouped within so many steps, which then differ in length; the batches of a window come in random order.
+
+    `epoch()` is asked at the start of every pass. Every process must read the same order and keep every
+    `num_processes`-th batch.
+    """
+
+    def __init__(self, lengths, *, batch_size, batches_per_step, num_processes=1, seed=0, epoch=lambda: 0, window=1):
+        self.lengths = lengths
+        self.together = batch_size * num_processes
+        self.rows_per_window = batch_size * batches_per_step * window
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.rows_per_window):
+            rows = sorted(order[start : start + self.rows_per_window], key=self.lengths.__getitem__)
+            groups = [rows[first : first + self.together] for first in range(0, len(rows), self.together)]
+            whole = len(rows) // self.together  # an incomplete group stays last, or batches would straddle groups
+            for group in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(groups))]:
+                yield from groups[group]
+
+
+# ---- features -> batches
+
+
+def _pad(sequences: list[list[int]], value: int, length: int, left: bool = False):
+    """int64 tensor (B, length)."""
+    import torch
+
+    padding = [[value] * (length - len(sequence)) for sequence in sequences]
+    pairs = zip(padding, sequences, strict=True) if left else zip(sequences, padding, strict=True)
+    return torch.tensor([first + second for first, second in pairs], dtype=torch.int64)
+
+
+def collate_training(
+    features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8, min_length: int = 0
+):
+    """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up. `row` (B,).
+
+    S is at least `min_length`.
+
+    There is no attention mask: under causal attention no token sees the padding to its right. Nothing is supervised
+    in a blank row, see WithBlankRow.
+    Raises ValueError naming the rows where none has a supervised token: their mean loss would be 0 / 0.
+    """
+    import torch
+
+    rows = [feature["row"] for feature in features]
+    blank = torch.tensor([row == BLANK_ROW["row"] for row in rows])
+    if not blank.all() and not any(any_supervised(feature["labels"]) for feature in features):
+        raise ValueError(f"row {shown_rows(rows)}: a batch without a single supervised token, nothing to learn from")
+    longest = max(len(feature["input_ids"]) for feature in features)
+    length = max(min_length, -(-longest // multiple_of) * multiple_of)
+    labels = _pad([feature["labels"] for feature in features], label_pad_id, length)
+    return {
+        "input_ids": _pad([feature["input_ids"] for feature in features], pad_token_id, length),
+        "labels": labels.masked_fill(blank[:, None], IGNORED_LABEL),
+        "row": torch.tensor(rows, dtype=torch.int64),  # for messages; the trainer takes it out
+    }
+
+
+# Stands for no row of the file: one token that is neither learned nor counted.
+BLANK_ROW = {"input_ids": [0], "labels": [IGNORED_LABEL], "row": 0}
+
+
+class WithBlankRow:
+    """A dataset that has a blank row behind its last one, at index len(), and does not count it."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return BLANK_ROW if index == len(self) else self.dataset[index]
+
+
+class EvenBatches:
+    """The batches of `batch_sampler`, filled up with blank rows to equally many full ones for every process.
+
+    Otherwise accelerate fills them up with rows from the start of the epoch, which would count twice.
+    """
+
+    def __init__(self, batch_sampler, num_processes: int, blank: int):
+        self.batch_sampler, self.num_processes, self.blank = batch_sampler, num_processes, blank
+        self.sampler, self.batch_size, self.drop_last = batch_sampler.sampler, batch_sampler.batch_size, False
+
+    def __len__(self):
+        return -(-len(self.batch_sampler) // self.num_processes) * self.num_processes
+
+    def __iter__(self):
+        for batch in self.batch_sampler:
+            yield batch + [self.blank] * (self.batch_size - len(batch))
+        for _ in range(len(self) - len(self.batch_sampler)):
+            yield [self.blank] * self.batch_size
+
+
+def collate_prediction(features, *, pad_token_id: int):
+    """`input_ids`, `attention_mask`, `position_ids`, int64 (B, S), padded on the left, and `labels` on the right.
+
+    Position ids count from 0 at the first token and are 0 at padding; labels are padded with -100.
+    """
+    prompts = [feature["input_ids"] for feature in features]
+    labels = [feature["labels"] for feature in features]
+    length = max(map(len, prompts))
+    return {
+        "input_ids": _pad(prompts, pad_token_id, length, left=True),
+        "attention_mask": _pad([[1] * len(prompt) for prompt in prompts], 0, length, left=True),
+        "position_ids": _pad([list(range(len(prompt))) for prompt in prompts], 0, length, left=True),
+        "labels": _pad(labels, IGNORED_LABEL, max(map(len, labels))),
+    }

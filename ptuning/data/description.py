@@ -1,0 +1,54 @@
+"""What the user sees of the training rows before the first step."""
+
+from data.rows import shown
+
+# ---- what the user should see before the first step
+
+
+def _length_line(name: str, lengths, limit: int) -> str:
+    import numpy
+
+    lengths = numpy.asarray(lengths)
+    figures = [int(numpy.percentile(lengths, share, method="higher")) for share in (50, 90, 99)]
+    columns = [*figures, int(lengths.max()), limit]
+    return f"  {name:<10}" + "".join(f"{figure:>8,}" for figure in columns) + f"{(lengths > limit).mean():>10.1%}"
+
+
+def describe_training(
+    dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int, marked="what the model learns"
+) -> str:
+    """Text about an encode_training dataset: rows, token lengths, shares cut, and its first example decoded.
+
+    ⟦ and ⟧ enclose the part of the example that the model learns, called `marked`.
+    """
+    source_lengths, target_lengths = dataset["source_length"][:], dataset["target_length"][:]
+    lines = [
+        f"{len(dataset) + skipped:,} rows read, {skipped:,} skipped (empty prompt or response), {len(dataset):,} used",
+        f"  {'tokens':<10}" + "".join(f"{name:>8}" for name in ("50%", "90%", "99%", "max", "limit")) + "   cut off",
+        _length_line("prompt", source_lengths, max_source_length),
+        _length_line("response", target_lengths, max_target_length),
+    ]
+    shortened = [turns > 0 for turns in dataset["dropped_turns"][:]]
+    cut = [length > max_source_length and not fits for length, fits in zip(source_lengths, shortened, strict=True)]
+    for what, rows, flag, limit in (
+        ("prompts lose their end", cut, "--max_source_length", max_source_length),
+        ("prompts lose their oldest turns", shortened, "--max_source_length", max_source_length),
+        (
+            "responses lose their end",
+            [length > max_target_length for length in target_lengths],
+            "--max_target_length",
+            max_target_length,
+        ),
+    ):
+        if (share := sum(rows) / len(rows)) > 0.01:
+            kept = "them" if what.endswith("turns") else "it"
+            lines.append(f"{share:.0%} of the {what} at {limit} tokens; raise {flag} to keep {kept}.")
+    example = dataset[0]
+    start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
+    prompt = tokenizer.decode(example["input_ids"][:start])
+    answer = tokenizer.decode(example["input_ids"][start:])
+    lines += [
+        f"The first example, with {marked} between ⟦ and ⟧:",
+        f"[gMASK] sop {shown(prompt, 400)}⟦{shown(answer, 400)} {tokenizer.eos_token}⟧",
+    ]
+    return "\n".join(lines)

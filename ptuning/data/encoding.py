@@ -1,0 +1,220 @@
+"""Examples -> token ids and labels, cached.
+
+Answers to preprocess_function_train and preprocess_function_eval of the official `main.py`: same ids, same labels.
+It differs in that a dialogue that is too long loses its oldest turns instead of its question, and that rows are not
+padded here."""
+
+import hashlib
+import json
+import os
+from bisect import bisect_left
+from functools import partial
+
+from data.cache import cached, nobody
+from data.examples import ROWS_WORTH_A_PROGRESS_BAR, code_sha256, progress_bars
+from data.rows import shown
+
+IGNORED_LABEL = -100
+
+
+ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
+
+
+# ---- examples -> token ids and labels
+
+
+def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_target_length: int) -> None:
+    """ValueError when prompts or responses would be cut to nothing."""
+    fixed = tokenizer.encode_batch([source_prefix + tokenizer.build_prompt("")])[0]
+    minimum = len(tokenizer.prefix_tokens) + len(fixed)
+    if max_source_length < minimum:
+        raise ValueError(
+            f"--max_source_length {max_source_length} cannot hold the fixed part of every prompt, {minimum} tokens "
+            f"of {shown(source_prefix + tokenizer.build_prompt('…'))!r}; set at least {minimum} plus your questions"
+        )
+    if max_target_length < 1:
+        raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")
+
+
+def _cut_question(tokenizer, question: str, limit: int, source_prefix: str) -> list[int]:
+    """Ids of the prompt of a question alone, which loses its end and keeps the answer marker behind it."""
+
+    def encode(length):
+        return tokenizer.fit_prompt(question[:length], [], limit, source_prefix)[0]
+
+    # check_lengths has made sure that the empty question fits.
+    return encode(bisect_left(range(1, len(question) + 1), True, key=lambda length: len(encode(length)) > limit))
+
+
+def _encode_sources(examples, tokenizer, source_prefix, max_source_length):
+    """Ids of each prompt within `max_source_length`, special tokens included, its length before cutting, and the
+    number of turns it lost.
+
+    A prompt without a history loses its end, the answer marker included, as in the official script.
+    """
+    prompts = [
+        source_prefix + tokenizer.build_prompt(prompt, history)
+        for prompt, history in zip(examples["prompt"], examples["history"], strict=True)
+    ]
+    sources, lengths, dropped_turns = [], [], []
+    for index, ids in enumerate(tokenizer.encode_batch(prompts)):
+        source, dropped = tokenizer.prefix_tokens + ids, 0
+        lengths.append(len(source))
+        if len(source) > max_source_length and (history := examples["history"][index]):
+            question = examples["prompt"][index]
+            source, dropped = tokenizer.fit_prompt(question, history, max_source_length, source_prefix)
+            if len(source) > max_source_length:
+                source = _cut_question(tokenizer, question, max_source_length, source_prefix)
+        sources.append(source[:max_source_length])
+        dropped_turns.append(dropped)
+    return sources, lengths, dropped_turns
+
+
+def _encode_training_batch(
+    examples, tokenizer, source_prefix, max_source_length, max_target_length, ignore_pad_token_for_loss
+):
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
+    sources, source_lengths, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
+    targets = tokenizer.encode_batch(examples["response"])
+    features = {
+        "input_ids": [],
+        "labels": [],
+        "source_length": source_lengths,
+        "target_length": [len(target) for target in targets],
+        "length": [],
+        "dropped_turns": dropped_turns,
+        "row": examples["row"],
+    }
+    for source, target, row in zip(sources, targets, examples["row"], strict=True):
+        answer = learned = target[:max_target_length] + [end]
+        features["input_ids"].append(source + answer)
+        features["length"].append(len(source) + len(answer))
+        # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
+        if pad in answer:
+            learned = [ignored if index == pad else index for index in answer]
+            if not any_supervised([ignored, *learned]):
+                raise ValueError(
+                    f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
+                    f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
+                )
+        features["labels"].append([ignored] * len(source) + learned)
+    return features
+
+
+def any_supervised(labels: list[int]) -> bool:
+    """Whether a row teaches something; its first token is predicted from nothing and never counts."""
+    return labels[1:].count(IGNORED_LABEL) < len(labels) - 1
+
+
+def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
+    sources, _, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
+    labels = tokenizer.encode_batch(examples["response"])
+    room = max(0, max_target_length - len(tokenizer.prefix_tokens))
+    return {
+        "input_ids": sources,
+        "labels": [tokenizer.prefix_tokens + ids[:room] for ids in labels],
+        "row": examples["row"],
+        "dropped_turns": dropped_turns,
+    }
+
+
+def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings):
+    """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code.
+
+    `columns`: what it returns beside the lists `input_ids` and `labels`.
+    """
+    from datasets import Features, List, Value
+
+    # Named, because to find out the types of lists datasets looks at each of their numbers.
+    features = {
+        **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),
+        **dict.fromkeys(columns, Value("int64")),
+    }
+    # datasets' own fingerprint would name functions of this file, not notice a change in them.
+    key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
+    workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
+
+    def build(folder):
+        with progress_bars(len(dataset) >= ROWS_WORTH_A_PROGRESS_BAR):
+            return dataset.map(
+                partial(encode_batch, tokenizer=tokenizer, **settings),
+                batched=True,
+                remove_columns=dataset.column_names,
+                features=Features(features),
+                num_proc=workers if workers > 1 else None,
+                load_from_cache_file=True,
+                cache_file_name=folder and str(folder / "encoded.arrow"),
+                new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+                desc="Encoding",
+            )
+
+    if not dataset.cache_files:  # rows that are in memory only
+        return build(None)
+    return cached(key, build, what="its rows are encoded", overwrite=overwrite_cache, say=say)
+
+
+def encode_training(
+    dataset,
+    tokenizer,
+    *,
+    source_prefix: str = "",
+    max_source_length: int,
+    max_target_length: int,
+    ignore_pad_token_for_loss: bool = True,
+    num_workers: int | None = None,
+    overwrite_cache: bool = False,
+    say=nobody,
+):
+    """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
+
+    The prompt is cut on the right to `max_source_length` tokens, `[gMASK] sop` included, the response to
+    `max_target_length` before its end token. A prompt with a history loses its oldest turns instead (their number
+    is `dropped_turns`), then the end of its question. No padding. `source_length` and `target_length` are the token
+    counts before cutting, `row` the number in the file. Ignored labels are -100, or the pad token without
+    `ignore_pad_token_for_loss`. Raises ValueError for a row without a single supervised token.
+    """
+    check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
+    settings = {
+        "source_prefix": source_prefix,
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+        "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
+    }
+    columns = ("source_length", "target_length", "length", "dropped_turns", "row")
+    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
+
+
+def encode_prediction(
+    dataset,
+    tokenizer,
+    *,
+    source_prefix: str = "",
+    max_source_length: int,
+    max_target_length: int,
+    num_workers: int | None = None,
+    overwrite_cache: bool = False,
+    say=nobody,
+):
+    """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
+
+    As in the official script the labels start with `[gMASK] sop`, which count among `max_target_length`.
+    """
+    check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
+    settings = {
+        "source_prefix": source_prefix,
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+    }
+    columns = ("row", "dropped_turns")
+    return _encode(dataset, _encode_prediction_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
+
+
+def digest(dataset) -> str:
+    """Names the token ids of an encoded dataset and their order, whatever file they came from."""
+    sha256 = hashlib.sha256()
+    for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000):
+        for ids in batch["input_ids"].chunks:
+            sha256.update(ids.value_lengths().to_numpy().tobytes())
+            sha256.update(ids.flatten().to_numpy().tobytes())
+    return sha256.hexdigest()[:16]

@@ -1,0 +1,280 @@
+"""Rows -> examples: prompt, response and history, checked column by column.
+
+Every defect is one error that names file and row. Rows without a prompt or response are skipped and counted."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from chatglm2.conversation import conversation
+from common.quoting import as_typed, flag_as_typed
+from data.cache import cached, nobody
+from data.rows import _read_bytes, kind_of_value, read_rows, shown
+
+COLUMNS = ("prompt", "query", "response", "history", "messages")
+
+
+ROWS_WORTH_A_PROGRESS_BAR = 20_000
+
+
+# ---- rows -> examples
+
+
+def flag_of(place: str | None, column: str) -> str:
+    """How a user names a column: by a flag, or in `place`, an entry of a dataset_info.json."""
+    return f'"{column}" of {place}' if place else f"--{column}_column"
+
+
+def _missing_column(name: str, number: int, column: str | None, row: dict, flag: str, taken=()) -> ValueError:
+    """The error for a column that a row lacks; the hint names none of the `taken` ones, which have other flags."""
+    columns = shown_columns(row)
+    if not column:
+        return ValueError(f"{flag} is not set; the columns of {name} are: {columns}; name one of them")
+    near = difflib.get_close_matches(column, [other for other in row if other not in taken], n=1, cutoff=0.5)
+    if not near:
+        remedy = f"name one of them with {flag}"
+    elif flag.startswith("--"):
+        remedy = f"did you mean {flag_as_typed(flag, near[0])}?"
+    else:
+        remedy = f"is {near[0]!r} meant by {flag}?"
+    return ValueError(f"{name} row {number} has no column {column!r}; its columns are: {columns}; {remedy}")
+
+
+def shown_columns(row: dict) -> str:
+    return ", ".join(map(as_typed, row)) or "none"
+
+
+def _text(name: str, number: int, column: str | None, row: dict, flag: str, taken=()) -> str:
+    """The text in a column, "" for null; ValueError where the column is missing or holds something else."""
+    if column not in row:
+        raise _missing_column(name, number, column, row, flag, taken)
+    value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{name} row {number}: column {column!r} ({flag}) holds {kind_of_value(value)}, expected text; "
+            "put the value in double quotes or name another column"
+        )
+    return checked(value, f"{name} row {number}", column)
+
+
+def checked(text: str, where: str, column: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: column {column!r} holds half a character (\\u{ord(text[error.start]):04x}) "
+            f"at position {error.start}, such as a cut emoji leaves; write the whole character or remove it"
+        ) from None
+    return text
+
+
+def _history(name: str, number: int, column: str | None, row: dict, flag: str) -> list[list[str]]:
+    """Past [question, answer] turns; none where the column is missing or null in this row."""
+    history = row.get(column) if column else None
+    if history is None:
+        return []
+    expected = f"{name} row {number}: column {column!r} ({flag}) must be a list of [question, answer] pairs"
+    if not isinstance(history, list):
+        raise ValueError(f'{expected} of text, such as [["你好", "你好！"]], but is {kind_of_value(history)}')
+    for position, turn in enumerate(history, start=1):
+        if not isinstance(turn, list) or len(turn) != 2:
+            found = f"a list of {len(turn)}" if isinstance(turn, list) else kind_of_value(turn)
+            raise ValueError(f"{expected}, but its item {position} is {found}")
+        for text in turn:
+            if not isinstance(text, str):
+                raise ValueError(f"{expected} of text, but its item {position} contains {kind_of_value(text)}")
+            checked(text, f"{name} row {number}", column)
+    return history
+
+
+def _dialogue(
+    name: str, number: int, column: str, row: dict, flag: str, keep_unlabelled: bool
+) -> tuple[str, str, list]:
+    """(prompt, response, history) of a list of {"role": …, "content": …}; all empty where it is null or [].
+
+    The last answer is the response; with `keep_unlabelled` a dialogue may also end with the question.
+    """
+    if column not in row:
+        raise _missing_column(name, number, column, row, flag)
+    messages = row[column] or []
+    where = f"{name} row {number}: column {column!r} ({flag})"
+    if not isinstance(messages, list):
+        raise ValueError(
+            f"{where} must be a list of messages, such as "
+            '[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}], '
+            f"but is {kind_of_value(messages)}"
+        )
+    turns, expected = [], ("system", "user")
+    for position, message in enumerate(messages, start=1):
+        place = f"{where}, turn {position}"
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            found = (
+                f"an object of {', '.join(message) or 'nothing'}"
+                if isinstance(message, dict)
+                else kind_of_value(message)
+            )
+            raise ValueError(f"{place}: expected an object of role and content, found {found}")
+        role, content = message["role"], message["content"]
+        if role not in expected:
+            raise ValueError(
+                f"{place}: the role is {shown(str(role))!r}, expected {' or '.join(map(repr, expected))} here; after "
+                "an optional system message, user and assistant take turns"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"{place}: the content is {kind_of_value(content)}, expected text")
+        turns.append((role, checked(content, f"{name} row {number}, turn {position}", column)))
+        expected = ("assistant",) if role == "user" else ("user",)
+    if not turns:
+        return "", "", []
+    if turns[-1][0] == "assistant":
+        question, history = conversation(turns[:-1])
+        return question, turns[-1][1], [list(turn) for turn in history]
+    if not keep_unlabelled or turns[-1][0] != "user":
+        raise ValueError(
+            f"{where}, turn {len(turns)}: a dialogue ends with the answer to learn, of role 'assistant', but this one "
+            f"ends with {turns[-1][0]!r}; add the answer or remove that turn"
+        )
+    question, history = conversation(turns)
+    return question, "", [list(turn) for turn in history]
+
+
+def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
+    """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
+    rows = read_rows(path)
+    flags = {name: flag_of(place, name) for name in COLUMNS}
+    taken = {name: {columns[other] for other in COLUMNS if other != name} for name in COLUMNS}
+    optional = ("query", "history", "response") if keep_unlabelled else ("query", "history")
+    for name in optional:  # may be absent from a row, but not from all
+        column = columns[name]
+        if column and not columns["messages"] and not any(column in row for row in rows):
+            raise _missing_column(path, 1, column, rows[0], flags[name], taken[name])
+    kept = 0
+    for number, row in enumerate(rows[:max_samples], start=1):
+        if columns["messages"]:
+            prompt, response, history = _dialogue(
+                path, number, columns["messages"], row, flags["messages"], keep_unlabelled
+            )
+        else:
+            prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
+            if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
+                prompt += "\n" + query
+            if keep_unlabelled and columns["response"] not in row:
+                response = ""
+            else:
+                response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
+            history = _history(path, number, columns["history"], row, flags["history"])
+        skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
+        kept += not skipped
+        yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
+    if not kept:
+        if columns["messages"]:
+            names = ["messages"]
+        else:
+            names = ["prompt"] if keep_unlabelled else ["prompt", "response"]
+        raise ValueError(
+            f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an empty "
+            f"{' or '.join(repr(columns[name]) for name in names)}; check {' and '.join(flags[name] for name in names)}"
+        )
+
+
+def code_sha256() -> str:
+    """Digest of the files that turn bytes into ids, so that caches do not outlive a change of them."""
+    rooms = Path(__file__).parents[1]
+    files = [
+        *sorted((rooms / "data").glob("*.py")),
+        rooms / "common/text.py",
+        rooms / "chatglm2/tokenization_chatglm.py",
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextlib.contextmanager
+def progress_bars(shown: bool):
+    """Bars of `datasets` on or off inside the block, as before after it."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    disabled_before = are_progress_bars_disabled()
+    if not shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled_before:
+            enable_progress_bars()
+
+
+def load_examples(
+    path: str | os.PathLike,
+    prompt_column: str | None,
+    response_column: str | None,
+    history_column: str | None = None,
+    max_samples: int | None = None,
+    keep_unlabelled: bool = False,
+    messages_column: str | None = None,
+    query_column: str | None = None,
+    place: str | None = None,
+    overwrite_cache: bool = False,
+    say=nobody,
+):
+    """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
+
+    Columns: `prompt` and `response` (text), `history` (list of [question, answer]), `row` (1-based, in the file).
+    `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
+    prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
+    Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
+    (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's content; `say` is
+    told where the cache is damaged.
+    ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
+    """
+    from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(path)
+    content = hashlib.sha256(_read_bytes(path)).hexdigest()
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"{max_samples} samples of {path} were asked for; set 1 or more, or leave the flag out")
+    features = Features(
+        {
+            "prompt": Value("string"),
+            "response": Value("string"),
+            "history": List(List(Value("string"))),
+            "row": Value("int64"),
+            "skipped": Value("bool"),
+        }
+    )
+    columns = {
+        "prompt": prompt_column,
+        "query": query_column,
+        "response": response_column,
+        "history": history_column,
+        "messages": messages_column,
+    }
+    settings = {
+        "path": str(path),
+        "columns": columns,
+        "place": place,
+        "max_samples": max_samples,
+        "keep_unlabelled": keep_unlabelled,
+        "key": f"{content} {code_sha256()}",
+    }
+
+    def build(folder):
+        with progress_bars(False):
+            return Dataset.from_generator(
+                _generate_examples, features=features, gen_kwargs=settings, cache_dir=str(folder)
+            )
+
+    try:
+        dataset = cached(json.dumps(settings), build, what=f"{path} is read", overwrite=overwrite_cache, say=say)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    kept = [index for index, skipped in enumerate(dataset["skipped"][:]) if not skipped]
+    skipped = len(dataset) - len(kept)
+    if skipped:
+        dataset = dataset.select(kept)
+    return dataset.remove_columns("skipped"), skipped

@@ -1,0 +1,143 @@
+"""Bytes -> text -> rows: the encoding is detected, and every defect is one error that names file and line.
+
+Files may be JSON lines, a JSON array or CSV, in UTF-8, UTF-16, UTF-32 or GB18030."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+
+from common.text import DuplicateKey, decode_text, parse_json
+
+# ---- text -> rows
+
+
+def shown(text: str, length: int = 60) -> str:
+    text = text.strip()
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def kind_of_value(value) -> str:
+    """The type of a JSON value in words, with the value where it is short."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, bool):
+        return f"a truth value ({str(value).lower()})"
+    if isinstance(value, int | float):
+        return f"a number ({value})"
+    if isinstance(value, str):
+        return f"text ({shown(value, 20)!r})"
+    return {list: "a list", dict: "an object"}[type(value)]
+
+
+def _duplicate_key(name: str, row: int, line: int, error: DuplicateKey) -> ValueError:
+    return ValueError(
+        f"{name} row {row} (line {line}) has the key {shown(error.key)!r} twice in one object, of which only one could "
+        "be read; rename or remove one"
+    )
+
+
+def _parse_json_lines(text: str, name: str) -> list[dict]:
+    rows = []
+    # Not splitlines(): JSON text may hold line separators other than \n, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, unique_keys=True)
+        except DuplicateKey as error:
+            raise _duplicate_key(name, len(rows) + 1, number, error) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {shown(line)}\n"
+                "Expected one whole JSON object per line, or one JSON array of objects."
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{name} line {number} is {kind_of_value(row)}, not a JSON object: {shown(line)}\n"
+                'Expected lines such as {"content": "...", "summary": "..."}.'
+            )
+        rows.append(row)
+    return rows
+
+
+def _parse_json_array(text: str, name: str) -> list[dict]:
+    try:
+        rows = parse_json(text, unique_keys=True)
+    except DuplicateKey as error:
+        raise _duplicate_key(name, error.element, error.lineno, error) from None
+    except json.JSONDecodeError as error:
+        # An array may be one line of megabytes: show what surrounds the error instead of the line's start.
+        around = " ".join(text[max(0, error.pos - 30) : error.pos + 30].split())
+        raise ValueError(
+            f"{name} line {error.lineno} breaks the JSON array ({error.msg}, column {error.colno}) near: {around}\n"
+            "Repair it there, or write one JSON object per line."
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{name} row {number} is {kind_of_value(row)}, not a JSON object; expected an array of objects"
+            )
+    return rows
+
+
+def _parse_csv(text: str, name: str) -> list[dict]:
+    lines = list(io.StringIO(text, newline=""))  # as the reader counts them
+    reader = csv.reader(lines, strict=True)
+    header, rows = None, []
+    start = 1  # line of the file at which the next row starts; a quoted cell may span several
+    try:
+        for cells in reader:
+            if cells and header is None:
+                header = cells
+                twice = next((column for column in header if header.count(column) > 1), None)
+                if twice is not None:
+                    raise ValueError(f"{name}: its header names the column {twice!r} twice; rename or remove one")
+            elif cells:
+                if len(cells) != len(header):
+                    extra = cells[len(header) :]
+                    detail = f"; the first cell too many is {shown(extra[0])!r}" if extra else ""
+                    raise ValueError(
+                        f"{name} row {len(rows) + 1} (line {start}) has {len(cells)} cells but the header names "
+                        f"{len(header)} columns{detail}\nPut cells that contain commas or line ends in double quotes."
+                    )
+                rows.append(dict(zip(header, cells, strict=True)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{name} row {len(rows) + 1} (line {start}) is not CSV ({error}): {shown(lines[start - 1])}\n"
+            'A double quote inside a quoted cell is written twice: "".'
+        ) from None
+    return rows
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a data file in it, such as {path / 'train.json'}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; copy what it gives into one and name that")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (looked for {path.absolute()}); check the data file's name")
+    return path.read_bytes()
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """Rows of a JSON-lines, JSON-array or (by its suffix) CSV file, in order, as dicts.
+
+    FileNotFoundError or ValueError, each naming the file and where it has one the line, for a file that is missing,
+    a folder, empty, not text, or not in one of these formats.
+    """
+    path = Path(path)
+    text = decode_text(_read_bytes(path), str(path))
+    if not text.strip():
+        raise ValueError(f"{path} is empty; expected JSON lines, a JSON array or CSV")
+    if path.suffix.lower() == ".csv":
+        rows = _parse_csv(text, str(path))
+    elif text.lstrip().startswith("["):
+        rows = _parse_json_array(text, str(path))
+    else:
+        rows = _parse_json_lines(text, str(path))
+    if not rows:
+        raise ValueError(f"{path} holds no rows; expected at least one example")
+    return rows

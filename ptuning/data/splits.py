@@ -1,0 +1,173 @@
+"""Which rows a run reads: the files and data sets that its flags name, mixed, divided, encoded and checked.
+
+Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. How a file
+becomes rows, and rows become token ids, is in data.py.
+"""
+
+from data.dataset_info import read_dataset_info
+from data.description import describe_training
+from data.encoding import encode_prediction, encode_training
+from data.examples import COLUMNS, load_examples, shown_columns
+from data.mixture import draw_shares, hold_out, join, number_rows
+from data.rows import read_rows
+from data.sources import FILES, check_columns, source_of, split_ratios
+
+
+def read_split(split, data_args, training_args, tokenizer, encode, say):
+    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py.
+
+    With --dev_ratio the training rows are what the dev rows leave over.
+    """
+    divided = data_args.dev_ratio and split in ("train", "eval")
+    keep_unlabelled = encode is encode_prediction and not divided
+    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say)
+    seed = seed_of_rows(training_args)
+    sizes = {name: len(part) for name, part in parts.items()}
+    if split == "train" or divided:
+        parts = draw_shares(parts, split_ratios(data_args.mix_ratios), seed)
+    if "" not in parts and not (divided and split == "eval"):  # said for the training rows already
+        for line in (*notes, describe_mixture(split, parts, sizes)):
+            say(line)
+    if divided:
+        halves = [hold_out(part, data_args.dev_ratio, seed) for part in parts.values()]
+        rows = join(dev if split == "eval" else rest for rest, dev in halves)
+        say(f"{split}: {len(rows)} rows, divided by --dev_ratio {data_args.dev_ratio}.")
+        if split == "eval" and data_args.max_eval_samples:
+            rows = rows.select(range(min(data_args.max_eval_samples, len(rows))))
+    else:
+        rows = join(parts.values())
+    return rows, sum(rows_skipped.values())
+
+
+def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say):
+    """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
+
+    A damaged cache is told to `say`, others on this machine read what the first process built anew. Data sets have their names; the one file of a flag has the name "".
+    """
+    source = source_of(split, data_args, training_args)
+    if source == "dev_ratio":
+        source = "dataset" if data_args.dataset else "train_file"
+    if source == "dataset":
+        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset)
+    else:
+        columns = {f"{name}_column": getattr(data_args, f"{name}_column", None) for name in COLUMNS}
+        files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
+    name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
+    limit = getattr(data_args, name_of_limit) or data_args.max_samples
+    for name, file in files.items():
+        if encode is encode_prediction and not file["messages_column"]:
+            place = file.get("place")
+            both = f'"prompt" and "response" of {place}' if place else "--prompt_column and --response_column"
+            check_columns(file["prompt_column"], file["response_column"], both)
+        if split == "predict":
+            files[name] = without_missing_response(file, limit, say)
+    cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
+    parts, rows_skipped = {}, {}
+    for name, file in files.items():
+        examples, rows_skipped[name] = load_examples(
+            **file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache
+        )
+        parts[name] = encode_rows(split, examples, data_args, tokenizer, encode, cache)
+        if encode is encode_prediction and name:
+            parts[name] = parts[name].add_column("dataset", [name] * len(examples))
+        elif len(files) > 1:
+            parts[name] = number_rows(parts[name], len(parts))
+    return parts, rows_skipped, notes
+
+
+def without_missing_response(file, limit, say):
+    """The file with no response column if none of its rows to be answered has it, which `say` is told."""
+    column, place = file["response_column"], file.get("place")
+    if file["messages_column"]:
+        return file
+    if not column:
+        flag = f'"response" of {place}' if place else "--response_column"
+        say(f"{file['path']}: without {flag} its rows are answered, and not scored.")
+        return file
+    rows = read_rows(file["path"])[:limit]
+    if any(column in row for row in rows):
+        return file
+    say(
+        f"{file['path']} has no column {column!r}: its rows are answered, and not scored; its columns are: "
+        f"{shown_columns(rows[0])}."
+    )
+    return {**file, "response_column": None}
+
+
+def encode_rows(split, examples, data_args, tokenizer, encode, cache):
+    """The rows of one data file as `encode` makes them of a split; `cache` says how it uses its cache."""
+    lengths = {
+        "max_source_length": data_args.max_source_length,
+        "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
+    }
+    if encode is not encode_prediction:
+        lengths["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
+    return encode(
+        examples,
+        tokenizer,
+        source_prefix=data_args.source_prefix,
+        num_workers=data_args.preprocessing_num_workers,
+        **cache,
+        **lengths,
+    )
+
+
+def seed_of_rows(training_args):
+    """What --mix_ratios and --dev_ratio choose rows by."""
+    return training_args.seed if training_args.data_seed is None else training_args.data_seed
+
+
+def describe_mixture(split, parts, sizes):
+    """One line: the rows that each data set gives, of how many it has, and their share of all."""
+    total = sum(map(len, parts.values()))
+    shares = [f"{name} {len(part):,} of {sizes[name]:,} rows ({len(part) / total:.1%})" for name, part in parts.items()]
+    return f"{split}: {', '.join(shares)}."
+
+
+def check_data(data_args, training_args, tokenizer, seq_length, say):
+    """Read every file that the flags name as training would; print what is in each, and one example."""
+    for split, flag in FILES.items():
+        if not getattr(training_args, f"do_{split}"):
+            continue
+        parts, rows_skipped, notes = read_files(
+            split, data_args, training_args, tokenizer, encode_training, split == "predict", say
+        )
+        for note in notes:
+            say(note)
+        for name, rows in parts.items():
+            check_fits(rows, seq_length, data_args)
+            say(f"\n{split}: {f'data set {name}' if name else getattr(data_args, flag)}")
+            target_limit = data_args.max_target_length if split == "train" else data_args.val_max_target_length
+            say(
+                describe_training(
+                    rows,
+                    tokenizer,
+                    skipped=rows_skipped[name],
+                    max_source_length=data_args.max_source_length,
+                    max_target_length=target_limit,
+                    marked="what the model learns" if split == "train" else "its reference",
+                )
+            )
+        if split == "train" and data_args.dataset:
+            shares = draw_shares(parts, split_ratios(data_args.mix_ratios), seed_of_rows(training_args))
+            say("\n" + describe_mixture(split, shares, {name: len(rows) for name, rows in parts.items()}))
+    say("\nNothing is wrong with these files. Without --check_data the run begins.")
+
+
+def longest_example(dataset, data_args):
+    """Tokens of the longest training example, as cut."""
+    return max(
+        min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
+        for source, target in zip(dataset["source_length"], dataset["target_length"], strict=True)
+    )
+
+
+def check_fits(dataset, seq_length, data_args):
+    """ValueError where a training example is longer than the model was made for."""
+    longest = longest_example(dataset, data_args)
+    if longest > seq_length:
+        raise ValueError(
+            f"The longest example has {longest} tokens, but the model was made for {seq_length} (seq_length in its "
+            f"config.json). Lower --max_source_length {data_args.max_source_length} or "
+            f"--max_target_length {data_args.max_target_length}."
+        )

@@ -1,0 +1,1 @@
+"""Answers to the rows of a split, and their scores."""

@@ -1,0 +1,598 @@
+"""Answer with a tuned model, many conversations at once: what the page, the terminal and the API share.
+
+Answers to the loading code that the official `web_demo.py`, `cli_demo.py` and `api.py` each carry, and to their
+use of `stream_chat`. It differs in three ways.
+
+One model in memory answers with any prefix, or with none: the prefix is not a part of the model here but the
+first entries of an answer's KV cache, so two answers that are computed side by side may have different ones.
+
+Answers are computed together, by the Batch of generation.py. A worker thread owns the model; in every step it feeds one
+token of each running answer. New answers join and finished ones leave between steps.
+
+A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
+what follows the part they share is computed: an edited history simply shares less.
+
+Places are shared: a client that has none does not wait for one that has many. See `_make_room`.
+"""
+
+import contextlib
+import queue
+import random
+import socket
+import threading
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+
+from chatglm2.chat import TRAINING_DATE
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.conversation import read_history
+from chatglm2.generation import Batch, choose
+from chatglm2.prefix_encoder import PrefixEncoder
+from checkpoint import fill_prefix_encoder, read_prefix_settings
+from checkpoints.run_folder import list_checkpoints
+from serving.limits import Turns, fair_share
+
+BASE = "base"  # name of the model without a prefix
+
+
+CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
+
+
+TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
+
+
+class Busy(RuntimeError):
+    """All places are taken and the queue is full."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. `temperature` 0 is greedy; `max_new_tokens` counts the answer only."""
+
+    max_new_tokens: int = 8192
+    top_p: float = 0.8
+    temperature: float = 0.95
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1.")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: expected a probability from 0 to 1.")
+        if not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature {self.temperature}: expected from 0 (greedy) to 100.")
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer on its way. The worker writes it, whoever asked reads it; `notify` is called on every change.
+
+    `text` only grows: half a character and the possible beginning of a stop string, or of what process_response()
+    replaces, are held back.
+    `finish_reason` is None until the end, then stop, length, cancelled or error (with `error` saying which).
+    """
+
+    token_ids: list[int]
+    model: str
+    sampling: Sampling
+    notify: object = None
+    session: object = None
+    client: object = None  # who asked
+    prefix: list = field(default_factory=list, repr=False)
+    text: str = ""
+    response_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    cancelled: bool = False
+    seconds: float = 0.0  # since the first token was asked for
+    reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
+    paused: object = field(default=None, repr=False)  # its Paused while it waits for its place again
+
+    def cancel(self):
+        """Give the place free at the next token."""
+        self.cancelled = True
+
+    @property
+    def tokens_per_second(self):
+        return len(self.response_ids) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(eq=False)
+class Row:
+    """What the worker knows of a running answer, beside its cache in the batch."""
+
+    answer: Answer
+    generator: random.Random
+    started: float
+    next_id: int = 0
+
+
+@dataclass(eq=False)
+class Paused:
+    """An answer that gave its place away, with its cache."""
+
+    row: Row
+    layers: list
+    prefix_length: int
+
+
+@dataclass
+class Memory:
+    """The cache of a conversation between two answers."""
+
+    model: str
+    token_ids: list[int]
+    layers: list
+
+
+class ChatServer:
+    """A model, the prefixes of a run, and the thread that answers with them. See `submit` and `stream`.
+
+    `base` is what the model is called without a prefix: the checkpoint's name where its weights were tuned, with
+    `source_prefix` before every prompt.
+    `max_batch` answers are computed at once and `max_queue` more wait; `max_sessions` conversations keep
+    their cache, the one that was idle longest goes first.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        checkpoints=None,
+        *,
+        default=None,
+        base=BASE,
+        source_prefix="",
+        max_batch=8,
+        max_queue=64,
+        max_sessions=32,
+    ):
+        self.model, self.tokenizer, self.default, self.base = model, tokenizer, default or base, base
+        self.max_batch, self.max_queue, self.max_sessions = max_batch, max_queue, max_sessions
+        self.name = BASE  # of the base model, for people
+        self.run_folder = None  # rescanned for new checkpoints
+        self._checkpoints = dict(checkpoints or {})
+        self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
+        self._memories = OrderedDict()  # session -> Memory
+        self._running = []  # rows; row i is row i of the batch
+        self._batch = Batch(model, max_batch)
+        self._waiting = []
+        self._unfinished = 0  # answers waiting, starting and running
+        self._held = Counter()  # client -> its unfinished answers and texts being tokenized
+        self._tokenizing = Turns(TOKENIZE_AT_ONCE)
+        self._ending = self._closed = False
+        self._changed = threading.Condition()
+        self._loading = threading.Lock()
+        self._worker = threading.Thread(target=self._work, name="chat-server", daemon=True)
+        self._worker.start()
+
+    # ---- models
+
+    def checkpoints(self):
+        """{name: folder} of the prefixes that can be asked for, new ones of a run that is still training too."""
+        return list_checkpoints(self.run_folder) if self.run_folder else self._checkpoints
+
+    def models(self):
+        """Names for `model`: every checkpoint, then the base model."""
+        return [*self.checkpoints(), self.base]
+
+    def prefix(self, name):
+        """Key and value (1, G, P, D) of every layer for the prefix `name`; empty for the base model.
+
+        Read once and kept. Raises ValueError for an unknown name or a checkpoint that does not fit the model.
+        """
+        if name in self._prefixes:  # without waiting for another one that is being read
+            return self._prefixes[name]
+        with self._loading:
+            if name not in self._prefixes:
+                checkpoints = self.checkpoints()
+                if name not in checkpoints:
+                    raise ValueError(f"There is no model {name!r}; there are {', '.join(self.models())}.")
+                settings = read_prefix_settings(checkpoints[name])
+                self._source_prefixes[name] = settings.get("source_prefix") or ""
+                self._prefixes[name] = self._read_prefix(checkpoints[name], settings)
+            return self._prefixes[name]
+
+    @torch.inference_mode()
+    def _read_prefix(self, checkpoint, settings):
+        config = ChatGLMConfig(
+            **{
+                **self.model.config.to_dict(),
+                "pre_seq_len": settings["pre_seq_len"],
+                "prefix_projection": settings["prefix_projection"],
+            }
+        )
+        encoder = PrefixEncoder(config).eval()
+        fill_prefix_encoder(encoder, checkpoint)
+        pairs = encoder(1, self.model.transformer.dtype_of_blocks)
+        return [(key.to(self.model.device), value.to(self.model.device)) for key, value in pairs]
+
+    def prefix_length(self, name):
+        """Virtual tokens of a prefix that has been read, 0 for the base model."""
+        layers = self.prefix(name)
+        return layers[0][0].shape[2] if layers else 0
+
+    # ---- prompts
+
+    def source_prefix(self, name=None):
+        """The text that stood before every prompt in the training of a model, "" where there was none."""
+        name = name or self.default
+        self.prefix(name)
+        return self._source_prefixes[name]
+
+    def encode(self, query, history=(), model=None):
+        """Token ids of the chat prompt for a model; ValueError for text that no UTF-8 file could hold."""
+        query, history = read_history(query, history)
+        self.check_characters(query, history)
+        check_text(query, history)
+        return self.tokenizer.encode(self.source_prefix(model) + self.tokenizer.build_prompt(query, history))
+
+    def fit(self, query, history, max_new_tokens, model=None):
+        """(token ids, number of oldest turns left out so that an answer fits); ValueError if the question is too long.
+
+        Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
+        """
+        query, history = read_history(query, history)
+        self.check_characters(query)
+        check_text(query, history)
+        too_old = self.count_too_old(history)
+        history = history[too_old:]
+        seq_length = self.model.config.seq_length
+        limit = seq_length - min(max_new_tokens, seq_length // 4)
+        token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit, self.source_prefix(model))
+        self.check_length(token_ids)
+        return token_ids, dropped + too_old
+
+    def check_characters(self, query, history=()):
+        """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
+        characters = len(query) + sum(map(len_of_turn, history))
+        seq_length = self.model.config.seq_length
+        if characters > CHARACTERS_A_TOKEN * seq_length:
+            raise ValueError(
+                f"The prompt has {characters:,} characters; this model takes {seq_length} tokens for prompt and answer "
+                "together (seq_length of its config.json). Shorten the question or the history."
+            )
+
+    def count_too_old(self, history):
+        """How many of the oldest turns have too many characters behind them to be a part of any prompt."""
+        room = CHARACTERS_A_TOKEN * self.model.config.seq_length
+        for number in range(len(history), 0, -1):
+            room -= len_of_turn(history[number - 1])
+            if room < 0:
+                return number
+        return 0
+
+    def check_length(self, token_ids):
+        """ValueError where a prompt leaves no room for an answer."""
+        seq_length = self.model.config.seq_length
+        if len(token_ids) >= seq_length:
+            raise ValueError(
+                f"The prompt has {len(token_ids)} tokens; this model takes {seq_length} for prompt and answer together "
+                "(seq_length of its config.json). Shorten the question or the history."
+            )
+
+    # ---- asking
+
+    @contextlib.contextmanager
+    def preparing(self, client):
+        """A client's turn to have text tokenized: one of its own and two in all at once. Raises Busy."""
+        with self._changed:
+            self._take(client)
+        try:
+            with self._tokenizing.turn(client):
+                yield
+        finally:
+            with self._changed:
+                self._give_back(client)
+
+    def _take(self, client):
+        """Count one more of a client; Busy where all places are taken, or its share of them is."""
+        places = self.max_batch + self.max_queue
+        if self._ending:
+            raise Busy("The server is shutting down.")
+        if self._held.total() >= places:
+            raise Busy(f"All {self.max_batch} places are taken and {self.max_queue} requests wait. Try again later.")
+        share = fair_share(places, self._held, client)
+        if client is not None and self._held[client] >= share:
+            raise Busy(
+                f"This client has {self._held[client]} requests here, and its share is {share} of {places}. "
+                "Try again when one of them has ended."
+            )
+        self._held[client] += 1
+
+    def _give_back(self, client):
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
+
+    def submit(self, token_ids, *, model=None, sampling=None, notify=None, session=None, client=None):
+        """Ask for the answer to a prompt and return it at once, as an `Answer` that fills up.
+
+        `notify(answer)` runs on the worker's thread and must not block. `session`: any key; answers with the
+        same one continue each other's cache. `client`: any key; none has more than its share, None has no bound.
+        Raises Busy, and ValueError as `prefix` and `check_length` do.
+        """
+        self.check_length(token_ids)
+        model = model or self.default
+        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client, self.prefix(model))
+        with self._changed:
+            self._take(client)
+            self._waiting.append(answer)
+            self._unfinished += 1
+            self._changed.notify_all()
+        return answer
+
+    def stream(self, token_ids, **how):
+        """Yield the `Answer` whenever it changes, the last time with its finish_reason; closing it cancels."""
+        changes = queue.SimpleQueue()
+        answer = self.submit(token_ids, notify=changes.put, **how)
+        try:
+            while answer.finish_reason is None:
+                try:
+                    changes.get(timeout=1)
+                except queue.Empty:
+                    pass  # still waiting; give the caller a chance to close this generator
+                yield answer
+        finally:
+            answer.cancel()
+
+    def load(self):
+        """(answers being computed, answers waiting)."""
+        with self._changed:
+            return self._unfinished - len(self._waiting), len(self._waiting)
+
+    def facts(self, name):
+        """What there is to say about a model that can be asked for, loading its prefix if need be."""
+        bits = self.model.config.quantization_bit
+        return {
+            "base_model": self.name,
+            "model": name,
+            "pre_seq_len": self.prefix_length(name),
+            "weights": f"int{bits}" if bits else str(self.model.transformer.dtype_of_blocks).removeprefix("torch."),
+            "device": str(self.model.device),
+        }
+
+    def forget(self, session):
+        """Drop the cache of a conversation."""
+        with self._changed:
+            self._memories.pop(session, None)
+
+    def close(self, seconds=0):
+        """Take no more, give what is on its way some seconds, and end the worker; what is left ends as cancelled."""
+        with self._changed:
+            self._ending = True
+            self._changed.wait_for(lambda: not self._unfinished, timeout=seconds)
+            self._closed = True
+            self._changed.notify_all()
+        self._worker.join()
+
+    # ---- the worker's thread
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+                if self._closed:
+                    for answer in [row.answer for row in self._running] + self._waiting:
+                        self._end(answer, "cancelled")
+                    return
+                gone = [answer for answer in self._waiting if answer.cancelled]
+                self._waiting = [answer for answer in self._waiting if not answer.cancelled]
+            for answer in gone:
+                self._end(answer, "cancelled")
+            with contextlib.suppress(RuntimeError):  # no memory to put a cache aside: then nobody makes room
+                self._make_room()
+            arrived = self._next_answers()
+            try:
+                self._advance(arrived)
+            except RuntimeError as error:  # out of memory, most likely: give all of it back and go on
+                answers = [row.answer for row in self._running] + arrived
+                with self._changed:
+                    self._running, self._batch = [], None
+                self._batch = Batch(self.model, self.max_batch)
+                for answer in answers:
+                    if answer.finish_reason is None:
+                        self._end(answer, "error", error)
+
+    @torch.inference_mode()
+    def _make_room(self):
+        """Pause the newest answer of the client with the most places for one that has at least two fewer."""
+        with self._changed:
+            running = Counter(row.answer.client for row in self._running)
+            fewest = min((running[answer.client] for answer in self._waiting), default=self.max_batch)
+            num_paused = sum(answer.paused is not None for answer in self._waiting)
+        if len(self._running) < self.max_batch or num_paused >= self.max_batch:
+            return
+        client, most = running.most_common(1)[0]
+        if most < fewest + 2:
+            return
+        row = max((row for row in self._running if row.answer.client == client), key=lambda row: row.started)
+        place = self._running.index(row)
+        layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
+        paused = Paused(row, layers, self._batch.prefix_lengths[place])
+        self._remove(row)
+        row.answer.paused = paused
+        with self._changed:
+            self._waiting.insert(0, row.answer)
+
+    def _next_answers(self):
+        """Those to start now, taken off the queue: of the client with the fewest places, the one that came first."""
+        arrived = []
+        with self._changed:
+            running = Counter(row.answer.client for row in self._running)
+            while self._waiting and len(self._running) + len(arrived) < self.max_batch:
+                answer = min(self._waiting, key=lambda answer: running[answer.client])
+                self._waiting.remove(answer)
+                arrived.append(answer)
+                running[answer.client] += 1
+        return arrived
+
+    @torch.inference_mode()
+    def _advance(self, arrived):
+        """Feed the prompts that arrived, hand out the token each answer has chosen, and compute the next ones."""
+        for answer in arrived:
+            try:
+                if answer.paused:
+                    self._resume(answer)
+                    continue
+                logits = self._start(answer)
+            except RuntimeError as error:  # the others go on
+                self._end(answer, "error", error)
+            else:
+                self._choose(self._running[-1:], logits)
+        ended = [(row, reason) for row in self._running if (reason := self._accept(row))]
+        for row, reason in ended:
+            self._remember(row)
+            self._remove(row)
+            self._end(row.answer, reason)
+        if self._running:
+            self._step()
+
+    def _start(self, answer):
+        """Feed the part of the prompt that is not in the conversation's cache; logits (1, V) of the first token."""
+        started = time.monotonic()
+        prefix_length = answer.prefix[0][0].shape[2] if answer.prefix else 0
+        layers = answer.prefix
+        with self._changed:
+            memory = self._memories.pop(answer.session, None)
+        if memory and memory.model == answer.model:
+            answer.reused_tokens = shared_length(memory.token_ids, answer.token_ids[:-1])
+            kept = prefix_length + answer.reused_tokens
+            layers = [(key[:, :, :kept], value[:, :, :kept]) for key, value in memory.layers]
+        logits = self._feed(self._batch.admit, [answer.token_ids[answer.reused_tokens :]], layers, prefix_length)
+        with self._changed:
+            self._running.append(Row(answer, random.Random(answer.sampling.seed), started))
+        return logits
+
+    def _resume(self, answer):
+        """Give an answer its place again. A row needs a token to be fed: the last one of its cache, once more."""
+        paused, answer.paused = answer.paused, None
+        layers = [(key[:, :, :-1], value[:, :, :-1]) for key, value in paused.layers]
+        token_ids = answer.token_ids + answer.response_ids
+        self._feed(self._batch.admit, [token_ids[-1:]], layers, paused.prefix_length)
+        with self._changed:
+            self._running.append(paused.row)
+
+    def _feed(self, feed, *inputs):
+        """Logits (rows, V) from admit() or step() of the batch, of the ids that are tokens."""
+        return feed(*inputs)[:, : self.tokenizer.vocab_size]
+
+    def _step(self):
+        """Feed the chosen token of every running answer, and choose the next."""
+        self._choose(self._running, self._feed(self._batch.step, [row.next_id for row in self._running]))
+
+    def _choose(self, rows, logits):
+        settings = [row.answer.sampling for row in rows]
+        temperatures, top_ps = [each.temperature for each in settings], [each.top_p for each in settings]
+        chosen = choose(logits, temperatures, top_ps, [row.generator.random() for row in rows])
+        for row, token_id in zip(rows, chosen, strict=True):
+            row.next_id = token_id
+
+    def _remove(self, row):
+        """Take an answer out of the batch."""
+        place = self._running.index(row)
+        self._batch.remove(place)
+        with self._changed:
+            self._running[place] = self._running[-1]
+            self._running.pop()
+
+    def _accept(self, row):
+        """Add the chosen token to the answer; the finish_reason if it is over, else None."""
+        answer, sampling = row.answer, row.answer.sampling
+        if answer.cancelled:
+            return "cancelled"
+        reason = None
+        if row.next_id == self.model.config.eos_token_id:
+            reason = "stop"
+        else:
+            answer.response_ids.append(row.next_id)
+            room = self.model.config.seq_length - len(answer.token_ids)
+            if len(answer.response_ids) >= min(room, sampling.max_new_tokens):
+                reason = "length"
+        text = self.model.process_response(self.tokenizer.decode(answer.response_ids)).rstrip("\ufffd")
+        ends = [text.find(stop) for stop in sampling.stop if stop in text]
+        if ends:
+            text, reason = text[: min(ends)], "stop"
+        answer.text = text if reason else hold_back(text, (*sampling.stop, TRAINING_DATE))
+        answer.seconds = time.monotonic() - row.started
+        if not reason and answer.notify:
+            answer.notify(answer)
+        return reason
+
+    def _end(self, answer, reason, error=None):
+        if error is not None:
+            answer.error = str(error).strip().splitlines()[0]
+        answer.finish_reason = reason
+        with self._changed:
+            self._unfinished -= 1
+            self._give_back(answer.client)
+            self._changed.notify_all()
+        if answer.notify:
+            answer.notify(answer)
+
+    def _remember(self, row):
+        """Keep the cache of a conversation; the one that was idle longest makes room."""
+        answer = row.answer
+        if answer.session is None:
+            return
+        place = self._running.index(row)
+        fed = self._batch.lengths[place] - self._batch.prefix_lengths[place]  # the last token may not have been
+        token_ids = (answer.token_ids + answer.response_ids)[:fed]
+        layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
+        with self._changed:
+            self._memories[answer.session] = Memory(answer.model, token_ids, layers)
+            while len(self._memories) > self.max_sessions:
+                self._memories.popitem(last=False)
+
+
+def check_text(query, history):
+    """ValueError for text that no UTF-8 file could hold."""
+    for text in (query, *(text for turn in history for text in turn)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The text holds half a surrogate pair ({ascii(text[error.start])}).") from error
+
+
+def len_of_turn(turn):
+    return len(turn[0]) + len(turn[1])
+
+
+def shared_length(left, right):
+    """How many tokens two sequences have in common at their start."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def hold_back(text, patterns):
+    """`text` without an end that may be the beginning of one of the patterns."""
+    longest = 0
+    for pattern in patterns:
+        for length in range(1, min(len(pattern), len(text) + 1)):
+            if text.endswith(pattern[:length]):
+                longest = max(longest, length)
+    return text[: len(text) - longest]
+
+
+# ---- what the page and the API share beside the model
+
+
+def check_port(name, port):
+    """ValueError where nothing can listen on an address, before minutes go into loading a model."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"Nothing can listen on {name}:{port} ({reason}). If another program has that port, choose another one, "
+            f"such as {port + 1}."
+        ) from error

@@ -1,0 +1,226 @@
+"""What a loaded model weighs, and an estimate of the memory that a batch will take.
+
+Answers to nothing in the official scripts; their users learn it from an out-of-memory error.
+
+The estimate, with the shape legend of modeling_chatglm.py, e bytes per number of an activation, U supervised tokens:
+
+    weights       as stored, integers, scales and floats
+    trained       16 bytes a number: weight, gradient and AdamW's two averages, all float32; on a GPU 2 more for
+                  autocast's copy where weights of the model itself train
+    activations   a layer keeps for backward, per token: e (4 H + 2 F) (the inputs of its two norms, query and context;
+                  gate and value), and e 2 G D (1 + P / S) for the keys and values. A layer whose weights all train
+                  keeps e (4 H + F) more, the inputs of its products above all; one with a trained part e (H + F), one
+                  with an adapter 2 e H. Layers below the first that trains keep nothing. With gradient checkpointing
+                  e H per token, and all of the above for one layer.
+    generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
+    work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 8 V for each of `loss_rows`
+                  tokens, 10 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
+                  and on a GPU one dequantized layer, e 2 F H
+    process       on a CPU only: Python and the libraries, PROCESS_BYTES
+"""
+
+import contextlib
+import os
+import resource
+
+import psutil
+import torch
+from torch import nn
+
+from chatglm2.loss import loss_rows
+from chatglm2.quantization import QuantizedLinear
+
+PROCESS_BYTES = 535_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
+MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
+
+
+def peak_memory_gb(device) -> float:
+    """The most memory this process has held so far: a GPU's tensors, or on a CPU all that was resident."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """{kind: (numbers, bytes)} of the model; kinds are "int4", "float32" and so on, and "trained" for what has gradients."""
+    counts = {}
+
+    def add(kind, numbers, size):
+        before = counts.get(kind, (0, 0))
+        counts[kind] = before[0] + numbers, before[1] + size
+
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            size = module.weight.nbytes + module.weight_scale.nbytes
+            add(f"int{module.bits}", module.in_features * module.out_features, size)
+            if module.bias is not None:
+                add(str(module.bias.dtype).removeprefix("torch."), module.bias.numel(), module.bias.nbytes)
+        for parameter in module.parameters(recurse=False):
+            kind = "trained" if parameter.requires_grad else str(parameter.dtype).removeprefix("torch.")
+            add(kind, parameter.numel(), parameter.nbytes)
+    return counts
+
+
+def estimate_peak_bytes(
+    model: nn.Module, *, batch_size: int, length: int, num_supervised: int, checkpointing: bool = False
+) -> dict[str, int]:
+    """The parts of the estimate by name, in bytes, for `batch_size` rows of `length` tokens (S, without the prefix).
+
+    `num_supervised` tokens a row have labels; 0 stands for generation.
+    """
+    config, counts = model.config, count_weights(model)
+    hidden, feed_forward = config.hidden_size, config.ffn_hidden_size
+    element = model.transformer.encoder.layers[0].input_layernorm.weight.element_size()
+    prefix_length = config.pre_seq_len or 0
+    tokens = batch_size * length
+    keys_values = 2 * config.num_key_value_heads * config.kv_channels * element * batch_size * (prefix_length + length)
+    layer = tokens * element * (4 * hidden + 2 * feed_forward) + keys_values
+    own = sum(  # numbers of the model itself that train, neither a prefix's nor an adapter's
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "prefix_encoder" not in name and "lora_" not in name
+    )
+    num_layers = config.num_layers - first_trained_layer(model)
+    if own and model.get_input_embeddings().weight.requires_grad:
+        layer += tokens * element * (4 * hidden + feed_forward)
+    elif own:
+        layer += tokens * element * (hidden + feed_forward)
+    elif prefix_length == 0:
+        layer += tokens * element * 2 * hidden
+    if not num_supervised:
+        kept = {"keys and values": keys_values * config.num_layers}
+    elif checkpointing:
+        kept = {"activations": layer + tokens * element * hidden * config.num_layers}
+    else:
+        kept = {"activations": layer * num_layers}
+    on_cpu = model.device.type == "cpu"
+    if num_supervised:
+        rows = min(loss_rows(model.device.type), batch_size * num_supervised)
+        work = max((8 if element == 4 else 10) * config.padded_vocab_size * rows, element * 6 * feed_forward * tokens)
+    else:
+        work = (12 + element) * config.padded_vocab_size * batch_size
+    dequantized = 0 if on_cpu else 2 * feed_forward * hidden * element
+    trained, trained_bytes = counts.get("trained", (0, 0))
+    return {
+        "weights": sum(size for _, size in counts.values()) - trained_bytes,
+        "trained": 16 * trained + (0 if on_cpu else 2 * own) if num_supervised else trained_bytes,
+        **kept,
+        "logits and work": max(work, dequantized),
+        **({"Python and libraries": PROCESS_BYTES} if on_cpu else {}),
+    }
+
+
+def first_trained_layer(model: nn.Module) -> int:
+    """Index of the first layer that backward passes through: 0 unless only weights of later layers train."""
+    if model.transformer.prefix_encoder is not None or model.get_input_embeddings().weight.requires_grad:
+        return 0
+    for number, layer in enumerate(model.transformer.encoder.layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return number
+    return 0
+
+
+def memory_table(model: nn.Module, **batch) -> str:
+    """Text: numbers, bits and memory of each kind of weights, and the estimate for the batch, whose arguments are
+    those of `estimate_peak_bytes`."""
+    bits = {"trained": 32, "float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+    lines = [f"  {'weights':<12}{'parameters':>15}{'bits':>6}{'memory':>12}"]
+    for kind, (numbers, size) in count_weights(model).items():
+        lines.append(f"  {kind:<12}{numbers:>15,}{bits.get(kind, ''):>6}{in_words(size):>12}")
+    parts = estimate_peak_bytes(model, **batch)
+    listed = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+    purpose = "training on" if batch["num_supervised"] else "generating for"
+    lines.append(
+        f"Estimated peak memory, {purpose} {batch['batch_size']} rows x {batch['length']} tokens: "
+        f"{in_words(sum(parts.values()))} ({listed})."
+    )
+    return "\n".join(lines)
+
+
+def in_words(size: int) -> str:
+    """Bytes as MB below 1 GB, else as GB, in powers of ten."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take on a device; of a machine's own, which its processes share, its part."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
+    """Whether training on the batch without gradient checkpointing exceeds nine tenths of the free memory, and a line
+    that says so. `batch` as in `estimate_peak_bytes`; the model is in memory already."""
+    parts = estimate_peak_bytes(model, **{**batch, "checkpointing": False})
+    needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+    free = free_bytes(model.device)
+    too_much = needed > 0.9 * free
+    return too_much, (
+        f"Gradient checkpointing: {'on' if too_much else 'off'}, because a step without it takes about "
+        f"{in_words(needed)} and {in_words(free)} are free (--gradient_checkpointing true|false decides otherwise)."
+    )
+
+
+def rows_that_fit(model: nn.Module, length: int) -> int:
+    """How many rows of `length` tokens, prompt and answer together, to generate for at once: a power of two.
+
+    They may take half of the free memory. Beyond MOST_ROWS a step takes longer and a row is answered no sooner.
+    """
+    sizes = [
+        sum(estimate_peak_bytes(model, batch_size=rows, length=length, num_supervised=0).values()) for rows in (1, 2)
+    ]
+    room = free_bytes(model.device) // 2 // max(1, sizes[1] - sizes[0])
+    return min(1 << max(0, room.bit_length() - 1), MOST_ROWS[model.device.type])
+
+
+# ---- when it does not fit
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(model, args, shape, training):
+    """Says inside the block, instead of torch's own words for a full GPU, what of the run did not fit.
+
+    `shape` (rows, tokens) is that of the batch, `args` the flags of training.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = describe_out_of_memory(model, args, shape, training, str(error))
+        raise torch.OutOfMemoryError(message) from None
+
+
+def describe_out_of_memory(model, args, shape, training, reason):
+    """The batch, the dtype, the memory there is, and the flags that would lower what is needed."""
+    rows, tokens = shape
+    device, dtype = model.device, str(model.transformer.dtype_of_blocks).removeprefix("torch.")
+    bits = model.config.quantization_bit
+    weights = f"int{bits} weights, {dtype} activations" if bits else f"{dtype} weights and activations"
+    lines = [
+        f"Out of memory on {device}, at {'a training batch' if training else 'an evaluation batch'} of {rows} rows x "
+        f"{tokens} tokens, {weights}."
+    ]
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allocated, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        lines.append(
+            f"  memory: {total / 1e9:.2f} GB in all, {free / 1e9:.2f} free, {allocated / 1e9:.2f} allocated by this "
+            f"process (peak {peak / 1e9:.2f}); nvidia-smi shows who has the rest"
+        )
+    else:
+        lines.append(f"  {reason.strip().splitlines()[0][:200]}")
+    lower = []
+    if training and rows > 1:
+        lower.append(
+            f"--per_device_train_batch_size {args.per_device_train_batch_size}, with --gradient_accumulation_steps "
+            f"{args.gradient_accumulation_steps} raised by the same factor (--auto_find_batch_size does both)"
+        )
+    elif not training and rows > 1:
+        lower.append(f"--per_device_eval_batch_size {args.per_device_eval_batch_size}")
+    lower.append("--max_source_length and --max_target_length")
+    also = [] if bits == 4 else ["--quantization_bit 4"]
+    if training and not args.gradient_checkpointing:
+        also.append("--gradient_checkpointing true")
+    lines.append(f"  lower {'; or '.join(lower)}{'; or use ' + ' and '.join(also) if also else ''}")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""What a run tells while it goes on: trainer_log.jsonl, and that no log of any kind ends a run.
+
+Answers to nothing in the official scripts, where a full disk ends a run at the next line of a log. A checkpoint
+decides whether a run can go on; of what is only read by people or plotted, the first failure is said.
+"""
+
+import atexit
+import contextlib
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from common.failure import reason_of
+from common.files import write_text
+
+LOG_FILE = "trainer_log.jsonl"
+GUARDED = (
+    "on_epoch_begin on_epoch_end on_step_begin on_step_end on_log on_evaluate on_predict on_save on_train_end"
+).split()
+
+
+def guard_callback(callback, say):
+    """Let a callback of TensorBoard, wandb or another logger fail once it has begun: said once, then left out.
+
+    What is wrong when training begins, such as a folder that cannot be written to, is an error as ever.
+    """
+    name = type(callback).__name__.removesuffix("Callback")
+    failed = []
+
+    def guarded(event):
+        def call(*args, **kwargs):
+            if failed:
+                return None
+            try:
+                return event(*args, **kwargs)
+            except Exception as error:  # a logger's service raises anything
+                failed.append(error)
+                say(f"{name} can log nothing more: {reason_of(error)} The run goes on without it.")
+                return None
+
+        return call
+
+    for event in GUARDED:
+        setattr(callback, event, guarded(getattr(callback, event)))
+
+
+class RunLog(TrainerCallback):
+    """Writes trainer_log.jsonl: one line for every training loss and dev loss, as the run goes on.
+
+    For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
+    resumed run goes on where its checkpoint was: what was logged after that is dropped, and logged again. Lines that
+    cannot be written wait for a later one that can.
+    """
+
+    def __init__(self, say=print):
+        self.say = say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.first_step, self.written = time.monotonic(), state.global_step, set()
+        self.file = Path(args.output_dir) / LOG_FILE
+        self.waiting, self.said = "", False
+        if not state.is_world_process_zero:
+            return
+        with self.trouble_said():
+            kept = self.lines_before(state.global_step)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.file, "".join(kept))
+
+    def lines_before(self, step):
+        """The lines of an earlier start of this run, up to `step`; notes in `written` what they are of."""
+        kept = []
+        if step and self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with contextlib.suppress(
+                    ValueError, KeyError, TypeError, RecursionError
+                ):  # half a line of a killed run
+                    entry = json.loads(line)
+                    if entry["current_steps"] <= step:
+                        self.written.add((entry["current_steps"], entry["eval_loss"] is not None))
+                        kept.append(line + "\n")
+        return kept
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        event = state.global_step, "eval_loss" in logs
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
+            return
+        self.written.add(event)
+        elapsed = time.monotonic() - self.start
+        steps_to_go, steps_done = state.max_steps - state.global_step, state.global_step - self.first_step
+        entry = {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
+            "epoch": state.epoch,
+            "percentage": round(100 * state.global_step / state.max_steps, 2),
+            "elapsed_time": clock(elapsed),
+            "remaining_time": clock(elapsed * steps_to_go / steps_done) if steps_done else None,
+        }
+        self.waiting += json.dumps(entry) + "\n"
+        self.write()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.write()  # a save makes the folder anew where it was moved away
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.write()
+
+    def write(self):
+        """Add the lines that wait to the file, on the process that writes."""
+        if self.waiting:
+            with self.trouble_said():
+                append(self.file, self.waiting)
+                self.waiting = ""
+
+    @contextlib.contextmanager
+    def trouble_said(self):
+        """Around each writing: the first OSError is said, and none ends the run."""
+        with going_on_without(self.file, silent if self.said else self.say):
+            try:
+                yield
+            except OSError:
+                self.said = True
+                raise
+
+
+def silent(text):
+    """Says nothing."""
+
+
+def append(file, text):
+    """Add whole lines to a file, all of `text` or nothing; half a line that a kill left there is ended first."""
+    with open(file, "ab+", buffering=0) as opened:
+        size = opened.seek(0, os.SEEK_END)
+        if size:
+            opened.seek(size - 1)
+            text = text if opened.read(1) == b"\n" else "\n" + text
+        data = text.encode("utf-8")
+        try:
+            while data:
+                data = data[opened.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                opened.truncate(size)
+            raise
+
+
+def clock(seconds):
+    """1:02:03"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+# ---- what is printed
+
+
+class Unfailing:
+    """A stream whose disk may be full, or whose reader may have gone: what cannot be written is lost, and no error."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.failed = False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *arguments):
+        try:
+            function(*arguments)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # nobody will read it any more
+                self.drop()
+            if not self.failed:
+                self.failed = True
+                tell(f"{self.name} cannot be written to: {reason_of(error)} The run goes on without it.\n")
+
+    def drop(self):
+        """Let the file descriptor lead nowhere."""
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def settle(self):
+        """Before Python writes out the rest itself, and would end with status 120 where it cannot."""
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.drop()
+
+
+def tell(text):
+    """Write to the terminal's stderr, if that is possible."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
+
+
+def keep_printing():
+    """Let this program go on where what it prints cannot be written: its results are in files."""
+    for name in ("stdout", "stderr"):
+        stream = Unfailing(getattr(sys, name))
+        setattr(sys, name, stream)
+        atexit.register(stream.settle)

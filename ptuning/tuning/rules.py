@@ -1,0 +1,77 @@
+"""Which flags go with which way of tuning, engine and integer weights. It loads no torch."""
+
+from __future__ import annotations
+
+LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
+
+
+# Which way of tuning reads a flag.
+METHOD_FLAGS = {
+    "pre_seq_len": "p_tuning",
+    "prefix_projection": "p_tuning",
+    "num_layer_trainable": "freeze",
+    "name_module_trainable": "freeze",
+    "lora_rank": "lora",
+    "lora_alpha": "lora",
+    "lora_dropout": "lora",
+    "lora_target": "lora",
+}
+
+
+def check_method(model_args, training_args):
+    """Raise ValueError for flags that do not go with the way of tuning."""
+    method = model_args.finetuning_type or "p_tuning"
+    for name, owner in METHOD_FLAGS.items():
+        value = getattr(model_args, name)
+        if value not in (None, False) and method not in (owner, "none"):
+            raise ValueError(
+                f"--{name} {value} belongs to --finetuning_type {owner}, but this run's is {method}. "
+                f"Leave the flag out, or give --finetuning_type {owner}."
+            )
+    if method == "none" and training_args.do_train:
+        raise ValueError("--finetuning_type none trains nothing: it is for --do_predict and --do_eval of the base.")
+    if training_args.precision == "official" and method not in ("p_tuning", "none"):
+        raise ValueError(
+            f"--precision official is how the official scripts train a prefix; --finetuning_type {method} trains in "
+            "float32. Leave it out."
+        )
+    check_bits_train(method, model_args.quantization_bit, training_args.do_train)
+    if model_args.num_layer_trainable == 0:
+        raise ValueError("--num_layer_trainable 0 trains nothing. Give n for the last n layers, -n for the first n.")
+    unknown = set((model_args.lora_target or LORA_TARGETS[0]).split(",")) - set(LORA_TARGETS)
+    if unknown:
+        raise ValueError(f"--lora_target {model_args.lora_target}: expected some of {','.join(LORA_TARGETS)}.")
+    check_engines(method, training_args)
+
+
+def check_bits_train(method, bits, do_train):
+    """Raise ValueError for integer weights (`bits` 4 or 8) where a method trains, or has trained, such weights."""
+    if bits and method == "full" and do_train:
+        raise ValueError(
+            f"--finetuning_type full trains the weights themselves, and int{bits} weights cannot be trained. Leave "
+            "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
+        )
+    if bits and method == "freeze":
+        raise ValueError(
+            f"--finetuning_type freeze trains some of the weights themselves, and they are int{bits} here. Leave "
+            "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
+        )
+
+
+def check_engines(method, training_args):
+    """Raise ValueError where --deepspeed or --fsdp cannot be of use."""
+    engines = [name for name in ("deepspeed", "fsdp") if getattr(training_args, name, None)]
+    if not engines:
+        return
+    if len(engines) == 2:
+        raise ValueError("--deepspeed and --fsdp both shard the model over the processes; give one of them.")
+    if method != "full":
+        raise ValueError(
+            f"--{engines[0]} shards what --finetuning_type full trains; {method} trains so little that launch.py alone "
+            f"(one copy of the model for each GPU) serves it. Leave --{engines[0]} out."
+        )
+    if not training_args.do_train or training_args.do_predict or training_args.do_eval:
+        raise ValueError(
+            f"--{engines[0]} is for training only, and cannot generate. Evaluate the checkpoint in a run of its own "
+            f"without it: bash evaluate_finetune.sh."
+        )
