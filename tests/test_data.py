@@ -597,7 +597,7 @@ def test_cached_features_change_with_settings_vocabulary_and_code(tokenizer, tmp
     monkeypatch.setattr(tokenizer, "model_sha256", "another vocabulary")
     others.add(encode_file(path, tokenizer)._fingerprint)
     monkeypatch.undo()
-    monkeypatch.setattr(data, "code_sha256", lambda: "other code")
+    monkeypatch.setattr(encoding, "code_sha256", lambda: "other code")
     others.add(encode_file(path, tokenizer)._fingerprint)
     assert len(others | {base}) == 7
 
@@ -630,7 +630,7 @@ def test_ranks_that_start_together_share_one_cache(tokenizer_folder, tokenizer, 
 
 
 def test_many_workers_on_a_larger_file_give_the_same_features(tokenizer, write, monkeypatch):
-    monkeypatch.setattr(data, "ROWS_PER_WORKER", 20)
+    monkeypatch.setattr(encoding, "ROWS_PER_WORKER", 20)
     monkeypatch.setattr(encoding.os, "cpu_count", lambda: 2)
     path = write([{"content": f"问题{i}", "summary": f"答{i}" * (i % 7 + 1)} for i in range(60)])
     alone = encode_file(path, tokenizer)[:]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from common.failure import reason_of
+from common.failure import going_on_without, reason_of
 from common.files import write_text
 
 LOG_FILE = "trainer_log.jsonl"
