@@ -45,14 +45,15 @@ class OfficialProduct(torch.autograd.Function):
         ctx.bits = bits
         rows = input.reshape(-1, input.shape[-1])
         ctx.save_for_backward(rows, weight, scale)
-        return rows.mm(dequantize_weight(weight, scale, bits, input.dtype).t())
+        return rows.mm(dequantize_weight(weight, scale, bits, input.dtype).t()).view(*input.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
         rows, weight, scale = ctx.saved_tensors
-        grad_input = grad_output.mm(dequantize_weight(weight, scale, ctx.bits, grad_output.dtype))
-        grad_output.t().mm(rows)  # the weight gradient
-        return grad_input, None, None, None
+        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_rows.mm(dequantize_weight(weight, scale, ctx.bits, grad_output.dtype))
+        grad_rows.t().mm(rows)  # the weight gradient
+        return grad_input.view(*grad_output.shape[:-1], -1), None, None, None
 
 
 class OfficialLinear(QuantizedLinear):
