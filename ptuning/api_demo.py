@@ -55,6 +55,7 @@ from serving.limits import Attempts, BodyLimit, client_of, uvicorn_settings
 from serving.loading import load_server
 from serving.server import Busy, Sampling, check_port
 
+MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
 
@@ -74,7 +75,9 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]  # one problem of a list is told, not half a million
+    content: (
+        str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
+    )  # one problem of a list is told, not half a million
 
     def text(self):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -88,7 +91,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class ChatRequest(Strict):
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
     max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
@@ -101,11 +104,12 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
 
 
+Turn = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
 class OfficialRequest(Strict):
     prompt: str
-    history: Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(fail_fast=True)] | None = (
-        None
-    )
+    history: Annotated[list[Turn], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
     max_length: int | None = Field(None, ge=1, description="Tokens of prompt and answer together [2048].")
     top_p: float | None = Field(None, ge=0, le=1, description="[0.7]")
     temperature: float | None = Field(None, ge=0, le=2, description="[0.95]")
@@ -333,6 +337,8 @@ def create_app(server, api_key=None, cors_origins=()):
         problems = [
             f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in error.errors()
         ]
+        if any(problem["type"] == "too_long" for problem in error.errors()):
+            problems.append(f"this model takes {server.model.config.seq_length} tokens for prompt and answer together")
         return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode())
 
     def model_name(name):

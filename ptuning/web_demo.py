@@ -44,7 +44,7 @@ from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, Protocol, client_key, trusted_proxies
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, counting_protocol, trusted_proxies
 from serving.loading import load_server
 from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
 from serving.server import BASE, Busy, Sampling, check_port
@@ -472,7 +472,7 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         },
     )
     # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
-    blocks.server.config.http_protocol_class = Protocol
+    blocks.server.config.http_protocol_class = counting_protocol()
     blocks.server.config.timeout_graceful_shutdown = END_SECONDS
     if block:
         wait_for_the_end(server)

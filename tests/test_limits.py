@@ -1,5 +1,6 @@
 """What one client may take: connections, time, turns and tries; over real sockets where uvicorn is concerned."""
 
+import asyncio
 import http.client
 import os
 import signal
@@ -14,9 +15,10 @@ import pytest
 import uvicorn
 from conftest import ROOT, TINY
 from test_web_demo import free_port, wait_for
+from uvicorn.server import ServerState
 
 from serving import limits
-from serving.limits import Attempts, BodyLimit, Turns, client_key, fair_share, uvicorn_settings
+from serving.limits import MAX_CONNECTIONS, Attempts, BodyLimit, Turns, client_key, fair_share, uvicorn_settings
 
 # ---- who a client is, and its share
 
@@ -275,3 +277,48 @@ def test_sigterm_ends_the_program_within_ten_seconds_whatever_clients_do(name):
         assert len(clients) == 5
     finally:
         process.kill()
+
+
+async def counting_app(scope, receive, send):
+    """Answers nothing."""
+
+
+def test_connections_are_counted_as_they_come_and_go_and_refused_ones_are_not():
+    config = uvicorn.Config(counting_app, **uvicorn_settings())
+    config.load()
+    state = ServerState()
+
+    class Transport:
+        def __init__(self, address):
+            self.address, self.written, self.closed = address, b"", False
+
+        def get_extra_info(self, name, default=None):
+            return (self.address, 1) if name == "peername" else default
+
+        def write(self, data):
+            self.written += data
+
+        def close(self):
+            self.closed = True
+
+        abort = close
+
+    async def connect(address):
+        protocol = config.http_protocol_class(config=config, server_state=state, app_state={})
+        protocol.connection_made(Transport(address))
+        return protocol
+
+    async def flood():
+        flooding = [await connect("127.0.0.2") for _ in range(3 * MAX_CONNECTIONS)]
+        other = await connect("127.0.0.3")
+        refused = [each for each in flooding if each.transport.closed]
+        other_refused, held = other.transport.closed, dict(other.held)
+        for each in [*flooding, other]:
+            each.connection_lost(None)
+        return len(refused), other_refused, held, dict(other.held)
+
+    refused, other_refused, held, left = asyncio.run(flood())
+    assert refused == 3 * MAX_CONNECTIONS - MAX_CONNECTIONS // 2
+    assert not other_refused
+    assert sorted(held.values()) == [1, MAX_CONNECTIONS // 2]
+    assert left == {}

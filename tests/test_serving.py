@@ -497,3 +497,17 @@ def wait_until(condition, seconds=60):
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition(), f"not within {seconds} s"
+
+
+def test_more_turns_than_any_prompt_has_room_for_are_refused_before_they_are_tokenized(server, monkeypatch):
+    seq_length = server.model.config.seq_length
+    monkeypatch.setattr(server.tokenizer, "encode", lambda text: pytest.fail("it was tokenized"))
+    with pytest.raises(ValueError, match=rf"The history has {seq_length:,} turns; .* Shorten the history"):
+        server.encode("问", [("", "")] * seq_length)
+
+
+def test_turns_without_text_are_dropped_too_where_a_prompt_has_no_room_for_them(server):
+    history = [("", "")] * 100_000
+    token_ids, dropped = server.fit("问", history, 8)
+    assert len(token_ids) < server.model.config.seq_length
+    assert dropped > len(history) - server.model.config.seq_length // 8

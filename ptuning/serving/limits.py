@@ -181,21 +181,30 @@ class LoginLimit:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with a bound on connections, in all and of each address, and on how long they stand still."""
+    """uvicorn's HTTP/1.1 with a bound on connections, in all and of each address, and on how long they stand still.
+
+    `held` counts the connections of each client; a subclass of each server has its own. A refused connection costs the
+    same however many there are.
+    """
+
+    held: Counter
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
         self.ws_protocol_class = None  # a WebSocket would not be counted, and nothing here has one
         self.head_timer = self.write_timer = None
+        self.counted_as = None  # the client in `held`; nobody's where the connection was refused
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        held = Counter(client_of({"client": each.client}) for each in self.connections if each is not self)
         client = client_of({"client": self.client})
-        if held.total() >= MAX_CONNECTIONS or held[client] >= fair_share(MAX_CONNECTIONS, held, client):
+        held = self.held[client]
+        if self.held.total() >= MAX_CONNECTIONS or held >= fair_share(MAX_CONNECTIONS, self.held, client):
             transport.write(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\n\r\n")
             transport.close()
             return
+        self.counted_as = client
+        self.held[client] += 1
         self.wait_for_head()
 
     def wait_for_head(self):
@@ -227,6 +236,10 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc):
         super().connection_lost(exc)
+        if self.counted_as is not None:
+            self.held[self.counted_as] -= 1
+            if not self.held[self.counted_as]:
+                del self.held[self.counted_as]
         stop_timer(self.head_timer)
         stop_timer(self.write_timer)
 
@@ -236,10 +249,15 @@ def stop_timer(timer):
         timer.cancel()
 
 
+def counting_protocol():
+    """A Protocol class that counts the connections of one server alone."""
+    return type("CountingProtocol", (Protocol,), {"held": Counter()})
+
+
 def uvicorn_settings():
     """Named arguments of uvicorn.Config."""
     return {
-        "http": Protocol,
+        "http": counting_protocol(),
         "ws": "none",
         "timeout_graceful_shutdown": END_SECONDS,
         "forwarded_allow_ips": trusted_proxies(),

@@ -27,7 +27,8 @@ NESTED = re.compile(rf"(?:{MARKER}){{{MAX_NESTING}}}(?={MARKER})")
 SPACES = re.compile(rf"([ \t]{{{MAX_INDENTATION}}})([ \t]+)")
 OPENS = re.compile(r"[*_~]+|\[")  # what may begin emphasis or a link: the parser looks for its end in the whole block
 MAX_LOOKED_AT = 2_000_000  # characters that the parser looks at for this, a quarter of a second
-TABLE = re.compile(r"^[ >]*\|?[ \t]*:?-+[-:| \t]*$", re.MULTILINE)  # the line below a table's head
+# The line below a table's head. No two parts of it can take the same character, so it is matched in linear time.
+TABLE = re.compile(r"^[ >\t]*(?:\|[ \t]*)?:?-[-:| \t]*$", re.MULTILINE)
 MAX_CELLS = 5000  # of all tables; every row gets as many cells as the head has
 ITEM = re.compile(r" {0,3}(?:[-*+]|#{1,6})[ \t]")  # always begins a block of its own
 NUMBERED = re.compile(r" {0,3}\d{1,9}[.)][ \t]")  # begins one behind another numbered item

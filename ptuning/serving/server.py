@@ -39,6 +39,7 @@ BASE = "base"  # name of the model without a prefix
 
 
 CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
+TURN_TOKENS = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
 
 
 TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
@@ -249,8 +250,13 @@ class ChatServer:
 
     def check_characters(self, query, history=()):
         """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
-        characters = len(query) + sum(map(len_of_turn, history))
         seq_length = self.model.config.seq_length
+        if TURN_TOKENS * len(history) > seq_length:
+            raise ValueError(
+                f"The history has {len(history):,} turns; this model takes {seq_length} tokens for prompt and answer "
+                "together (seq_length of its config.json). Shorten the history."
+            )
+        characters = len(query) + sum(map(len_of_turn, history))
         if characters > CHARACTERS_A_TOKEN * seq_length:
             raise ValueError(
                 f"The prompt has {characters:,} characters; this model takes {seq_length} tokens for prompt and answer "
@@ -260,11 +266,12 @@ class ChatServer:
     def count_too_old(self, history):
         """How many of the oldest turns have too many characters behind them to be a part of any prompt."""
         room = CHARACTERS_A_TOKEN * self.model.config.seq_length
-        for number in range(len(history), 0, -1):
+        too_many = max(0, len(history) - self.model.config.seq_length // TURN_TOKENS)
+        for number in range(len(history), too_many, -1):
             room -= len_of_turn(history[number - 1])
             if room < 0:
                 return number
-        return 0
+        return too_many
 
     def check_length(self, token_ids):
         """ValueError where a prompt leaves no room for an answer."""
