@@ -121,7 +121,7 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
         raise ValueError(f"--ptuning_checkpoint {given['ptuning_checkpoint']}: a run starts from one checkpoint.")
     method = METHODS[given.get("finetuning_type") or saved.get("finetuning_type") or DEFAULT_METHOD]
     resume_adapter = given.get("resume_lora_training", True) or resumes
-    flags = method.normalized(given)
+    flags = method.normalized({**given, "model_name_or_path": given.get("model_name_or_path") or None})
     told = {name: saved[name] for name in method.bound_flags(resume_adapter) if name in saved}
     for name, value in told.items():
         if flags.get(name) not in (None, value):
