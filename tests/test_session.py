@@ -9,7 +9,8 @@ from conftest import TINY
 import main
 from arguments import ModelArguments
 from checkpoint import load_model, read_config
-from tuning.methods import METHODS, prepare_model, save_trained
+from checkpoints.sidecar import TRAINED
+from tuning.methods import METHODS, find_trained, prepare_model, save_trained
 from tuning.rules import METHOD_FLAGS, RULES
 from tuning.session import DATA_FIELDS, check_base, check_engine, open_base, resolve_session
 
@@ -149,6 +150,12 @@ def test_several_adapters_are_refused_on_integer_weights(checkpoint_of):
         check_base(session)
 
 
+@pytest.mark.parametrize("text", [",", " , "])
+def test_commas_without_a_name_between_them_are_refused(text):
+    with pytest.raises(ValueError, match="Several checkpoints can be given for LoRA adapters only"):
+        find_trained(text)
+
+
 def test_more_layers_than_the_base_has_are_refused():
     session = resolve_session(
         {"finetuning_type": "freeze", "num_layer_trainable": 99, "model_name_or_path": str(TINY)}, []
@@ -179,6 +186,7 @@ def test_a_sidecar_says_again_what_the_session_was_told(method, checkpoint_of):
 
 def test_every_way_of_tuning_has_rules_and_a_place_among_the_choices_of_the_flag():
     assert list(METHODS) == list(RULES)
+    assert list(TRAINED) == [name for name in RULES if RULES[name].trains]
     choices = ModelArguments.__annotations__["finetuning_type"]
     assert [name in choices for name in RULES] == [True] * len(RULES)
 

@@ -50,7 +50,7 @@ def find_trained(text):
         return found, damaged
     parts = [find_checkpoints(part.strip()) for part in text.split(",") if part.strip()]
     found = [folders[-1] for folders, _ in parts]
-    if not all(method_of(folder).stacks for folder in found):
+    if not found or not all(method_of(folder).stacks for folder in found):
         listed = ", ".join(f"{folder}: {method_of(folder).name}" for folder in found)
         raise ValueError(f"Several checkpoints can be given for LoRA adapters only; found {listed}. Give one of them.")
     return found, [problem for _, damaged in parts for problem in damaged]
