@@ -109,6 +109,31 @@ class Session:
         }
 
 
+def remembered(saved, flags) -> dict:
+    """{flag: value or None} of what a checkpoint says, and a flag may say otherwise."""
+    told = {name: saved.get(name) for name in DATA_FIELDS}
+    if flags.get("messages_column") is None and (flags.get("prompt_column") or flags.get("response_column")):
+        told["messages_column"] = None  # other rows than those it was trained on
+    return {
+        "model_name_or_path": saved.get("base_model"),
+        "quantization_bit": saved.get("quantization_bit") or None,
+        **told,
+    }
+
+
+def decider(given, told) -> str:
+    """Who has decided a flag: the flag itself, the checkpoint, or the default."""
+    return "flag" if given is not None else "default" if told is None else "checkpoint"
+
+
+def contradiction(name, given, trained_with, checkpoint) -> ValueError:
+    """The error for a flag that contradicts a checkpoint."""
+    return ValueError(
+        f"--{name} {given} contradicts {checkpoint}, which was trained with {trained_with}. Leave the flag out: it is "
+        "read from the checkpoint."
+    )
+
+
 def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) -> Session:
     """The Session of flags {name: value, None where not given} and of the checkpoint folders that find_trained found.
 
@@ -122,20 +147,17 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
     method = METHODS[given.get("finetuning_type") or saved.get("finetuning_type") or DEFAULT_METHOD]
     resume_adapter = given.get("resume_lora_training", True) or resumes
     flags = method.normalized({**given, "model_name_or_path": given.get("model_name_or_path") or None})
-    told = {name: saved[name] for name in method.bound_flags(resume_adapter) if name in saved}
-    for name, value in told.items():
+    bound = {name: saved[name] for name in method.bound_flags(resume_adapter) if name in saved}
+    for name, value in bound.items():
         if flags.get(name) not in (None, value):
             raise contradiction(name, flags[name], value, checkpoint)
-    own_base = method.is_complete and checkpoint and not resumes
-    told["model_name_or_path"] = saved.get("base_model")
-    told["quantization_bit"] = saved.get("quantization_bit") or None
-    told |= {name: saved.get(name) for name in DATA_FIELDS}
-    if flags.get("messages_column") is None and (flags.get("prompt_column") or flags.get("response_column")):
-        told["messages_column"] = None  # other rows than those it was trained on
+    own_base = {"model_name_or_path": str(checkpoint)} if method.is_complete and checkpoint and not resumes else {}
+    flags |= dict.fromkeys(own_base)  # a whole model needs nothing of another base
+    told = {**bound, **remembered(saved, flags), **own_base}
     holds = {name: told.get(name) if flags.get(name) is None else flags[name] for name in (*METHOD_FLAGS, *told)}
     return Session(
         method=method,
-        base=str(checkpoint) if own_base else holds["model_name_or_path"],
+        base=holds["model_name_or_path"],
         quantization_bit=holds["quantization_bit"],
         settings={name: holds[name] for name in METHOD_FLAGS},
         data_fields={name: default if holds[name] is None else holds[name] for name, default in DATA_FIELDS.items()},
@@ -145,21 +167,7 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
         do_train=do_train,
         resumes=resumes,
         resume_adapter=resume_adapter,
-        decided_by={name: decider(flags.get(name), told.get(name)) for name in ("finetuning_type", *holds)}
-        | ({"model_name_or_path": "checkpoint"} if own_base else {}),
-    )
-
-
-def decider(given, told) -> str:
-    """Who has decided a flag: the flag itself, the checkpoint, or the default."""
-    return "flag" if given is not None else "default" if told is None else "checkpoint"
-
-
-def contradiction(name, given, trained_with, checkpoint) -> ValueError:
-    """The error for a flag that contradicts a checkpoint."""
-    return ValueError(
-        f"--{name} {given} contradicts {checkpoint}, which was trained with {trained_with}. Leave the flag out: it is "
-        "read from the checkpoint."
+        decided_by={name: decider(flags.get(name), told.get(name)) for name in ("finetuning_type", *holds)},
     )
 
 
