@@ -34,7 +34,7 @@ from common.paths import READ, seen_from_caller
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
 from training.flags import TrainingArguments
 from training.saving import check_saving
-from tuning.rules import LORA_TARGETS, check_method
+from tuning.rules import DEFAULT_METHOD, LORA_TARGETS, RULES, check_method
 
 
 @dataclass
@@ -312,8 +312,8 @@ EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content
 def check_complete(model_args, data_args, training_args):
     """Raise ValueError where flags and checkpoint together leave out what a run needs, or contradict each other."""
     check_method(model_args, training_args)
-    is_prefix = model_args.finetuning_type in (None, "p_tuning")
-    if training_args.do_train and is_prefix and not model_args.pre_seq_len and not data_args.check_data:
+    needs_prefix = RULES[model_args.finetuning_type or DEFAULT_METHOD].needs_prefix
+    if training_args.do_train and needs_prefix and not model_args.pre_seq_len and not data_args.check_data:
         raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
     if model_args.pre_seq_len and not (training_args.do_train or model_args.ptuning_checkpoint):
         raise ValueError(

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from arguments import parse_words
@@ -62,18 +63,15 @@ from checkpoint import (
     load_model,
     load_prefix,
     load_tokenizer,
-    read_config,
-    read_prefix_settings,
-    resolve_folder,
     save_model,
     save_prefix,
-    warn_of_other_base,
 )
 from checkpoints.run_folder import publish_checkpoint, stage_checkpoint
 from checkpoints.sidecar import read_sidecar
 from checkpoints.weight_files import stored_dtype
-from tuning.lora import add_adapter, load_adapters, read_adapter
-from tuning.methods import find_trained, prepare_model, read_settings
+from common.dtypes import dtype_name
+from tuning.methods import find_trained
+from tuning.session import open_base, resolve_session
 
 PROBE = "请写一段话，介绍一把蓝色的雨伞。"  # the logits of its prompt are compared
 LOADER = """# Loads this prefix onto its base model and answers. In the project's folder: PYTHONPATH=ptuning python {folder}/load.py
@@ -96,12 +94,21 @@ def main(argv):
     found, damaged = find_trained(args.ptuning_checkpoint)
     for problem in damaged:
         print(problem)
-    saved = read_settings(found)
-    if saved.get("finetuning_type") != "p_tuning":
-        return export_weights(args, saved)
+    # --quantization_bit is about what is written: the session has the bits that the checkpoint was trained on
+    session = resolve_session({"model_name_or_path": args.model_name_or_path}, found)
+    if not found or not session.method.beside_model:
+        return export_weights(args, session)
     if len(found) > 1:
         raise ValueError(f"--ptuning_checkpoint {args.ptuning_checkpoint}: one prefix is written at a time. Give one.")
-    export_prefix(args, found[0])
+    export_prefix(args, session)
+
+
+def open_source(session, **overrides):
+    """Open the base model that a session means. ValueError where nothing says which."""
+    if not session.base:
+        raise ValueError(f"{session.checkpoint} does not say its base model; give --model_name_or_path.")
+    open_base(session, **overrides)
+    return session.folder, session.config
 
 
 @contextlib.contextmanager
@@ -137,14 +144,9 @@ def compare(before, after, what):
 # ---- a folder of weights
 
 
-def export_weights(args, saved):
+def export_weights(args, session):
     """Write the weights of a model in the official layout, what was tuned merged; read them again, and compare."""
-    kind, checkpoints = saved.get("finetuning_type"), saved.get("checkpoints", [])
-    base = checkpoints[-1] if kind == "full" else args.model_name_or_path or saved.get("base_model")
-    if not base:
-        raise ValueError(f"{checkpoints[-1]} does not say its base model; give --model_name_or_path.")
-    source = resolve_folder(str(base))
-    config = read_config(source, pre_seq_len=None)
+    source, config = open_source(session, pre_seq_len=None)
     tokenizer = load_tokenizer(source, config)
     bits = check_quantization_bit(args.quantization_bit, config.quantization_bit)
     dtype = stored_dtype(source)
@@ -153,7 +155,7 @@ def export_weights(args, saved):
         f"Reading {source}: {f'int{config.quantization_bit} and ' if config.quantization_bit else ''}{dtype_name(dtype)}."
     )
     with contextlib.ExitStack() as stack:
-        model = merge(source, config, dtype, tokenizer, saved) if kind in ("lora", "freeze") else None
+        model = merge(session, dtype, tokenizer) if session.checkpoints else None
         if model and bits:  # quantized as it is read: through float files
             output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(prefix=".export-", dir=output_dir.absolute().parent)
@@ -175,7 +177,7 @@ def export_weights(args, saved):
         f"Wrote {output_dir}: {size:,.1f} MB of weights in {len(files)} file{'s' if len(files) > 1 else ''}, "
         f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}."
     )
-    if source_prefix := saved.get("source_prefix"):
+    if source_prefix := session.saved.get("source_prefix"):
         print(f"It was trained with --source_prefix {shlex.quote(source_prefix)}: give that flag with it, too.")
     if not (output_dir / "modeling_chatglm.py").is_file():
         print(
@@ -183,40 +185,20 @@ def export_weights(args, saved):
         )
 
 
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def merge(folder, config, dtype, tokenizer, saved):
-    """The float model in `folder` with what a freeze checkpoint or LoRA adapters hold in its weights."""
+def merge(session, dtype, tokenizer):
+    """The float model of a session's base with what its checkpoints hold in its weights."""
+    folder, config = session.folder, session.config
     if config.quantization_bit:
         raise ValueError(
             f"{folder} holds int{config.quantization_bit} weights, into which nothing can be merged. Give the folder of "
             "the float model as --model_name_or_path; --quantization_bit makes the result integer again."
         )
     model = load_model(folder, config=config, dtype=dtype)
-    if saved["finetuning_type"] == "freeze":
-        settings = {name: saved.get(name) for name in ("num_layer_trainable", "name_module_trainable")}
-        print(prepare_model(model, "freeze", saved["checkpoints"], **settings))
-        return model
-    *earlier, last = saved["checkpoints"]
-    load_adapters(model, earlier, do_train=False)
-    adapter, tensors = read_adapter(last)
-    tuner = add_adapter(model.eval(), adapter, tensors, last)
-    warn_of_other_base(model, last)
-    beside = probe(model.eval(), tokenizer)
-    tuner.merge_and_unload()
-    merged = probe(model, tokenizer)
-    difference, largest = (beside - merged).abs().max().item(), beside.abs().max().item()
-    if not difference <= 0.1 * largest:
-        raise ValueError(f"Merged, {last} gives other logits than beside the weights (difference {difference:g}).")
-    print(
-        f"Merged {', '.join(map(str, saved['checkpoints']))}: logits differ by at most {difference:.2g} of {largest:.2g} "
-        f"from those with the adapter beside the weights, by the rounding of {dtype_name(dtype)}."
-    )
-    if trained_bits := saved.get("quantization_bit"):
+    print(session.method.merge(model, session.checkpoints, session.own_settings, partial(probe, tokenizer=tokenizer)))
+    if session.quantization_bit:
         print(
-            f"It was trained on int{trained_bits} weights; here it is merged into the float ones, which differ a little."
+            f"It was trained on int{session.quantization_bit} weights; here it is merged into the float ones, which "
+            "differ a little."
         )
     return model
 
@@ -224,21 +206,16 @@ def merge(folder, config, dtype, tokenizer, saved):
 # ---- a prefix
 
 
-def export_prefix(args, checkpoint):
+def export_prefix(args, session):
     """Write the keys and values of a trained prefix as a checkpoint without projection; read it again and compare."""
     if args.quantization_bit or args.format == "bin":
         raise ValueError(
             "A prefix is always written as pytorch_model.bin in float32, apart from the base model. To quantize the "
             "base model, export it without --ptuning_checkpoint."
         )
-    saved = read_prefix_settings(checkpoint)
-    base = args.model_name_or_path or saved.get("base_model")
-    if not base:
-        raise ValueError(f"{checkpoint} does not say its base model; give --model_name_or_path.")
-    source = resolve_folder(base)
-    config = read_config(source, pre_seq_len=saved["pre_seq_len"], prefix_projection=saved["prefix_projection"])
+    checkpoint, base, bits = session.checkpoint, session.base, session.quantization_bit
+    source, config = open_source(session, **session.prefix_shape)
     tokenizer = load_tokenizer(source, config)
-    bits = saved.get("quantization_bit") or None
     model = load_model(source, config=config, quantization_bit=bits, quantization_backend="torch")
     load_prefix(model, checkpoint)
     before = probe(model, tokenizer)
@@ -249,13 +226,13 @@ def export_prefix(args, checkpoint):
         sidecar = {**read_sidecar(checkpoint), "base_model": base, "base_fingerprint": model.fingerprint}
         save_prefix(model, staging, sidecar)
         tokenizer.save_pretrained(staging)
-        facts = {"base": base, "folder": str(output_dir), "pre_seq_len": saved["pre_seq_len"], "bits": bits}
-        facts["source_prefix"] = saved.get("source_prefix") or ""
+        facts = {"base": base, "folder": str(output_dir), "pre_seq_len": config.pre_seq_len, "bits": bits}
+        facts["source_prefix"] = session.data_fields["source_prefix"]
         (staging / "load.py").write_text(LOADER.format(**facts, probe=PROBE), encoding="utf-8")
         model.transformer.prefix_encoder.embedding.weight.data.zero_()
         load_prefix(model, staging)
         compare(before, probe(model, tokenizer), output_dir)
-    shape = (saved["pre_seq_len"], config.num_layers, 2, config.num_key_value_heads, config.kv_channels)
+    shape = (config.pre_seq_len, config.num_layers, 2, config.num_key_value_heads, config.kv_channels)
     print(
         f"Wrote {output_dir}: the keys and values of {shape[0]} virtual tokens, float32, (tokens, layers, key and value, "
         f"groups, channels) = {shape}.\n"

@@ -14,7 +14,7 @@ import checkpoint
 from chatglm2 import modeling_chatglm, tokenization_chatglm
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from pretrained import register_auto_classes
-from tuning import methods as finetuning
+from tuning import lora
 
 register_auto_classes()
 
@@ -171,9 +171,9 @@ def adapter_folder(tmp_path, **settings):
     from peft import LoraConfig
 
     model = checkpoint.load_model(TINY)
-    finetuning.add_adapter(model, LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
+    lora.add_adapter(model, LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
     model.peft_config = {"default": LoraConfig(r=2, target_modules=["query_key_value"], task_type="CAUSAL_LM")}
-    finetuning.save_adapter(model, tmp_path / "adapter", "THUDM/chatglm2-6b")
+    lora.save_adapter(model, tmp_path / "adapter", "THUDM/chatglm2-6b")
     add_settings(tmp_path / "adapter" / "adapter_config.json", settings)
     return tmp_path / "adapter"
 
@@ -189,20 +189,20 @@ HOSTILE_ADAPTER = {
 
 
 def test_an_adapter_hands_peft_nothing_that_chooses_code(tmp_path):
-    config, tensors = finetuning.read_adapter(adapter_folder(tmp_path, **HOSTILE_ADAPTER))
+    config, tensors = lora.read_adapter(adapter_folder(tmp_path, **HOSTILE_ADAPTER))
     from peft import LoraConfig
 
     assert config.to_dict() == {**LoraConfig(r=2, target_modules={"query_key_value"}).to_dict(), **config.to_dict()}
     plain = LoraConfig()
     for name in HOSTILE_ADAPTER:
         assert getattr(config, name, None) == getattr(plain, name, None), name
-    finetuning.add_adapter(checkpoint.load_model(TINY), config, tensors, tmp_path)
+    lora.add_adapter(checkpoint.load_model(TINY), config, tensors, tmp_path)
 
 
 def test_an_adapter_that_needs_megatron_is_refused_by_the_settings_name(tmp_path):
     folder = adapter_folder(tmp_path, megatron_config={"hidden_size": 1}, megatron_core="antigravity")
     with pytest.raises(ValueError, match=r"adapter_config\.json: megatron_config is \{'hidden_size': 1\}"):
-        finetuning.read_adapter(folder)
+        lora.read_adapter(folder)
 
 
 def test_a_generation_configuration_is_never_read_from_a_folder(folder, monkeypatch):

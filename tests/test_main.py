@@ -422,7 +422,7 @@ def test_predictions_are_on_disk_before_they_are_scored(trained, monkeypatch, tm
     def fail(*args):
         raise RuntimeError("scoring failed")
 
-    monkeypatch.setattr("evaluation.metrics.score_all", fail)
+    monkeypatch.setattr("evaluation.prediction.score_all", fail)
     with pytest.raises(RuntimeError, match="scoring failed"):
         run(monkeypatch, PREDICT_SETTINGS, ptuning_checkpoint=trained[0] / "checkpoint-5", output_dir=tmp_path)
     assert len(predictions(tmp_path)) == 10

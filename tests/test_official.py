@@ -13,8 +13,8 @@ from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.official_recipe import OfficialAdamW, official_loss, prefix_in_official_order
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import choose_dtype, load_model, read_config
-from main import set_precision
 from trainer import PrefixTrainer
+from training.precision import set_precision
 
 INPUT_IDS, LABELS = torch.tensor(SYNTHETIC["input_ids"]), torch.tensor(SYNTHETIC["labels"])
 

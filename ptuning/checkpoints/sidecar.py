@@ -23,7 +23,7 @@ SIDECAR_KINDS = {
 KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 
 
-# ---- the prefix
+TRAINED = ("p_tuning", "full", "freeze", "lora")  # ways of tuning that write checkpoints
 
 
 def read_sidecar(checkpoint):
@@ -37,10 +37,9 @@ def finetuning_type(checkpoint):
     checkpoint = Path(checkpoint)
     if (checkpoint / SIDECAR_FILE).is_file():
         kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", "p_tuning")
-        if kind not in ("p_tuning", "full", "freeze", "lora"):
-            raise ValueError(
-                f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected p_tuning, full, freeze or lora."
-            )
+        if kind not in TRAINED:
+            expected = f"{', '.join(TRAINED[:-1])} or {TRAINED[-1]}"
+            raise ValueError(f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected {expected}.")
         return kind
     if any((checkpoint / name).is_file() for name in ADAPTER_FILES):
         return "lora"

@@ -4,6 +4,9 @@ Answers to the parts of the official `main.py` that read `train_file`, `validati
 becomes rows, and rows become token ids, is in data.py.
 """
 
+from dataclasses import dataclass, field
+from functools import partial
+
 from data.dataset_info import read_dataset_info
 from data.description import describe_training
 from data.encoding import encode_prediction, encode_training
@@ -11,6 +14,35 @@ from data.examples import COLUMNS, load_examples, shown_columns
 from data.mixture import draw_shares, hold_out, join, number_rows
 from data.rows import read_rows
 from data.sources import FILES, check_columns, source_of, split_ratios
+
+
+@dataclass
+class Splits:
+    """The encoded rows (datasets) of a run; None, or none, where its flags ask for none."""
+
+    train: object = None
+    train_skipped: int = 0  # rows
+    dev: object = None  # with labels, for the dev loss
+    dev_prompts: object = None  # the dev rows to be answered during training
+    prompts: dict = field(default_factory=dict)  # {"eval" or "predict": (rows to be answered, number skipped)}
+
+
+def read_splits(data_args, training_args, tokenizer, say):
+    """The Splits that a run's flags ask for. Raises as read_split."""
+    splits = Splits()
+    read = partial(read_split, data_args=data_args, training_args=training_args, tokenizer=tokenizer, say=say)
+    if training_args.do_train:
+        splits.train, splits.train_skipped = read("train", encode=encode_training)
+        if training_args.eval_strategy != "no":
+            splits.dev, _ = read("eval", encode=encode_training)
+        elif (data_args.validation_file or data_args.dev_ratio) and not training_args.do_eval:
+            unread = "--validation_file is" if data_args.validation_file else "The rows of --dev_ratio are"
+            say(f"{unread} not read: --eval_strategy steps gives a dev loss, --do_eval metrics.")
+    if splits.dev is not None and training_args.eval_with_generate:
+        splits.dev_prompts, _ = read("eval", encode=encode_prediction)
+    names = [name for name in ("eval", "predict") if getattr(training_args, f"do_{name}")]
+    splits.prompts = {name: read(name, encode=encode_prediction) for name in names}
+    return splits
 
 
 def read_split(split, data_args, training_args, tokenizer, encode, say):

@@ -15,7 +15,15 @@ from common.files import write_text
 from common.plots import plot_checkpoints
 from common.ranks import on_first_rank
 from evaluation.metrics import metric_table, score_all
-from tuning.methods import prepare_model
+from tuning.methods import load_trained
+
+
+def describe_prompts(split, dataset, skipped, max_source_length):
+    """Text on the rows of a split that are answered: how many, how many `skipped`, and how many lose turns."""
+    lines = [f"{split}: {len(dataset)} rows, {skipped} skipped (empty prompt)."]
+    if shortened := sum(turns > 0 for turns in dataset["dropped_turns"]):
+        lines.append(f"{shortened} of them lose their oldest turns at --max_source_length {max_source_length}.")
+    return "\n".join(lines)
 
 
 def predict(trainer, tokenizer, datasets):
@@ -29,7 +37,7 @@ def predict(trainer, tokenizer, datasets):
 
 
 def predict_with_each(checkpoints, trainer, tokenizer, datasets):
-    """The same with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
+    """Answer and score with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
 
     Everything goes to the folder all_checkpoints: what a single one gives into a folder of its name.
     """
@@ -38,7 +46,7 @@ def predict_with_each(checkpoints, trainer, tokenizer, datasets):
     table = {}
     for checkpoint in checkpoints:
         trainer.say(f"\n{checkpoint.name} of {checkpoints[-1].name}")
-        prepare_model(trainer.model, "p_tuning", [checkpoint])
+        load_trained(trainer.model, checkpoint, trainer.sidecar["finetuning_type"])
         trainer.args.output_dir = str(folder / checkpoint.name)
         with torch.random.fork_rng():  # each starts with the same random numbers
             metrics = predict(trainer, tokenizer, datasets)

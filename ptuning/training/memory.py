@@ -29,6 +29,9 @@ from torch import nn
 
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
+from common.dtypes import dtype_name
+from data.splits import longest_example
+from tuning.rules import engine_of
 
 PROCESS_BYTES = 535_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
 MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
@@ -54,9 +57,9 @@ def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:
             size = module.weight.nbytes + module.weight_scale.nbytes
             add(f"int{module.bits}", module.in_features * module.out_features, size)
             if module.bias is not None:
-                add(str(module.bias.dtype).removeprefix("torch."), module.bias.numel(), module.bias.nbytes)
+                add(dtype_name(module.bias.dtype), module.bias.numel(), module.bias.nbytes)
         for parameter in module.parameters(recurse=False):
-            kind = "trained" if parameter.requires_grad else str(parameter.dtype).removeprefix("torch.")
+            kind = "trained" if parameter.requires_grad else dtype_name(parameter.dtype)
             add(kind, parameter.numel(), parameter.nbytes)
     return counts
 
@@ -163,6 +166,38 @@ def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
     )
 
 
+def largest_batch(model: nn.Module, train_data, data_args, training_args) -> dict:
+    """What memory_table must know of the largest batch of training or, without `train_data`, of prediction."""
+    if train_data is not None:
+        length = longest_example(train_data, data_args)
+        rows = training_args.per_device_train_batch_size
+        return {
+            "batch_size": min(rows, len(train_data)) if training_args.world_size == 1 else rows,
+            "length": -(-length // 8) * 8,  # as collate_training pads
+            "num_supervised": min(length, data_args.max_target_length + 1),
+            "checkpointing": bool(training_args.gradient_checkpointing),
+        }
+    length = data_args.max_source_length + data_args.max_target_length + 1
+    if (data_args.num_beams or 1) > 1:
+        batch_size = training_args.per_device_eval_batch_size * data_args.num_beams
+    else:
+        batch_size = training_args.prediction_batch_size or rows_that_fit(model, length)
+    return {"batch_size": batch_size, "length": length, "num_supervised": 0}
+
+
+def decide_checkpointing(model: nn.Module, batch: dict, training_args, say):
+    """Turn gradient checkpointing on or off where no flag does, in `batch` too, and `say` why."""
+    if training_args.gradient_checkpointing is not None or not batch["num_supervised"]:
+        return
+    if engine_of(training_args):  # the model is not where it will train
+        checkpointing = training_args.device.type == "cuda"
+    else:
+        checkpointing, decision = needs_checkpointing(model, **batch)
+        say(decision)
+    batch["checkpointing"] = checkpointing
+    training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointing
+
+
 def rows_that_fit(model: nn.Module, length: int) -> int:
     """How many rows of `length` tokens, prompt and answer together, to generate for at once: a power of two.
 
@@ -194,7 +229,7 @@ def explaining_out_of_memory(model, args, shape, training):
 def describe_out_of_memory(model, args, shape, training, reason):
     """The batch, the dtype, the memory there is, and the flags that would lower what is needed."""
     rows, tokens = shape
-    device, dtype = model.device, str(model.transformer.dtype_of_blocks).removeprefix("torch.")
+    device, dtype = model.device, dtype_name(model.transformer.dtype_of_blocks)
     bits = model.config.quantization_bit
     weights = f"int{bits} weights, {dtype} activations" if bits else f"{dtype} weights and activations"
     lines = [

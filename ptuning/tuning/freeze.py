@@ -1,11 +1,13 @@
-"""freeze: which weights of the model train, and a checkpoint of them."""
+"""freeze: the mlp or the query_key_value of some layers trains. A checkpoint holds these tensors, official names."""
 
 import re
 from pathlib import Path
 
 import torch
 
+from checkpoint import warn_of_other_base
 from checkpoints.weight_files import PREFIX_FILE, check_trained, read_tensors
+from tuning.method import Method, named
 
 FREEZE_MODULES = {"mlp": "mlp", "qkv": "self_attention.query_key_value"}
 
@@ -17,9 +19,6 @@ def check_layers(num_layer_trainable, num_layers):
             f"--num_layer_trainable {num_layer_trainable}: this base model has {num_layers} layers. "
             "--finetuning_type full trains all weights."
         )
-
-
-# ---- freeze
 
 
 def freeze_pattern(num_layers, num_layer_trainable, name_module_trainable):
@@ -48,3 +47,40 @@ def load_tensors(model, checkpoint):
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+class Freeze(Method):
+    """Some of the model's own weights train, in float32. A checkpoint holds them in pytorch_model.bin."""
+
+    name = "freeze"
+    defaults = {"num_layer_trainable": 3, "name_module_trainable": "mlp"}
+    changes_weights = True
+
+    def check(self, settings, config, checkpoints, bits, *, do_train, resume):
+        super().check(settings, config, checkpoints, bits, do_train=do_train, resume=resume)
+        check_layers(settings["num_layer_trainable"], config.num_layers)
+
+    def prepare(self, model, checkpoints, settings, *, do_train=False, resume=True):
+        model.requires_grad_(False)
+        count, module = settings["num_layer_trainable"], settings["name_module_trainable"]
+        pattern = freeze_pattern(model.config.num_layers, count, module)
+        for name, parameter in model.named_parameters():
+            if do_train and pattern.fullmatch(name):
+                parameter.data = parameter.data.float().contiguous()  # load_model() laid it out to be read
+                parameter.requires_grad_(True)
+        if checkpoints:
+            load_tensors(model, checkpoints[-1])
+            warn_of_other_base(model, checkpoints[-1])
+        return f"{module} of the {'last' if count > 0 else 'first'} {abs(count)} layers{named(checkpoints)}."
+
+    def remember(self, settings, checkpoints, bits, *, resume):
+        return dict(settings)
+
+    def write(self, model, folder, sidecar, tensors):
+        trained = {
+            name: parameter.detach().cpu() for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        torch.save(trained, folder / PREFIX_FILE)
+
+    def load(self, model, folder):
+        load_tensors(model, folder)

@@ -12,7 +12,9 @@ import torch
 from chatglm2.quantization import QuantizedLinear
 from checkpoint import warn_of_other_base
 from checkpoints.weight_files import ADAPTER_FILES, check_trained, read_tensors
+from common.dtypes import dtype_name
 from common.files import first_line, read_json
+from tuning.method import Method, named
 from tuning.rules import LORA_TARGETS
 
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -74,9 +76,6 @@ def check_adapters(checkpoints, bits, do_train=False, resume_lora_training=True)
             "--quantization_bit out, give one adapter and train it on, or merge them first and quantize the result: "
             "python ptuning/export_model.py."
         )
-
-
-# ---- LoRA
 
 
 def read_adapter_settings(checkpoint):
@@ -218,3 +217,82 @@ def load_adapters(model, checkpoints, *, do_train, resume=True):
                 "was written, and was it trained on a ChatGLM2 model?"
             ) from error
         warn_of_other_base(model, checkpoint)
+
+
+def new_adapter(settings):
+    """PEFT's LoraConfig of an adapter that the flags of LoRA describe."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings["lora_dropout"],
+        target_modules=settings["lora_target"].split(","),
+        task_type="CAUSAL_LM",
+    )
+
+
+class Lora(Method):
+    """Two narrow matrices beside some linear layers train, in float32. A checkpoint is PEFT's folder of an adapter."""
+
+    name = "lora"
+    defaults = {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.1, "lora_target": "query_key_value"}
+    stacks = True
+
+    def read_own(self, checkpoint):
+        adapter = read_adapter_settings(checkpoint)
+        return {
+            "base_model": adapter.get("base_model_name_or_path"),
+            "lora_rank": adapter.get("r"),
+            "lora_alpha": adapter.get("lora_alpha"),
+            "lora_dropout": adapter.get("lora_dropout"),
+            "lora_target": in_order(adapter.get("target_modules") or []),
+        }
+
+    def normalized(self, flags):
+        targets = flags.get("lora_target")
+        return {**flags, "lora_target": in_order(targets.split(","))} if targets else flags
+
+    def bound_flags(self, resume):
+        names = super().bound_flags(resume)
+        return names if resume else [name for name in names if name not in self.defaults]
+
+    def check(self, settings, config, checkpoints, bits, *, do_train, resume):
+        super().check(settings, config, checkpoints, bits, do_train=do_train, resume=resume)
+        check_adapters(checkpoints, bits, do_train, resume)
+
+    def prepare(self, model, checkpoints, settings, *, do_train=False, resume=True):
+        model.requires_grad_(False)
+        load_adapters(model, checkpoints, do_train=do_train, resume=resume)
+        if not do_train or (checkpoints and resume):
+            return f"LoRA adapter{named(checkpoints)}."
+        add_adapter(model, new_adapter(settings))
+        on = named(checkpoints).replace(" from", ", on", 1)
+        return f"LoRA adapter, new{on}."
+
+    def merge(self, model, checkpoints, settings, probe):
+        *earlier, last = checkpoints
+        load_adapters(model, earlier, do_train=False)
+        adapter, tensors = read_adapter(last)
+        tuner = add_adapter(model.eval(), adapter, tensors, last)
+        warn_of_other_base(model, last)
+        beside = probe(model.eval())
+        tuner.merge_and_unload()
+        merged = probe(model)
+        difference, largest = (beside - merged).abs().max().item(), beside.abs().max().item()
+        if not difference <= 0.1 * largest:
+            raise ValueError(f"Merged, {last} gives other logits than beside the weights (difference {difference:g}).")
+        return (
+            f"Merged {', '.join(map(str, checkpoints))}: logits differ by at most {difference:.2g} of {largest:.2g} "
+            f"from those with the adapter beside the weights, by the rounding of {dtype_name(model.dtype)}."
+        )
+
+    def remember(self, settings, checkpoints, bits, *, resume):
+        merged = checkpoints[:-1] if resume else checkpoints
+        return {"quantization_bit": bits, "merged_checkpoints": [str(Path(folder).resolve()) for folder in merged]}
+
+    def write(self, model, folder, sidecar, tensors):
+        save_adapter(model, folder, sidecar["base_model"])
+
+    def load(self, model, folder):
+        fill_adapter(model, read_adapter(folder)[1], folder)

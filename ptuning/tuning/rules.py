@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
 
 
-# Which way of tuning reads a flag.
-METHOD_FLAGS = {
-    "pre_seq_len": "p_tuning",
-    "prefix_projection": "p_tuning",
-    "num_layer_trainable": "freeze",
-    "name_module_trainable": "freeze",
-    "lora_rank": "lora",
-    "lora_alpha": "lora",
-    "lora_dropout": "lora",
-    "lora_target": "lora",
+@dataclass(frozen=True)
+class Rules:
+    """What a way of tuning goes with."""
+
+    flags: tuple[str, ...] = ()  # those that it reads
+    trains: bool = True
+    needs_prefix: bool = False  # --do_train needs --pre_seq_len
+    official: bool = False  # --precision official is a recipe of it, or does it no harm
+    shards: bool = False  # it trains so much that an engine is of use
+    weights: str = ""  # why integer weights ({} is int4 or int8) do not train like this; "" where they do
+    only_while_training: bool = False  # when they do not train, integer weights can be used with it
+
+
+# In the order of the choices of --finetuning_type; the first is the default.
+RULES = {
+    "p_tuning": Rules(flags=("pre_seq_len", "prefix_projection"), needs_prefix=True, official=True),
+    "full": Rules(
+        shards=True,
+        weights="trains the weights themselves, and {} weights cannot be trained",
+        only_while_training=True,
+    ),
+    "freeze": Rules(
+        flags=("num_layer_trainable", "name_module_trainable"),
+        weights="trains some of the weights themselves, and they are {} here",
+    ),
+    "lora": Rules(flags=("lora_rank", "lora_alpha", "lora_dropout", "lora_target")),
+    "none": Rules(trains=False, official=True),
 }
+DEFAULT_METHOD = next(iter(RULES))
+METHOD_FLAGS = {flag: name for name, rules in RULES.items() for flag in rules.flags}  # {flag: the way that reads it}
 
 
 def check_method(model_args, training_args):
     """Raise ValueError for flags that do not go with the way of tuning."""
-    method = model_args.finetuning_type or "p_tuning"
+    method = model_args.finetuning_type or DEFAULT_METHOD
+    rules = RULES[method]
     for name, owner in METHOD_FLAGS.items():
         value = getattr(model_args, name)
-        if value not in (None, False) and method not in (owner, "none"):
+        if value not in (None, False) and method != owner and rules.trains:
             raise ValueError(
                 f"--{name} {value} belongs to --finetuning_type {owner}, but this run's is {method}. "
                 f"Leave the flag out, or give --finetuning_type {owner}."
             )
-    if method == "none" and training_args.do_train:
-        raise ValueError("--finetuning_type none trains nothing: it is for --do_predict and --do_eval of the base.")
-    if training_args.precision == "official" and method not in ("p_tuning", "none"):
+    if training_args.do_train and not rules.trains:
+        raise ValueError(
+            f"--finetuning_type {method} trains nothing: it is for --do_predict and --do_eval of the base."
+        )
+    if training_args.precision == "official" and not rules.official:
         raise ValueError(
             f"--precision official is how the official scripts train a prefix; --finetuning_type {method} trains in "
             "float32. Leave it out."
@@ -46,32 +70,33 @@ def check_method(model_args, training_args):
 
 def check_bits_train(method, bits, do_train):
     """Raise ValueError for integer weights (`bits` 4 or 8) where a method trains, or has trained, such weights."""
-    if bits and method == "full" and do_train:
+    rules = RULES[method]
+    if bits and rules.weights and (do_train or not rules.only_while_training):
         raise ValueError(
-            f"--finetuning_type full trains the weights themselves, and int{bits} weights cannot be trained. Leave "
+            f"--finetuning_type {method} {rules.weights.format(f'int{bits}')}. Leave "
             "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
         )
-    if bits and method == "freeze":
-        raise ValueError(
-            f"--finetuning_type freeze trains some of the weights themselves, and they are int{bits} here. Leave "
-            "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
-        )
+
+
+def engine_of(training_args):
+    """What divides weights and optimizer over the processes: deepspeed, fsdp, or None."""
+    return next((name for name in ("deepspeed", "fsdp") if getattr(training_args, name, None)), None)
 
 
 def check_engines(method, training_args):
     """Raise ValueError where --deepspeed or --fsdp cannot be of use."""
-    engines = [name for name in ("deepspeed", "fsdp") if getattr(training_args, name, None)]
-    if not engines:
+    engine = engine_of(training_args)
+    if not engine:
         return
-    if len(engines) == 2:
+    if engine == "deepspeed" and getattr(training_args, "fsdp", None):
         raise ValueError("--deepspeed and --fsdp both shard the model over the processes; give one of them.")
-    if method != "full":
+    if not RULES[method].shards:
         raise ValueError(
-            f"--{engines[0]} shards what --finetuning_type full trains; {method} trains so little that launch.py alone "
-            f"(one copy of the model for each GPU) serves it. Leave --{engines[0]} out."
+            f"--{engine} shards what --finetuning_type full trains; {method} trains so little that launch.py alone "
+            f"(one copy of the model for each GPU) serves it. Leave --{engine} out."
         )
     if not training_args.do_train or training_args.do_predict or training_args.do_eval:
         raise ValueError(
-            f"--{engines[0]} is for training only, and cannot generate. Evaluate the checkpoint in a run of its own "
+            f"--{engine} is for training only, and cannot generate. Evaluate the checkpoint in a run of its own "
             f"without it: bash evaluate_finetune.sh."
         )

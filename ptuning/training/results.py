@@ -1,0 +1,34 @@
+"""What a run leaves behind when its training is over: metrics, state and plot; and what of a model has trained."""
+
+from pathlib import Path
+
+from common.failure import going_on_without
+from common.plots import plot_loss
+from training.memory import count_weights, peak_memory_gb
+
+
+def count_trainable(model) -> dict[str, int]:
+    """{"trainable_parameters", "total_parameters"}: numbers that train, and all of them."""
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(numbers for numbers, _ in count_weights(model).values())
+    return {"trainable_parameters": trainable, "total_parameters": total}
+
+
+def describe_trainable(model) -> str:
+    """The share of parameters that train, in one line."""
+    trainable, total = count_trainable(model).values()
+    return f"Trainable: {trainable:,} of {total:,} parameters ({trainable / total:.3%})."
+
+
+def write_training_results(trainer, model, metrics: dict, num_rows: int):
+    """Complete and show the metrics of training on `num_rows` rows; write them, trainer_state.json and the plot."""
+    args = trainer.args
+    metrics.update(count_trainable(model), train_samples=num_rows)
+    metrics["train_peak_memory_gb"] = round(peak_memory_gb(args.device), 3)
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if args.should_save and args.plot_loss:
+        plot = Path(args.output_dir) / "training_loss.png"
+        with going_on_without(plot, trainer.say):
+            plot_loss(trainer.state.log_history, plot)
