@@ -33,15 +33,16 @@ from checkpoints.weight_files import (
     COPIED,
     FINGERPRINT_TENSOR,
     INDEX_FILES,
-    PREFIX_FILE,
     PREFIX_KEY,
     ROTARY_TENSOR,
+    TENSORS_FILE,
     check_tensor,
     check_trained,
     read_tensors,
     weight_files,
 )
-from common.files import first_line, read_json, write_json
+from common.files import read_json, write_json
+from common.messages import dtype_name, first_line
 from families import model_family
 
 # ---- which folder
@@ -78,7 +79,7 @@ def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
 
 def is_prefix_checkpoint(folder):
     """Whether `folder` holds a trained prefix and no base model."""
-    file = Path(folder) / PREFIX_FILE
+    file = Path(folder) / TENSORS_FILE
     if not file.is_file() or any((Path(folder) / name).is_file() for name in INDEX_FILES):
         return False
     names = [name for name, _ in read_tensors(file)]
@@ -271,7 +272,7 @@ def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format
     for name in ("dtype", "pre_seq_len", "prefix_projection"):
         settings.pop(name, None)
     bits = {"quantization_bit": model.config.quantization_bit} if model.config.quantization_bit else {}
-    write_json(folder / "config.json", {**settings, "torch_dtype": str(dtype).removeprefix("torch."), **bits})
+    write_json(folder / "config.json", {**settings, "torch_dtype": dtype_name(dtype), **bits})
     for file in (file for pattern in COPIED for file in model.base_folder.glob(pattern)):
         shutil.copy(file, folder)
     return list(split.filename_to_tensors)
@@ -329,9 +330,9 @@ def save_prefix(model, folder, sidecar=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = model.transformer.prefix_encoder.state_dict()
-    torch.save({PREFIX_KEY + name: tensor.float().cpu() for name, tensor in prefix.items()}, folder / PREFIX_FILE)
+    torch.save({PREFIX_KEY + name: tensor.float().cpu() for name, tensor in prefix.items()}, folder / TENSORS_FILE)
     settings = json.loads(model.config.to_json_string(use_diff=False))
-    settings["torch_dtype"] = settings.pop("dtype", None) or str(model.dtype).removeprefix("torch.")
+    settings["torch_dtype"] = settings.pop("dtype", None) or dtype_name(model.dtype)
     settings["use_cache"] = True  # the Trainer turns it off; a checkpoint that says so generates slowly
     settings["architectures"] = [type(model).__name__]
     write_json(folder / "config.json", settings)
@@ -348,16 +349,16 @@ def read_prefix(checkpoint):
     a file that holds no prefix or is not as it was written.
     """
     checkpoint = Path(checkpoint)
-    file = checkpoint / PREFIX_FILE
+    file = checkpoint / TENSORS_FILE
     if not file.is_file():
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
         others = list_checkpoints(parent)
-        runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{PREFIX_FILE}")})
+        runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{TENSORS_FILE}")})
         hint = "Give a folder that training wrote."
         if others or runs:
             hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
-        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it. {hint}")
-    verify_checkpoint(checkpoint, [PREFIX_FILE])
+        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
+    verify_checkpoint(checkpoint, [TENSORS_FILE])
     tensors = {
         name.removeprefix(PREFIX_KEY): tensor for name, tensor in read_tensors(file) if name.startswith(PREFIX_KEY)
     }

@@ -11,10 +11,12 @@ import shutil
 from pathlib import Path
 
 from checkpoints.sidecar import SIDECAR_FILE
-from checkpoints.trainer_state import check_state, is_count
-from checkpoints.weight_files import ADAPTER_FILES, INDEX_FILES, PREFIX_FILE, weight_files
+from checkpoints.trainer_state import check_state
+from checkpoints.weight_files import ADAPTER_FILES, INDEX_FILES, TENSORS_FILE, weight_files
 from common.claims import path_inside
-from common.files import STATE_FILE, file_sha256, first_line, flush_to_disk, read_json, write_json
+from common.files import STATE_FILE, file_sha256, flush_to_disk, read_json, write_json
+from common.messages import first_line
+from common.values import is_count
 
 CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
 
@@ -31,7 +33,7 @@ def list_checkpoints(run_folder):
 def trained_file(checkpoint):
     """Name of the file that tells what a checkpoint holds: an adapter, the index of shards, or all of it."""
     names = (*ADAPTER_FILES, INDEX_FILES[1])
-    return next((name for name in names if (Path(checkpoint) / name).is_file()), PREFIX_FILE)
+    return next((name for name in names if (Path(checkpoint) / name).is_file()), TENSORS_FILE)
 
 
 def trained_files(checkpoint):
@@ -193,7 +195,7 @@ def clear_leftovers(run_folder):
 
 def rotate_checkpoints(run_folder, limit, newest, best=None):
     """Delete the oldest checkpoints until `limit` are left; never `newest` or the best (`best`, or the link so named)."""
-    kept = {Path(path).resolve() for path in (newest, best, Path(run_folder) / "best") if path}
+    kept = {Path(path).resolve() for path in (newest, best, Path(run_folder) / BEST_LINK) if path}
     folders = checkpoints_by_age(run_folder)
     surplus = len(folders) - limit
     for folder in [folder for folder in folders if folder.resolve() not in kept][: max(0, surplus)]:

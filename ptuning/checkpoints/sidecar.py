@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from checkpoints.trainer_state import is_count, shown
 from checkpoints.weight_files import ADAPTER_FILES
 from common.files import read_json
+from common.messages import short_json
+from common.values import is_count
 
 SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths, how it was trained
 
@@ -56,5 +57,5 @@ def check_sidecar(settings, file):
             fits = all(isinstance(item, str) for item in value)
         if value is not None and not fits:
             raise ValueError(
-                f"{file}: {name} is {shown(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
+                f"{file}: {name} is {short_json(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
             )

@@ -11,9 +11,12 @@ import safetensors.torch
 import torch
 
 from common.claims import ZIP_MARK, check_claim, check_safetensors, check_torch_file
-from common.files import first_line, read_json
+from common.files import read_json
+from common.messages import first_line
 
-PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
+# The official name; holds what was trained as plain tensors: transformer.prefix_encoder.*, or what freeze trains.
+TENSORS_FILE = "pytorch_model.bin"
+PREFIX_FILE = TENSORS_FILE  # until tuning/ uses the name above
 
 
 PREFIX_KEY = "transformer.prefix_encoder."

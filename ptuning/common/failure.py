@@ -21,6 +21,9 @@ import traceback
 import warnings
 from itertools import pairwise
 
+from common.environment import LAUNCHED
+from common.messages import first_line
+
 MAX_LINES = 8  # of a message; those of libraries can be very long
 MAX_COLUMNS = 500
 # What steers a terminal: C0 and C1 without line end and tab, what turns the order of text, and halves of characters.
@@ -74,10 +77,10 @@ def is_symlink_loop(error):
 def describe(error):
     """(message, exit status) for an exception; no traceback in it."""
     if is_lost_connection(error):  # none of the process at hand, so without its traceback
-        first_line = str(error).strip().splitlines()[0]
-        late = re.search("time(d )?out", first_line, re.IGNORECASE)
+        said = str(error).strip().splitlines()[0]
+        late = re.search("time(d )?out", said, re.IGNORECASE)
         what = "does not answer, and --ddp_timeout has passed" if late else "is gone"
-        return f"Another process {what}; the messages of its machine tell why. Seen here: {first_line}", 1
+        return f"Another process {what}; the messages of its machine tell why. Seen here: {said}", 1
     if lacks_memory(error):
         detail = f" ({error})" if str(error) else ""
         return f"This machine has not enough memory{detail}. {memory_remedy()}", 2
@@ -103,7 +106,7 @@ def reason_of(error):
     """One sentence that says what the system refused and what to do, or what else an exception says."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}. {REMEDIES.get(error.errno, '')}".strip()
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip('.')}."
+    return f"{first_line(error).rstrip('.')}."
 
 
 @contextlib.contextmanager
@@ -227,9 +230,6 @@ def catch_signals(handler):
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     return before
-
-
-LAUNCHED = "PTUNING_LAUNCHED"  # set in the environment of what launch.py starts
 
 
 def end_with_launcher():

@@ -8,9 +8,13 @@ import os
 from pathlib import Path
 
 from common.claims import MOST_JSON_BYTES, MOST_LOG_BYTES, check_size
+from common.messages import first_line as first_line  # until tuning/ imports it from there
 from common.text import parse_json
 
+# In the folder of a run; the first also in each checkpoint.
 STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
+RESULTS_FILE = "all_results.json"
+ANSWERS_FILE = "generated_predictions.txt"
 
 
 def read_json(file):
@@ -26,10 +30,6 @@ def read_json(file):
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
     return value
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def write_bytes(file, data):

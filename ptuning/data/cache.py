@@ -11,15 +11,14 @@ import os
 import shutil
 from pathlib import Path
 
+from common.files import file_sha256
+from common.messages import silent
+
 FOLDER = "chatglm2-ptuning"  # in the cache of datasets
 LIST_FILE = "files.json"  # of an entry, written last
 
 
-def nobody(line: str) -> None:
-    """What hears the lines of a library function that nobody listens to."""
-
-
-def cached(key: str, build, *, what: str, overwrite: bool = False, say=nobody):
+def cached(key: str, build, *, what: str, overwrite: bool = False, say=silent):
     """build(folder): a dataset that `datasets` keeps in that folder, or finds there; `key` names the entry.
 
     A damaged entry is removed and built again, which `say` gets one line about; `what` says what that does. An
@@ -50,8 +49,7 @@ def checksums_of(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".arrow", ".json") and file.name != LIST_FILE and file.is_file():
-            with open(file, "rb") as opened:
-                found[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.relative_to(folder).as_posix()] = file_sha256(file)
     return found
 
 

@@ -1,6 +1,6 @@
 """What the user sees of the training rows before the first step."""
 
-from data.rows import shown
+from common.messages import cut_short
 
 # ---- what the user should see before the first step
 
@@ -49,6 +49,6 @@ def describe_training(
     answer = tokenizer.decode(example["input_ids"][start:])
     lines += [
         f"The first example, with {marked} between ⟦ and ⟧:",
-        f"[gMASK] sop {shown(prompt, 400)}⟦{shown(answer, 400)} {tokenizer.eos_token}⟧",
+        f"[gMASK] sop {cut_short(prompt.strip(), 400)}⟦{cut_short(answer.strip(), 400)} {tokenizer.eos_token}⟧",
     ]
     return "\n".join(lines)

@@ -10,9 +10,9 @@ import os
 from bisect import bisect_left
 from functools import partial
 
-from data.cache import cached, nobody
+from common.messages import cut_short, silent
+from data.cache import cached
 from data.examples import ROWS_WORTH_A_PROGRESS_BAR, code_sha256, progress_bars
-from data.rows import shown
 
 IGNORED_LABEL = -100
 
@@ -30,7 +30,7 @@ def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_tar
     if max_source_length < minimum:
         raise ValueError(
             f"--max_source_length {max_source_length} cannot hold the fixed part of every prompt, {minimum} tokens "
-            f"of {shown(source_prefix + tokenizer.build_prompt('…'))!r}; set at least {minimum} plus your questions"
+            f"of {cut_short((source_prefix + tokenizer.build_prompt('…')).strip())!r}; set at least {minimum} plus your questions"
         )
     if max_target_length < 1:
         raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")
@@ -164,7 +164,7 @@ def encode_training(
     ignore_pad_token_for_loss: bool = True,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
-    say=nobody,
+    say=silent,
 ):
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
 
@@ -194,7 +194,7 @@ def encode_prediction(
     max_target_length: int,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
-    say=nobody,
+    say=silent,
 ):
     """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
 

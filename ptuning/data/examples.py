@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 
 from chatglm2.conversation import conversation
+from common.messages import cut_short, silent
 from common.quoting import as_typed, flag_as_typed
-from data.cache import cached, nobody
-from data.rows import _read_bytes, kind_of_value, read_rows, shown
+from data.cache import cached
+from data.rows import kind_of_value, read_data, read_rows
 
 COLUMNS = ("prompt", "query", "response", "history", "messages")
 
@@ -122,7 +123,7 @@ def _dialogue(
         role, content = message["role"], message["content"]
         if role not in expected:
             raise ValueError(
-                f"{place}: the role is {shown(str(role))!r}, expected {' or '.join(map(repr, expected))} here; after "
+                f"{place}: the role is {cut_short(str(role).strip())!r}, expected {' or '.join(map(repr, expected))} here; after "
                 "an optional system message, user and assistant take turns"
             )
         if not isinstance(content, str):
@@ -219,7 +220,7 @@ def load_examples(
     query_column: str | None = None,
     place: str | None = None,
     overwrite_cache: bool = False,
-    say=nobody,
+    say=silent,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
 
@@ -235,7 +236,7 @@ def load_examples(
     from datasets.exceptions import DatasetGenerationError
 
     path = Path(path)
-    content = hashlib.sha256(_read_bytes(path)).hexdigest()
+    content = hashlib.sha256(read_data(path)).hexdigest()
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"{max_samples} samples of {path} were asked for; set 1 or more, or leave the flag out")
     features = Features(

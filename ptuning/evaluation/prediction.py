@@ -11,7 +11,7 @@ import torch
 
 from checkpoints.run_folder import dev_loss_of
 from common.failure import going_on_without
-from common.files import write_text
+from common.files import ANSWERS_FILE, write_text
 from common.plots import plot_checkpoints
 from common.ranks import on_first_rank
 from evaluation.metrics import metric_table, score_all
@@ -79,7 +79,7 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
             json.dumps({"labels": label, "predict": prediction, **place}, ensure_ascii=False) + "\n"
             for label, prediction, place in zip(labels, predictions, places, strict=True)
         ]
-        write_text(output_dir / "generated_predictions.txt", "".join(lines))
+        write_text(output_dir / ANSWERS_FILE, "".join(lines))
     if unlabelled := labels.count(""):
         trainer.say(f"{unlabelled} rows have no response to compare with; they are not scored.")
     scores = score_labelled(predictions, labels)

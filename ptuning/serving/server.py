@@ -33,6 +33,7 @@ from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import list_checkpoints
+from common.messages import dtype_name
 from serving.limits import Turns, fair_share
 
 BASE = "base"  # name of the model without a prefix
@@ -102,8 +103,8 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Row:
-    """What the worker knows of a running answer, beside its cache in the batch."""
+class BatchRow:
+    """A running answer as the worker knows it; its cache is in the batch."""
 
     answer: Answer
     generator: random.Random
@@ -115,13 +116,13 @@ class Row:
 class Paused:
     """An answer that gave its place away, with its cache."""
 
-    row: Row
+    row: BatchRow
     layers: list
     prefix_length: int
 
 
 @dataclass
-class Memory:
+class KeptCache:
     """The cache of a conversation between two answers."""
 
     model: str
@@ -157,7 +158,7 @@ class ChatServer:
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
-        self._memories = OrderedDict()  # session -> Memory
+        self._kept_caches = OrderedDict()  # session -> KeptCache
         self._running = []  # rows; row i is row i of the batch
         self._batch = Batch(model, max_batch)
         self._waiting = []
@@ -352,14 +353,14 @@ class ChatServer:
             "base_model": self.name,
             "model": name,
             "pre_seq_len": self.prefix_length(name),
-            "weights": f"int{bits}" if bits else str(self.model.transformer.dtype_of_blocks).removeprefix("torch."),
+            "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
             "device": str(self.model.device),
         }
 
     def forget(self, session):
         """Drop the cache of a conversation."""
         with self._changed:
-            self._memories.pop(session, None)
+            self._kept_caches.pop(session, None)
 
     def close(self, seconds=0):
         """Take no more, give what is on its way some seconds, and end the worker; what is left ends as cancelled."""
@@ -446,7 +447,7 @@ class ChatServer:
                 self._choose(self._running[-1:], logits)
         ended = [(row, reason) for row in self._running if (reason := self._accept(row))]
         for row, reason in ended:
-            self._remember(row)
+            self._keep_cache(row)
             self._remove(row)
             self._end(row.answer, reason)
         if self._running:
@@ -458,14 +459,14 @@ class ChatServer:
         prefix_length = answer.prefix[0][0].shape[2] if answer.prefix else 0
         layers = answer.prefix
         with self._changed:
-            memory = self._memories.pop(answer.session, None)
-        if memory and memory.model == answer.model:
-            answer.reused_tokens = shared_length(memory.token_ids, answer.token_ids[:-1])
-            kept = prefix_length + answer.reused_tokens
-            layers = [(key[:, :, :kept], value[:, :, :kept]) for key, value in memory.layers]
+            kept = self._kept_caches.pop(answer.session, None)
+        if kept and kept.model == answer.model:
+            answer.reused_tokens = shared_length(kept.token_ids, answer.token_ids[:-1])
+            length = prefix_length + answer.reused_tokens
+            layers = [(key[:, :, :length], value[:, :, :length]) for key, value in kept.layers]
         logits = self._feed(self._batch.admit, [answer.token_ids[answer.reused_tokens :]], layers, prefix_length)
         with self._changed:
-            self._running.append(Row(answer, random.Random(answer.sampling.seed), started))
+            self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
         return logits
 
     def _resume(self, answer):
@@ -534,7 +535,7 @@ class ChatServer:
         if answer.notify:
             answer.notify(answer)
 
-    def _remember(self, row):
+    def _keep_cache(self, row):
         """Keep the cache of a conversation; the one that was idle longest makes room."""
         answer = row.answer
         if answer.session is None:
@@ -544,9 +545,9 @@ class ChatServer:
         token_ids = (answer.token_ids + answer.response_ids)[:fed]
         layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
         with self._changed:
-            self._memories[answer.session] = Memory(answer.model, token_ids, layers)
-            while len(self._memories) > self.max_sessions:
-                self._memories.popitem(last=False)
+            self._kept_caches[answer.session] = KeptCache(answer.model, token_ids, layers)
+            while len(self._kept_caches) > self.max_sessions:
+                self._kept_caches.popitem(last=False)
 
 
 def check_text(query, history):

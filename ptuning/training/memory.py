@@ -29,6 +29,7 @@ from torch import nn
 
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
+from common.messages import dtype_name
 
 PROCESS_BYTES = 535_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
 MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
@@ -54,9 +55,9 @@ def count_weights(model: nn.Module) -> dict[str, tuple[int, int]]:
             size = module.weight.nbytes + module.weight_scale.nbytes
             add(f"int{module.bits}", module.in_features * module.out_features, size)
             if module.bias is not None:
-                add(str(module.bias.dtype).removeprefix("torch."), module.bias.numel(), module.bias.nbytes)
+                add(dtype_name(module.bias.dtype), module.bias.numel(), module.bias.nbytes)
         for parameter in module.parameters(recurse=False):
-            kind = "trained" if parameter.requires_grad else str(parameter.dtype).removeprefix("torch.")
+            kind = "trained" if parameter.requires_grad else dtype_name(parameter.dtype)
             add(kind, parameter.numel(), parameter.nbytes)
     return counts
 
@@ -194,7 +195,7 @@ def explaining_out_of_memory(model, args, shape, training):
 def describe_out_of_memory(model, args, shape, training, reason):
     """The batch, the dtype, the memory there is, and the flags that would lower what is needed."""
     rows, tokens = shape
-    device, dtype = model.device, str(model.transformer.dtype_of_blocks).removeprefix("torch.")
+    device, dtype = model.device, dtype_name(model.transformer.dtype_of_blocks)
     bits = model.config.quantization_bit
     weights = f"int{bits} weights, {dtype} activations" if bits else f"{dtype} weights and activations"
     lines = [

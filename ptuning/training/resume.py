@@ -27,7 +27,8 @@ from checkpoints.run_folder import (
 )
 from checkpoints.trainer_state import check_state
 from common.claims import ZIP_MARK, check_torch_file
-from common.files import STATE_FILE, first_line, read_json
+from common.files import STATE_FILE, read_json
+from common.messages import first_line
 from training.shards import SHARD_FOLDERS, check_shards
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out

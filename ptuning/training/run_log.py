@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from common.failure import going_on_without, reason_of
 from common.files import write_text
+from common.messages import clock, silent
 
 LOG_FILE = "trainer_log.jsonl"
 GUARDED = (
@@ -128,10 +129,6 @@ class RunLog(TrainerCallback):
                 raise
 
 
-def silent(text):
-    """Says nothing."""
-
-
 def append(file, text):
     """Add whole lines to a file, all of `text` or nothing; half a line that a kill left there is ended first."""
     with open(file, "ab+", buffering=0) as opened:
@@ -147,12 +144,6 @@ def append(file, text):
             with contextlib.suppress(OSError):
                 opened.truncate(size)
             raise
-
-
-def clock(seconds):
-    """1:02:03"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 # ---- what is printed

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints.run_folder import hidden
 from common.claims import MOST_INDEX_BYTES, check_size, check_torch_file
-from common.files import first_line
+from common.messages import first_line
 
 SHARD_FOLDERS = ("optimizer_*", "global_step*")  # what FSDP and DeepSpeed write instead
 

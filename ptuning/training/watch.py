@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from checkpoints.run_folder import list_checkpoints, point_to_best
+from checkpoints.run_folder import BEST_LINK, list_checkpoints, point_to_best, step_of
+from common.messages import dtype_name
+from common.ranks import gather
 from data.mixture import shown_rows
 
 ZERO_STEPS = 5  # steps in a row with a gradient of exactly 0 before it is said
@@ -52,7 +54,7 @@ class StepWatch:
     """
 
     def __init__(self, *, dtype, loss_scaling, last_checkpoint, say):
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = dtype_name(dtype)
         self.loss_scaling = loss_scaling
         self.last_checkpoint = last_checkpoint
         self.say = say
@@ -148,11 +150,7 @@ def gather_batches(step):
     """(losses, lists of row numbers) of the batches that all processes had in this step."""
     batches = zip(step.losses, step.rows, strict=True)
     mine = [(loss.item(), [row for row in rows.tolist() if row]) for loss, rows in batches]  # without blank ones, 0
-    everyones = [mine]
-    if torch.distributed.is_initialized():
-        everyones = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, mine)
-    return tuple(zip(*sum(everyones, []), strict=True))
+    return tuple(zip(*sum(gather(mine), []), strict=True))
 
 
 # ---- the whole run
@@ -205,7 +203,7 @@ class RunWatch(TrainerCallback):
     """
 
     def __init__(self, *, dtype, early_stopping, say):
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = dtype_name(dtype)
         self.early_stopping = early_stopping
         self.say = say
 
@@ -257,9 +255,7 @@ class RunWatch(TrainerCallback):
 def describe_checkpoints(state, output_dir):
     """One line on where the run's best and last checkpoints are; empty without checkpoints."""
     # An earlier, longer run may have left others there.
-    names = [
-        name for name in list_checkpoints(output_dir) if int(name.removeprefix("checkpoint-")) <= state.global_step
-    ]
+    names = [name for name, folder in list_checkpoints(output_dir).items() if step_of(folder) <= state.global_step]
     if not names:
         return ""
     dev_losses = {
@@ -273,5 +269,5 @@ def describe_checkpoints(state, output_dir):
     if best not in names:
         return f"Last checkpoint: {shown(last)}. Without a dev loss no best one is known."
     if best == last:
-        return f"Best and last checkpoint: {shown(best)}, also called {Path(output_dir) / 'best'}."
-    return f"Best checkpoint: {shown(best)}, also called {Path(output_dir) / 'best'}. Last: {shown(last)}."
+        return f"Best and last checkpoint: {shown(best)}, also called {Path(output_dir) / BEST_LINK}."
+    return f"Best checkpoint: {shown(best)}, also called {Path(output_dir) / BEST_LINK}. Last: {shown(last)}."
