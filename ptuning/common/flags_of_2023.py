@@ -5,8 +5,8 @@ Every one of them is accepted: renamed ones are mapped, and what has no effect (
 from __future__ import annotations
 
 import difflib
-import os
 
+from common.environment import set_by_flags
 from common.flags import is_switch, is_true, split_flags
 from common.quoting import NEEDS_EQUALS
 
@@ -70,10 +70,10 @@ def translate_flags(argv, known):
             if is_true(values):
                 translated += ["--optim", "adafactor"]
         elif name == "logging_dir" and name not in known:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(values)
+            set_by_flags(tensorboard_folder=" ".join(values))
             notes.append(f"--logging_dir: TensorBoard writes to {' '.join(values)}.")
         elif name == "debug" and is_switch(values):  # transformers has a --debug of its own, with a value
-            os.environ["PTUNING_TRACEBACK"] = "1" if is_true(values) else ""
+            set_by_flags(traceback=is_true(values))
         elif name == "gradient_checkpointing" and values == ["auto"]:
             pass
         elif name in RENAMED and name not in known:

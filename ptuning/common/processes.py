@@ -12,9 +12,8 @@ import socket
 import struct
 from datetime import timedelta
 
-from common.failure import LAUNCHED
+from common.environment import LAUNCHED, STORE, before_joining
 
-STORE = "PTUNING_STORE"  # set by launch.py: a file through which the processes of one machine find each other
 LOOPBACK = "127.0.0.1"
 
 
@@ -41,8 +40,7 @@ def keep_to_loopback():
     """Let gloo and NCCL of this process and its children listen on this machine only, whatever the user's settings."""
     interface = network_interface(LOOPBACK)
     if interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"  # =: of this very name; NCCL takes a beginning otherwise
+        before_joining(interface)
 
 
 def listen_on_loopback(port, timeout=timedelta(minutes=30)):

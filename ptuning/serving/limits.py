@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-import os
 import threading
 import time
 from collections import Counter, OrderedDict
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from common.environment import before_serving
 
 MAX_BODY_BYTES = 2**20  # of a request
 MAX_CONNECTIONS = 512  # half of the files that Linux lets a process open
@@ -242,10 +243,5 @@ def uvicorn_settings():
         "http": Protocol,
         "ws": "none",
         "timeout_graceful_shutdown": END_SECONDS,
-        "forwarded_allow_ips": trusted_proxies(),
+        "forwarded_allow_ips": before_serving(),
     }
-
-
-def trusted_proxies():
-    """The addresses whose X-Forwarded-For is believed, as FORWARDED_ALLOW_IPS says; none without it."""
-    return os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
