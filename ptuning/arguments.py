@@ -355,7 +355,7 @@ def add_model_arguments(parser):
 
 
 def parse_words(parser, argv):
-    """What `parser` makes of the words; ValueError for what it cannot take, with the nearest flag it knows."""
+    """The words as `parser` reads them. ValueError for an unknown one, with the nearest flag there is."""
     parser.error = refuse
     args, unknown = parser.parse_known_args(argv)
     if unknown:

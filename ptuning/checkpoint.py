@@ -1,6 +1,6 @@
-"""Weight files: load and save a base model, save / load / describe a prefix, decide dtypes.
+"""The public door to weights: a base model or a prefix, loaded, saved or described.
 
-The only place that knows the names of weight files. Answers to `from_pretrained(..., trust_remote_code=True)`
+Answers to `from_pretrained(..., trust_remote_code=True)`
 and the prefix loading pasted into three of the official scripts. It differs in that no code of the folder
 is run, pickles are read with `weights_only`, nothing is half loaded, and the weights are memory-mapped and
 converted tensor by tensor, so there is never a second copy of them in memory.
@@ -78,7 +78,7 @@ def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
 
 
 def is_prefix_checkpoint(folder):
-    """Whether `folder` holds a trained prefix and no base model."""
+    """True where `folder` holds a trained prefix and no base model."""
     file = Path(folder) / TENSORS_FILE
     if not file.is_file() or any((Path(folder) / name).is_file() for name in INDEX_FILES):
         return False
@@ -127,7 +127,7 @@ def read_config(folder, **overrides):
 def choose_dtype(device, fp16=False, bf16=False, official=False):
     """Dtype of the frozen weights and the reason, in words. The prefix is always float32, and so is the loss.
 
-    Except with `official`, the recipe of 2023 to the letter: see official.py.
+    Except with `official`, the recipe of 2023 to the letter: see chatglm2/official_recipe.py.
     """
     if official:
         return torch.float16, "--precision official: no loss scaling, loss rounded to float16"
@@ -372,7 +372,7 @@ def read_prefix(checkpoint):
 
 
 def read_prefix_settings(checkpoint):
-    """What a checkpoint says of itself: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
+    """The settings of a prefix checkpoint: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
 
     The first two are read off the weights, so they hold even without config.json and sidecar.
     """

@@ -89,7 +89,7 @@ def read_object(file):
 
 
 def read_run(folder):
-    """What is known of a run: {"figures": {key: number}, "curves": {key: [(step, loss)]}, "answers": {place: row}}.
+    """Read a run's folder: {"figures": {key: number}, "curves": {key: [(step, loss)]}, "answers": {place: row}}.
 
     ValueError and FileNotFoundError where a folder is none of main.py's.
     """

@@ -60,7 +60,7 @@ def describe_death(rank, exitcode):
 
 
 def is_heard(name):
-    """Whether a signal is not ignored here: nohup ignores SIGHUP, a script's background job is deaf to Ctrl-C."""
+    """False for a signal that is ignored here: nohup ignores SIGHUP, a script's background job is deaf to Ctrl-C."""
     number = getattr(signal, name.strip(), None)
     return number is None or signal.getsignal(number) != signal.SIG_IGN
 
@@ -98,7 +98,7 @@ def connect(arguments):
 
 
 def keeps_store(arguments):
-    """Whether the store is where these words say: with another rendezvous than by an address, torchrun chooses."""
+    """True where torchrun keeps its store at the address in its words; for another rendezvous it chooses the place."""
     return arguments.rdzv_backend == "static" and not arguments.rdzv_endpoint
 
 

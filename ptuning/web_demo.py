@@ -286,7 +286,7 @@ class Page:
             return as_status([str(error)])
 
     def opened(self, request: gr.Request):
-        """What changes between two visits: the checkpoints of a run that is still training."""
+        """The choices of checkpoints as they are now: a run that is still training gets new ones between two visits."""
         names = self.server.models()[:-1]
         return gr.update(choices=names), as_status([self.describe(self.server.default, TEXTS[language(request)])])
 

@@ -1,4 +1,4 @@
-"""ChatGLM2: the transformer, the language-model head and its loss, hooks for generate().
+"""The ChatGLM2 model: token ids -> hidden states -> logits or the loss.
 
 Answers to the official `modeling_chatglm.py`. Parameter names and numbers are the same; it differs in
 that tensors are batch-first inside, attention (attention.py) expands neither mask nor KV groups
@@ -409,12 +409,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
-    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat_chatglm.py)."""
+    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat.py)."""
 
-    official_loss = None  # with --precision official, the function of official.py that training goes through
+    official_loss = None  # with --precision official, the function of official_recipe.py that training goes through
 
     def __init__(self, config, empty_init=True, device=None):
-        """As official, with the frozen integer layers that `quantization_bit` asks for, and all but a prefix frozen.
+        """The official constructor, with the frozen integer layers that `quantization_bit` asks for; only a prefix trains.
 
         `device` is where the weights are made. They are random numbers whatever `empty_init` says.
         """

@@ -118,11 +118,7 @@ def dev_loss_of(checkpoint):
     return losses.get(state["global_step"])
 
 
-# ---- checkpoints of a run: written completely or not at all, and told apart from damaged ones
-#
-# A checkpoint is written as .checkpoint-N.partial, gets checksums.json, goes to the disk, and is then renamed to
-# checkpoint-N. One of that name that is there already is .checkpoint-N.replaced for the moment between two renames;
-# one that is deleted becomes .checkpoint-N.deleted first. None of the three is ever taken for a checkpoint.
+# ---- written completely or not at all
 
 
 def stage_checkpoint(folder):
@@ -264,7 +260,7 @@ def checkpoint_folders(run_folder):
 
 
 def checkpoints_by_age(run_folder):
-    """The same in the order in which they were written; last those that cannot tell."""
+    """The checkpoint folders of a run in the order in which they were written; last those that cannot tell."""
     return sorted(checkpoint_folders(run_folder), key=lambda folder: (save_number(folder), step_of(folder)))
 
 

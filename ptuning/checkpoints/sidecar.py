@@ -7,9 +7,7 @@ from common.files import read_json
 from common.messages import short_json
 from common.values import is_count
 
-SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths, how it was trained
-
-
+SIDECAR_FILE = "ptuning.json"
 SIDECAR_KINDS = {
     **dict.fromkeys(
         "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
@@ -19,16 +17,11 @@ SIDECAR_KINDS = {
     "training": dict,
     "merged_checkpoints": list,
 }
-
-
 KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 
 
-# ---- the prefix
-
-
 def read_sidecar(checkpoint):
-    """What the sidecar of a checkpoint remembers, nothing where there is none."""
+    """The settings in the sidecar of a checkpoint, {} where there is none."""
     file = Path(checkpoint) / SIDECAR_FILE
     return read_json(file) if file.is_file() else {}
 

@@ -15,7 +15,7 @@ from common.values import LARGEST, is_count, is_number
 
 
 def is_history(value):
-    """Whether a value is a log: objects, with a step and a number wherever there is a loss."""
+    """True for a log: a list of objects, with a step and a number wherever there is a loss."""
     return isinstance(value, list) and all(
         isinstance(entry, dict)
         and all(is_number(entry[key]) and is_count(entry.get("step")) for key in ("loss", "eval_loss") if key in entry)
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def check_state(state, file):
-    """What a trainer_state.json holds, every known key of the right kind. ValueError names `file`, key and value."""
+    """`state` itself, once every known key has a value of its kind. ValueError names `file`, key and value."""
     for name, (fits, expected) in KINDS.items():
         if name in state or name == "global_step":
             value = state.get(name)

@@ -1,6 +1,8 @@
-"""Files of weights: their names in a folder, and reading them, memory-mapped and checked.
+"""Files of weights: which there are in a folder, what is in them, memory-mapped.
 
-Pickles are read with `weights_only`, so no code in a file is ever run."""
+Answers to the `torch.load` of the official scripts. It differs in that pickles are read with `weights_only`, so no code in
+a file is ever run, and in that what a file claims is checked before it is believed.
+"""
 
 import pickle
 import warnings
@@ -69,7 +71,7 @@ def read_tensors(file):
             with safetensors.safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     yield name, tensors.get_tensor(name)
-        except Exception as error:  # likewise
+        except Exception as error:  # bytes at random make safetensors raise anything
             raise ValueError(problem.format(first_line(error))) from error
         return
     try:

@@ -42,7 +42,7 @@ REMEDIES = {
 
 
 def refuse(message):
-    """What an argparse parser calls instead of printing a page of usage."""
+    """Raise ValueError with a message of argparse, which would print a page of usage: set as a parser's `error`."""
     raise ValueError(f"{message[0].upper()}{message[1:]}. See python {sys.argv[0]} --help.")
 
 
@@ -54,13 +54,13 @@ NO_MEMORY = (
 
 
 def lacks_memory(error):
-    """Whether the system has refused memory to this program, or a package could not be loaded for want of it."""
+    """True where the system has refused memory to this program, or a package could not be loaded for want of it."""
     said = not isinstance(error, ValueError) and any(text in str(error) for text in NO_MEMORY)
     return isinstance(error, MemoryError) or said
 
 
 def memory_remedy():
-    """What to do for memory: lift the limit of the shell where there is one."""
+    """One sentence on how to get along with the memory: lift the limit of the shell, where there is one."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         return f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
@@ -68,7 +68,7 @@ def memory_remedy():
 
 
 def is_symlink_loop(error):
-    """Whether a path could not be followed to its end. Python raises either of two errors for it."""
+    """True where a path leads back to itself. Python raises either of two errors for it."""
     return (isinstance(error, OSError) and error.errno == errno.ELOOP) or (
         isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
     )
@@ -130,7 +130,7 @@ def save_traceback(error):
 
 
 def wants_traceback():
-    """Whether the user asked for it: PTUNING_TRACEBACK, or --debug without a value (with one it is transformers')."""
+    """True where PTUNING_TRACEBACK or --debug asks for it; --debug with a value is transformers'."""
     return bool(os.environ.get("PTUNING_TRACEBACK")) or any(
         word == "--debug" and following.startswith("--") for word, following in pairwise([*sys.argv, "--"])
     )
@@ -183,7 +183,7 @@ signal_at_hand = 0  # that this process has been told to stop by, and is about t
 
 
 def is_lost_connection(error):
-    """Whether this error is how a process learns that another one has died."""
+    """True for an error by which a process learns that another one has died."""
     distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)  # torch need not be loaded here
     return distributed or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
@@ -242,7 +242,7 @@ def end_with_launcher():
 
 
 def leave_on_signal(number, frame):
-    """What a signal does where there is nothing to save: outside of training."""
+    """End the program on a signal, outside of training, where there is nothing to save; a signal handler."""
     leave(128 + number, f"Stopped by {signal.Signals(number).name}.")
 
 

@@ -69,7 +69,7 @@ def is_true(values):
 
 
 def is_switch(values):
-    """Whether a flag stands without a value, or with one that says on or off."""
+    """True for the values of a flag that stands without one, or with one that says on or off."""
     return is_true(values) or values[0].lower() in ("false", "0", "no", "f", "n")
 
 
@@ -142,7 +142,7 @@ def library_flags():
 
 
 def own_flags(owner):
-    """{name: Flag} of a dataclass of this file."""
+    """{name: Flag} of a dataclass of flags, such as those of arguments.py."""
     return {
         entry.name: Flag(
             entry.name,

@@ -60,7 +60,7 @@ def listen_on_loopback(port, timeout=timedelta(minutes=30)):
 
 
 def on_one_machine():
-    """Whether all processes of this run are on this machine, as far as the launcher's variables say it."""
+    """True where all processes of this run are on this machine, as far as the launcher's variables say it."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is None:  # of a launcher that is not torchrun
         return os.environ.get("MASTER_ADDR") in (LOOPBACK, "localhost", "::1")
@@ -68,7 +68,7 @@ def on_one_machine():
 
 
 def open_store(timeout):
-    """What this process finds the others with, on one machine; None: what the launcher keeps for them."""
+    """The store in which the processes of one machine find each other; None where the launcher keeps one for them."""
     from torch.distributed import FileStore, TCPStore
 
     if STORE in os.environ:

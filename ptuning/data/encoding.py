@@ -103,7 +103,7 @@ def _encode_training_batch(
 
 
 def any_supervised(labels: list[int]) -> bool:
-    """Whether a row teaches something; its first token is predicted from nothing and never counts."""
+    """True where a row teaches something. Its first token is predicted from nothing and never counts."""
     return labels[1:].count(IGNORED_LABEL) < len(labels) - 1
 
 
@@ -131,7 +131,7 @@ def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_ca
         **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),
         **dict.fromkeys(columns, Value("int64")),
     }
-    # datasets' own fingerprint would name functions of this file, not notice a change in them.
+    # datasets' own fingerprint names the functions, and does not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
 

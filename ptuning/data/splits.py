@@ -1,7 +1,7 @@
-"""Which rows a run reads: the files and data sets that its flags name, mixed, divided, encoded and checked.
+"""Which rows a run reads of the files that its flags name.
 
-Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. How a file
-becomes rows, and rows become token ids, is in data.py.
+Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. rows.py
+makes rows of a file, examples.py and encoding.py make token ids of them.
 """
 
 from data.dataset_info import read_dataset_info
@@ -14,7 +14,7 @@ from data.sources import FILES, check_columns, source_of, split_ratios
 
 
 def read_split(split, data_args, training_args, tokenizer, encode, say):
-    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py.
+    """(encoded rows, number of rows skipped) of one split. ValueError and FileNotFoundError name file, row or flag.
 
     With --dev_ratio the training rows are what the dev rows leave over.
     """
@@ -42,7 +42,8 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
 def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say):
     """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
 
-    A damaged cache is told to `say`, others on this machine read what the first process built anew. Data sets have their names; the one file of a flag has the name "".
+    Data sets have their names; the one file of a flag has the name "". A damaged cache is told to `say`. With
+    --overwrite_cache the first process of a machine encodes anew, and the others read what it has written.
     """
     source = source_of(split, data_args, training_args)
     if source == "dev_ratio":
@@ -113,7 +114,7 @@ def encode_rows(split, examples, data_args, tokenizer, encode, cache):
 
 
 def seed_of_rows(training_args):
-    """What --mix_ratios and --dev_ratio choose rows by."""
+    """The seed by which rows are chosen (--mix_ratios, --dev_ratio) and ordered: --data_seed, else --seed."""
     return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
 

@@ -1,7 +1,7 @@
 """Answer the rows of a split, write the answers, score them, write and show the scores.
 
-Answers to the end of the official `main.py`: the same files and keys. How answers are made is in generation.py, how
-they are scored in metrics.py.
+Answers to the end of the official `main.py`: the same files and keys. chatglm2/generation.py makes the answers,
+metrics.py scores them.
 """
 
 import json
@@ -29,9 +29,9 @@ def predict(trainer, tokenizer, datasets):
 
 
 def predict_with_each(checkpoints, trainer, tokenizer, datasets):
-    """The same with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
+    """Answer and score the rows of every split with each checkpoint of a run; write a table and a plot of the scores.
 
-    Everything goes to the folder all_checkpoints: what a single one gives into a folder of its name.
+    What a checkpoint gives goes to all_checkpoints/<its name>, the table and the plot to all_checkpoints.
     """
     output_dir = trainer.args.output_dir
     folder = Path(output_dir) / "all_checkpoints"

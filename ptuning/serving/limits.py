@@ -32,7 +32,7 @@ MAX_REMEMBERED = 10_000  # clients whose wrong tries are counted
 
 
 def client_key(host):
-    """What stands for a client: its address; of IPv6 the network of 64 bits, which is what one customer gets."""
+    """The key that stands for a client: its address; of IPv6 its network of 64 bits, which is what one customer gets."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Answer with a tuned model, many conversations at once: what the page, the terminal and the API share.
+"""Answer with a tuned model, many conversations at once, for the page, the terminal or the API.
 
 Answers to the loading code that the official `web_demo.py`, `cli_demo.py` and `api.py` each carry, and to their
 use of `stream_chat`. It differs in three ways.
@@ -6,7 +6,7 @@ use of `stream_chat`. It differs in three ways.
 One model in memory answers with any prefix, or with none: the prefix is not a part of the model here but the
 first entries of an answer's KV cache, so two answers that are computed side by side may have different ones.
 
-Answers are computed together, by the Batch of generation.py. A worker thread owns the model; in every step it feeds one
+Answers are computed together, by the Batch of chatglm2/generation.py. A worker thread owns the model; in every step it feeds one
 token of each running answer. New answers join and finished ones leave between steps.
 
 A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
@@ -347,7 +347,7 @@ class ChatServer:
             return self._unfinished - len(self._waiting), len(self._waiting)
 
     def facts(self, name):
-        """What there is to say about a model that can be asked for, loading its prefix if need be."""
+        """{name: value} that describe a model that can be asked for; its prefix is loaded if need be."""
         bits = self.model.config.quantization_bit
         return {
             "base_model": self.name,

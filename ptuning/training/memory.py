@@ -152,8 +152,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
-    """Whether training on the batch without gradient checkpointing exceeds nine tenths of the free memory, and a line
-    that says so. `batch` as in `estimate_peak_bytes`; the model is in memory already."""
+    """(True where a step without gradient checkpointing takes more than nine tenths of the free memory, a line on it).
+
+    `batch` are the arguments of `estimate_peak_bytes`. The model is in memory already."""
     parts = estimate_peak_bytes(model, **{**batch, "checkpointing": False})
     needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
     free = free_bytes(model.device)

@@ -1,8 +1,8 @@
-"""From one run to the next: where to continue, one run per folder, and a clean stop on a signal.
+"""Where a run continues: the checkpoint to go on from, held against the run that is to go on.
 
 Has no counterpart in the official scripts, whose `--resume_from_checkpoint` takes the folder with the highest number,
-complete or not, and which lose all steps since the last checkpoint when they are stopped. checkpoint.py writes and
-checks the folders; trainer.py puts step, optimizer, schedule and random numbers into them.
+complete or not. checkpoints/run_folder.py writes the folders and checks them; trainer.py puts step, optimizer, schedule
+and random numbers into them.
 """
 
 import contextlib
@@ -181,7 +181,10 @@ COMPARED = {
 
 
 def training_record(training_args, train_file, train_rows, quantization_bit):
-    """What a checkpoint remembers of its run, for the run that continues it. `train_rows` is a digest of the data."""
+    """The settings of a run that its checkpoints remember, for the run that continues it: {name: value}, as in COMPARED.
+
+    `train_rows` is a digest of the data.
+    """
     record = {
         "processes": training_args.world_size,
         "rows_per_step": training_args.world_size
@@ -267,7 +270,7 @@ def check_optimizer(saved, optimizer, name):
 
 
 def is_like(value, fresh):
-    """Whether a setting of a saved optimizer can stand where a new one has `fresh`."""
+    """True where a setting of a saved optimizer has the form of `fresh`, which a new optimizer has."""
     if isinstance(value, torch.Tensor):  # a learning rate that a graph reads
         return value.numel() == 1 and isinstance(fresh, float | torch.Tensor)
     if isinstance(fresh, tuple | list):
@@ -290,7 +293,7 @@ def check_schedule(saved, num_groups):
 
 
 def read_process_states(checkpoint):
-    """What each process of the run had saved of itself, in order; empty where nothing was saved."""
+    """The states that the processes of a run saved of themselves, in order of rank; an empty list where none did."""
     files = [Path(checkpoint, "rng_state.pth")]
     if not files[0].is_file():
         files = [Path(checkpoint, f"rng_state_{process}.pth") for process in range(len(os.listdir(checkpoint)))]

@@ -101,7 +101,7 @@ class StepWatch:
             )
 
     def describe_bad_step(self, step, bad_loss):
-        """What is wrong with it, where, and what to do; the same text on every process."""
+        """The message for a step that ends the run: what is wrong, where, and what to do. Every process gets one text."""
         losses, rows = gather_batches(step)
         suspects = [numbers for loss, numbers in zip(losses, rows, strict=True) if not math.isfinite(loss)] or rows
         what = (
@@ -129,7 +129,7 @@ def way_out(checkpoint, dtype):
 
 
 def step_flags(step):
-    """int32 (3,) on the device of the loss: some loss is not finite, the gradient norm is not, it is exactly 0."""
+    """int32 (3,) on the device of the loss, 1 where: a loss is not finite, the gradient norm is not, the norm is 0."""
     norm = step.gradient_norm.detach().float()
     finite = torch.stack([loss.detach().float() for loss in step.losses]).isfinite().all()
     return torch.stack((~finite, ~norm.isfinite(), norm == 0)).to(torch.int32)
@@ -157,7 +157,7 @@ def gather_batches(step):
 
 
 class LossTrend:
-    """Tells from one loss after the other whether they have been rising for long, see RISE."""
+    """Takes one loss after the other and tells where they have been rising for long, see RISE."""
 
     def __init__(self, smooth):
         self.smooth = smooth
@@ -192,7 +192,7 @@ def follow(log_history, key):
 
 
 def watched_key(args):
-    """Under which name a log has the losses that are watched: the dev rows', or without them those of training."""
+    """The key in the log of the losses that are watched: those of the dev rows, or without these, of training."""
     return "loss" if args.eval_strategy == "no" else "eval_loss"
 
 
