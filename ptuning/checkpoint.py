@@ -48,7 +48,9 @@ from families import model_family
 # ---- which folder
 
 
-def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
+def resolve_folder(
+    name_or_path: str, revision: str | None = None, cache_dir: str | None = None, weights: bool = True
+) -> Path:
     """The local folder of a model: `name_or_path` itself, or the hub's snapshot of it without code files.
 
     Without `weights` the hub is asked for configuration and tokenizer only.
@@ -86,7 +88,7 @@ def is_prefix_checkpoint(folder):
     return bool(names) and all(name.startswith(PREFIX_KEY) for name in names)
 
 
-def read_config(folder, **overrides):
+def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
     """ChatGLMConfig of a base model folder, with fields overridden.
 
     Raises FileNotFoundError without config.json, ValueError for a folder of another model or of a prefix.
@@ -124,7 +126,9 @@ def read_config(folder, **overrides):
 # ---- the base model
 
 
-def choose_dtype(device, fp16=False, bf16=False, official=False):
+def choose_dtype(
+    device: torch.device | str, fp16: bool = False, bf16: bool = False, official: bool = False
+) -> tuple[torch.dtype, str]:
     """Dtype of the frozen weights and the reason, in words. The prefix is always float32, and so is the loss.
 
     Except with `official`, the recipe of 2023 to the letter: see chatglm2/official_recipe.py.
@@ -153,8 +157,14 @@ def place_tensor(model, name, tensor):
 
 
 def load_model(
-    folder, *, config=None, dtype=torch.float32, device="cpu", quantization_bit=None, quantization_backend="auto"
-):
+    folder: Path | str,
+    *,
+    config: ChatGLMConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | dict = "cpu",
+    quantization_bit: int | None = None,
+    quantization_backend: str = "auto",
+) -> ChatGLMForConditionalGeneration:
     """A base model from a folder in the official layout, frozen, in eval mode, with a fresh prefix encoder.
 
     The module tree is built without storage; every tensor then goes from the memory-mapped file straight to
@@ -240,7 +250,14 @@ def device_of(name, devices):
     return devices[max(fitting, key=len)]
 
 
-def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format="bin"):
+def save_model(
+    model: ChatGLMForConditionalGeneration,
+    folder: Path | str,
+    *,
+    tensors: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "2GB",
+    file_format: str = "bin",
+) -> list[str]:
     """Write a base model's folder in the official layout, the prefix left out; the names of the weight files.
 
     `tensors` are those of the model by name, by default its own. `file_format` is safetensors or bin. Files of at
@@ -278,7 +295,7 @@ def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format
     return list(split.filename_to_tensors)
 
 
-def load_tokenizer(folder, config, source_prefix=""):
+def load_tokenizer(folder: Path | str, config: ChatGLMConfig, source_prefix: str = "") -> ChatGLMTokenizer:
     """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings.
 
     Its prompts begin with `source_prefix`: chat() with a checkpoint that was trained so needs it.
@@ -311,7 +328,7 @@ def load_tokenizer(folder, config, source_prefix=""):
     return tokenizer
 
 
-def generation_config(tokenizer, config, **settings):
+def generation_config(tokenizer, config: ChatGLMConfig, **settings) -> GenerationConfig:
     """How to generate with this model: its end and padding ids, and no ids that stand for no token."""
     return GenerationConfig(
         eos_token_id=config.eos_token_id,
@@ -322,7 +339,7 @@ def generation_config(tokenizer, config, **settings):
     )
 
 
-def save_prefix(model, folder, sidecar=None):
+def save_prefix(model: ChatGLMForConditionalGeneration, folder: Path | str, sidecar: dict | None = None) -> None:
     """Write the prefix checkpoint's own files: pytorch_model.bin, config.json, generation_config.json, sidecar.
 
     The keys, their full names and float32 are the official ones, so the official code loads it too.
@@ -342,7 +359,7 @@ def save_prefix(model, folder, sidecar=None):
         write_json(folder / SIDECAR_FILE, sidecar)
 
 
-def read_prefix(checkpoint):
+def read_prefix(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     """The prefix encoder's tensors in a checkpoint folder, by name without `transformer.prefix_encoder.`.
 
     Raises FileNotFoundError without a folder or weights (naming the checkpoints beside it), ValueError for
@@ -371,7 +388,7 @@ def read_prefix(checkpoint):
     return tensors
 
 
-def read_prefix_settings(checkpoint):
+def read_prefix_settings(checkpoint: Path | str) -> dict:
     """The settings of a prefix checkpoint: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
 
     The first two are read off the weights, so they hold even without config.json and sidecar.
@@ -392,7 +409,7 @@ def read_prefix_settings(checkpoint):
     return settings
 
 
-def load_prefix(model, checkpoint):
+def load_prefix(model: ChatGLMForConditionalGeneration, checkpoint: Path | str) -> None:
     """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError.
 
     Warns where the checkpoint remembers another base model of the same shape.
@@ -401,7 +418,7 @@ def load_prefix(model, checkpoint):
     warn_of_other_base(model, checkpoint)
 
 
-def warn_of_other_base(model, checkpoint):
+def warn_of_other_base(model: nn.Module, checkpoint: Path | str) -> None:
     """Warn where a checkpoint remembers that it was trained on another base model than this one."""
     trained_on = read_sidecar(checkpoint).get("base_fingerprint")
     if trained_on not in (None, getattr(model, "fingerprint", trained_on)):
@@ -412,7 +429,7 @@ def warn_of_other_base(model, checkpoint):
         )
 
 
-def fill_prefix_encoder(prefix_encoder, checkpoint):
+def fill_prefix_encoder(prefix_encoder: nn.Module, checkpoint: Path | str) -> None:
     """Fill a PrefixEncoder that is in no model from a checkpoint folder, all of it or ValueError."""
     fill_with_prefix(prefix_encoder, read_prefix(checkpoint), checkpoint)
 

@@ -100,8 +100,8 @@ def read_run(folder):
     history = read_object(trained / STATE_FILE).get("log_history") or []
     if not is_history(history):
         raise ValueError(
-            f"{trained / STATE_FILE}: log_history is {short_json(history)}, expected a list of logged losses, each with its "
-            "step. Was that file changed?"
+            f"{trained / STATE_FILE}: log_history is {short_json(history)}, expected a list of logged losses, each with "
+            "its step. Was that file changed?"
         )
     results = {**read_object(trained / RESULTS_FILE), **read_object(folder / RESULTS_FILE)}
     answers_file = folder / ANSWERS_FILE

@@ -1,4 +1,4 @@
-"""Seq2SeqTrainer that saves and loads only what it trains, and generates batch-independent predictions.
+"""Seq2SeqTrainer for a model of which a part trains.
 
 Answers to the official `trainer.py` and `trainer_seq2seq.py`, and to the library's for everything else. It
 differs in that a row's prediction does not depend on the rows that share its batch, that a step whose loss or
@@ -76,8 +76,6 @@ from training.watch import RunWatch, StepWatch, follow, watched_key
 from tuning.methods import load_trained, save_trained
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
-
-
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
 
 
@@ -133,7 +131,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
-        """The DataLoader of a dataset. For a loss, blank rows fill the batches of all processes up; no row is repeated."""
+        """The DataLoader of a dataset. For a loss, blank rows fill the batches up; no row is repeated."""
         if self.generating or self.official or self.args.world_size == 1 or self.args.dataloader_drop_last:
             return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
         loader = super()._get_dataloader(

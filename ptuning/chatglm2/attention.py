@@ -4,7 +4,7 @@ Answers to the official `CoreAttention`, which expands the KV groups to all head
 key. The shape legend is that of modeling_chatglm.py. There are three ways, which agree in their numbers:
 
 - on a GPU, in half precision and without left padding: the flash kernel, which knows what causal means;
-- on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, with the products of matmul.py;
+- on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, by matmul.py;
 - else: torch's `scaled_dot_product_attention` with a mask of numbers, QUERY_BLOCK queries at a time.
 """
 

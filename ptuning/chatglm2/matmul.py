@@ -58,7 +58,7 @@ def multiply(x, weight, bias=None):
     return product[:count].unflatten(0, x.shape[:-1])
 
 
-def convert(weight, dtype):
+def convert(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight (out, in) in `dtype`; where that takes memory of its own, in the memory `multiply` reads fastest.
 
     The shape stays (out, in), but the longer side lies contiguous, in huge pages where the system gives them: a step

@@ -37,7 +37,7 @@ from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_m
 ROPE_BASE = 10000
 
 
-def rotary_frequencies(head_channels, device=None):
+def rotary_frequencies(head_channels: int, device=None) -> torch.Tensor:
     """Radians per position of every pair of channels (D/4), float32."""
     rotary_channels = head_channels // 2
     return ROPE_BASE ** (-torch.arange(0, rotary_channels, 2, device=device, dtype=torch.float32) / rotary_channels)
@@ -414,7 +414,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
     official_loss = None  # with --precision official, the function of official_recipe.py that training goes through
 
     def __init__(self, config, empty_init=True, device=None):
-        """The official constructor, with the frozen integer layers that `quantization_bit` asks for; only a prefix trains.
+        """The official constructor: integer layers where `quantization_bit` asks for them; only a prefix trains.
 
         `device` is where the weights are made. They are random numbers whatever `empty_init` says.
         """

@@ -1,4 +1,7 @@
-"""ptuning.json beside a checkpoint's weights: what config.json lacks, such as base model, columns and lengths."""
+"""ptuning.json beside a checkpoint's weights: what config.json lacks, such as base model, columns and lengths.
+
+Answers to nothing in the official scripts, whose users repeat these as flags. A checkpoint without it loads, too.
+"""
 
 from pathlib import Path
 
@@ -20,13 +23,13 @@ SIDECAR_KINDS = {
 KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 
 
-def read_sidecar(checkpoint):
+def read_sidecar(checkpoint: Path | str) -> dict:
     """The settings in the sidecar of a checkpoint, {} where there is none."""
     file = Path(checkpoint) / SIDECAR_FILE
     return read_json(file) if file.is_file() else {}
 
 
-def finetuning_type(checkpoint):
+def finetuning_type(checkpoint: Path | str) -> str | None:
     """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
     checkpoint = Path(checkpoint)
     if (checkpoint / SIDECAR_FILE).is_file():
@@ -41,7 +44,7 @@ def finetuning_type(checkpoint):
     return None
 
 
-def check_sidecar(settings, file):
+def check_sidecar(settings: dict, file: Path | str) -> None:
     """Raise ValueError where what the sidecar `file` says has the wrong type."""
     for name, kind in SIDECAR_KINDS.items():
         value = settings.get(name)

@@ -14,7 +14,7 @@ from common.text import parse_json
 from common.values import LARGEST, is_count, is_number
 
 
-def is_history(value):
+def is_history(value) -> bool:
     """True for a log: a list of objects, with a step and a number wherever there is a loss."""
     return isinstance(value, list) and all(
         isinstance(entry, dict)
@@ -53,7 +53,7 @@ KINDS = {
 }
 
 
-def check_state(state, file):
+def check_state(state: dict, file: Path | str) -> dict:
     """`state` itself, once every known key has a value of its kind. ValueError names `file`, key and value."""
     for name, (fits, expected) in KINDS.items():
         if name in state or name == "global_step":

@@ -41,7 +41,7 @@ REMEDIES = {
 }
 
 
-def refuse(message):
+def refuse(message: str) -> None:
     """Raise ValueError with a message of argparse, which would print a page of usage: set as a parser's `error`."""
     raise ValueError(f"{message[0].upper()}{message[1:]}. See python {sys.argv[0]} --help.")
 
@@ -91,7 +91,7 @@ def describe(error):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         message = str(error)
-        if not message.startswith("Out of memory"):  # not memory.py's, which knows the batch
+        if not message.startswith("Out of memory"):  # not that of training/memory.py, which knows the batch
             message = f"{message.partition(' See documentation')[0]} Lower the batch size or the lengths."
         return message, 2
     if isinstance(error, OSError) and error.errno in REMEDIES:
@@ -102,7 +102,7 @@ def describe(error):
     return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback(error)}", 1
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """One sentence that says what the system refused and what to do, or what else an exception says."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}. {REMEDIES.get(error.errno, '')}".strip()
@@ -136,7 +136,7 @@ def wants_traceback():
     )
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Text of others with what steers a terminal as escapes, such as \\x1b; line ends and tabs stay."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
@@ -200,7 +200,7 @@ def wait_for_others(error):
 
 
 def exit_with(error):
-    """Print one message and exit."""
+    """Print the message of an error to stderr and exit with its status, see describe()."""
     wait_for_others(error)
     sys.stderr = sys.__stderr__  # torch.distributed calls sys.excepthook with another one, which is never shown
     if wants_traceback():
@@ -213,7 +213,7 @@ def exit_with(error):
     os._exit(status)  # without waiting for other processes, and without tearing the process group down
 
 
-def leave(status, message):
+def leave(status: int, message: str) -> None:
     """End at once, with a message that is no error. For signal handlers too, which may have interrupted a print."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(RuntimeError):
@@ -223,7 +223,7 @@ def leave(status, message):
     os._exit(status)
 
 
-def catch_signals(handler):
+def catch_signals(handler) -> dict:
     """Give SIGINT, SIGTERM and SIGHUP to `handler`, except those the parent (nohup) ignores. Returns the old ones."""
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -232,7 +232,7 @@ def catch_signals(handler):
     return before
 
 
-def end_with_launcher():
+def end_with_launcher() -> None:
     """Let SIGTERM come when the process that launched this one dies, also by kill -9: nobody else would end it.
 
     Training then saves and ends. A program that was started by hand outlives its shell as ever.
@@ -241,7 +241,7 @@ def end_with_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def leave_on_signal(number, frame):
+def leave_on_signal(number: int, frame) -> None:
     """End the program on a signal, outside of training, where there is nothing to save; a signal handler."""
     leave(128 + number, f"Stopped by {signal.Signals(number).name}.")
 

@@ -1,6 +1,7 @@
 """Flags of transformers 4.30 and of the official scripts that have another name today, or no effect any more.
 
-Every one of them is accepted: renamed ones are mapped, and what has no effect (most never had any) is said in a line."""
+Every one of them is accepted: renamed ones are mapped, and what has no effect (most never had any) is said in a line.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +25,6 @@ RENAMED = {
 
 # Flags of 2023 that change nothing, and why.
 UNREAD = "the official scripts never read it"
-
-
 RETIRED = {
     **dict.fromkeys(
         (
@@ -51,7 +50,7 @@ RETIRED = {
 }
 
 
-def translate_flags(argv, known):
+def translate_flags(argv: list[str], known) -> tuple[list[str], list[str]]:
     """Flags as this version knows them, and a line of text for each that changed its meaning.
 
     `known` are the names of today's fields. Of a flag given twice the last counts. Raises ValueError for an

@@ -11,7 +11,8 @@ def dtype_name(dtype) -> str:
 
 
 def cut_short(text: str, length: int = 60) -> str:
-    """At most the first `length` characters of a text, and … for the rest."""
+    """The first `length` characters of a text, without space around it, and … for the rest."""
+    text = text.strip()
     return text if len(text) <= length else text[:length] + "…"
 
 

@@ -17,7 +17,7 @@ from common.environment import LAUNCHED, STORE, before_joining
 LOOPBACK = "127.0.0.1"
 
 
-def network_interface(address):
+def network_interface(address: str) -> str | None:
     """Name of the network interface that leads to `address`, IPv4, or None; it may be an address of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -36,7 +36,7 @@ def network_interface(address):
     return None
 
 
-def keep_to_loopback():
+def keep_to_loopback() -> None:
     """Let gloo and NCCL of this process and its children listen on this machine only, whatever the user's settings."""
     interface = network_interface(LOOPBACK)
     if interface:
@@ -84,7 +84,7 @@ def open_store(timeout):
         raise OSError(f"MASTER_PORT={port} of this machine cannot be used ({error}). Give another.") from error
 
 
-def join_processes(*, cpu, backend, timeout):
+def join_processes(*, cpu: bool, backend: str | None, timeout: int) -> list[str]:
     """Join the other processes that a launcher has started, if it has; what is to be said about its ports, in a list.
 
     Everything that the processes do together waits at most `timeout` seconds. transformers would join them too, but
@@ -123,7 +123,7 @@ def describe_ports():
     return [warn_of_port(os.environ.get("MASTER_PORT"))]
 
 
-def warn_of_port(port):
+def warn_of_port(port: int | str | None) -> str:
     """The line about the port of several machines."""
     return (
         f"Warning: whoever reaches port {port} of machine 0 (MASTER_PORT) can run code as you. Let only the machines of "

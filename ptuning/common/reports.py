@@ -15,7 +15,7 @@ from common.environment import before_wandb
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
-def prepare_reports(training_args):
+def prepare_reports(training_args) -> None:
     """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set.
 
     Raises ValueError for a --report_to that cannot be, a TensorBoard folder that is a file, and a WANDB_MODE that
@@ -48,7 +48,7 @@ def read_text(file):
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
-def close_reports(trainer):
+def close_reports(trainer) -> None:
     """End the wandb run, which stays open otherwise."""
     if any(type(callback).__name__ == "WandbCallback" for callback in trainer.callback_handler.callbacks):
         import wandb

@@ -1,4 +1,4 @@
-"""What was read and encoded once is kept in the cache of `datasets`, and used only while it is whole.
+"""The cache of rows that were read or encoded once, used only while it is whole.
 
 Answers to nothing in the official scripts, which a damaged cache blocks until the user finds and removes it. Every
 entry is a folder of its own in the cache, with a list of its files and their checksums. A power cut or a full disk

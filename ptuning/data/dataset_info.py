@@ -1,4 +1,8 @@
-"""dataset_info.json: data sets by name, as ChatGLM-Efficient-Tuning describes them."""
+"""dataset_info.json: data sets by name.
+
+Answers to the file of that name in ChatGLM-Efficient-Tuning. It differs in that nothing is fetched from the hub, and a
+changed file is used and said.
+"""
 
 import difflib
 import hashlib
@@ -12,12 +16,7 @@ from data.examples import COLUMNS
 from data.rows import kind_of_value, read_data, read_rows
 
 DATASET_INFO_FILE = "dataset_info.json"
-
-
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # of an entry that names none
-
-
-# ---- several data sets
 
 
 def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, dict], list[str]]:

@@ -1,8 +1,9 @@
-"""Examples -> token ids and labels, cached.
+"""Examples -> token ids and labels.
 
 Answers to preprocess_function_train and preprocess_function_eval of the official `main.py`: same ids, same labels.
 It differs in that a dialogue that is too long loses its oldest turns instead of its question, and that rows are not
-padded here."""
+padded here.
+"""
 
 import hashlib
 import json
@@ -15,12 +16,7 @@ from data.cache import cached
 from data.examples import ROWS_WORTH_A_PROGRESS_BAR, code_sha256, progress_bars
 
 IGNORED_LABEL = -100
-
-
 ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
-
-
-# ---- examples -> token ids and labels
 
 
 def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_target_length: int) -> None:
@@ -30,7 +26,7 @@ def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_tar
     if max_source_length < minimum:
         raise ValueError(
             f"--max_source_length {max_source_length} cannot hold the fixed part of every prompt, {minimum} tokens "
-            f"of {cut_short((source_prefix + tokenizer.build_prompt('…')).strip())!r}; set at least {minimum} plus your questions"
+            f"of {cut_short(source_prefix + tokenizer.build_prompt('…'))!r}; set at least {minimum} plus your questions"
         )
     if max_target_length < 1:
         raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")

@@ -1,7 +1,7 @@
 """Which rows a run reads of the files that its flags name.
 
-Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. rows.py
-makes rows of a file, examples.py and encoding.py make token ids of them.
+Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. It differs in
+that several files can be mixed or divided. rows.py makes rows of a file, examples.py and encoding.py token ids of them.
 """
 
 from data.dataset_info import read_dataset_info
@@ -113,7 +113,7 @@ def encode_rows(split, examples, data_args, tokenizer, encode, cache):
     )
 
 
-def seed_of_rows(training_args):
+def seed_of_rows(training_args) -> int:
     """The seed by which rows are chosen (--mix_ratios, --dev_ratio) and ordered: --data_seed, else --seed."""
     return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
@@ -125,7 +125,7 @@ def describe_mixture(split, parts, sizes):
     return f"{split}: {', '.join(shares)}."
 
 
-def check_data(data_args, training_args, tokenizer, seq_length, say):
+def check_data(data_args, training_args, tokenizer, seq_length: int, say) -> None:
     """Read every file that the flags name as training would; print what is in each, and one example."""
     for split, flag in FILES.items():
         if not getattr(training_args, f"do_{split}"):
@@ -155,7 +155,7 @@ def check_data(data_args, training_args, tokenizer, seq_length, say):
     say("\nNothing is wrong with these files. Without --check_data the run begins.")
 
 
-def longest_example(dataset, data_args):
+def longest_example(dataset, data_args) -> int:
     """Tokens of the longest training example, as cut."""
     return max(
         min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
@@ -163,7 +163,7 @@ def longest_example(dataset, data_args):
     )
 
 
-def check_fits(dataset, seq_length, data_args):
+def check_fits(dataset, seq_length: int, data_args) -> None:
     """ValueError where a training example is longer than the model was made for."""
     longest = longest_example(dataset, data_args)
     if longest > seq_length:

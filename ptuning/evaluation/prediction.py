@@ -1,4 +1,4 @@
-"""Answer the rows of a split, write the answers, score them, write and show the scores.
+"""The answers to the rows of a split: made, written, scored.
 
 Answers to the end of the official `main.py`: the same files and keys. chatglm2/generation.py makes the answers,
 metrics.py scores them.
@@ -18,7 +18,7 @@ from evaluation.metrics import metric_table, score_all
 from tuning.methods import prepare_model
 
 
-def predict(trainer, tokenizer, datasets):
+def predict(trainer, tokenizer, datasets: dict) -> dict[str, float]:
     """Answer the rows of every split; the metrics of all, on the process that writes."""
     metrics = {}
     for split, dataset in datasets.items():
@@ -28,7 +28,7 @@ def predict(trainer, tokenizer, datasets):
     return metrics
 
 
-def predict_with_each(checkpoints, trainer, tokenizer, datasets):
+def predict_with_each(checkpoints: list[Path], trainer, tokenizer, datasets: dict) -> None:
     """Answer and score the rows of every split with each checkpoint of a run; write a table and a plot of the scores.
 
     What a checkpoint gives goes to all_checkpoints/<its name>, the table and the plot to all_checkpoints.
@@ -97,7 +97,7 @@ def score_labelled(predictions, labels):
     return score_all(*zip(*labelled, strict=True)) if labelled else {}
 
 
-def dev_scores(trainer, tokenizer, dataset):
+def dev_scores(trainer, tokenizer, dataset) -> dict[str, float]:
     """BLEU-4 and ROUGE of the answers to the dev rows, during training: the same in every process."""
     answers = trainer.predict(dataset, metric_key_prefix="eval").predictions
     scores = on_first_rank(lambda: score_labelled(decode(tokenizer, answers), decode(tokenizer, dataset["labels"])))

@@ -31,8 +31,8 @@ MAX_REMEMBERED = 10_000  # clients whose wrong tries are counted
 # ---- shares
 
 
-def client_key(host):
-    """The key that stands for a client: its address; of IPv6 its network of 64 bits, which is what one customer gets."""
+def client_key(host: str | None) -> str:
+    """The key of a client: its address; of IPv6 the network of 64 bits, which is what one customer gets."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -44,12 +44,12 @@ def client_key(host):
     return str(address)
 
 
-def client_of(scope):
+def client_of(scope: dict) -> str:
     """The key of an ASGI request's client."""
     return client_key(scope["client"][0] if scope.get("client") else None)
 
 
-def fair_share(total, held, client):
+def fair_share(total: int, held: Counter, client) -> int:
     """How much of `total` a client may hold while others hold `held` (a Counter): one more share stays free."""
     clients = {key for key, count in held.items() if count} | {client}
     return max(1, total // (len(clients) + 1))
@@ -237,8 +237,8 @@ def stop_timer(timer):
         timer.cancel()
 
 
-def uvicorn_settings():
-    """Named arguments of uvicorn.Config."""
+def uvicorn_settings() -> dict:
+    """Named arguments of uvicorn.Config that set these bounds."""
     return {
         "http": Protocol,
         "ws": "none",

@@ -6,8 +6,8 @@ use of `stream_chat`. It differs in three ways.
 One model in memory answers with any prefix, or with none: the prefix is not a part of the model here but the
 first entries of an answer's KV cache, so two answers that are computed side by side may have different ones.
 
-Answers are computed together, by the Batch of chatglm2/generation.py. A worker thread owns the model; in every step it feeds one
-token of each running answer. New answers join and finished ones leave between steps.
+Answers are computed together, by the Batch of chatglm2/generation.py. A worker thread owns the model; in every step it
+feeds one token of each running answer. New answers join and finished ones leave between steps.
 
 A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
 what follows the part they share is computed: an edited history simply shares less.
@@ -37,11 +37,7 @@ from common.messages import dtype_name
 from serving.limits import Turns, fair_share
 
 BASE = "base"  # name of the model without a prefix
-
-
 CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
-
-
 TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
 
 
@@ -584,7 +580,7 @@ def hold_back(text, patterns):
 # ---- what the page and the API share beside the model
 
 
-def check_port(name, port):
+def check_port(name: str, port: int) -> None:
     """ValueError where nothing can listen on an address, before minutes go into loading a model."""
     try:
         family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]

@@ -1,4 +1,4 @@
-"""What a loaded model weighs, and an estimate of the memory that a batch will take.
+"""The memory that a loaded model takes, alone or with a batch.
 
 Answers to nothing in the official scripts; their users learn it from an out-of-memory error.
 
@@ -181,7 +181,7 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
 
 
 @contextlib.contextmanager
-def explaining_out_of_memory(model, args, shape, training):
+def explaining_out_of_memory(model: nn.Module, args, shape: tuple[int, int], training: bool):
     """Says inside the block, instead of torch's own words for a full GPU, what of the run did not fit.
 
     `shape` (rows, tokens) is that of the batch, `args` the flags of training.

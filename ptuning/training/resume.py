@@ -32,8 +32,6 @@ from common.messages import first_line
 from training.shards import SHARD_FOLDERS, check_shards
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
-
-
 SHAPED_LIKE_WEIGHTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum"}  # in an optimizer's state
 
 
@@ -42,7 +40,7 @@ SHAPED_LIKE_WEIGHTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg",
 locks = {}  # folder -> open file; the system releases a lock when the process ends, however it ends
 
 
-def lock_run(folder):
+def lock_run(folder: Path | str) -> None:
     """Make `folder` this process's own and remove what a killed run left in it. ValueError while another has it."""
     folder = Path(folder).resolve()
     if folder in locks:
@@ -68,7 +66,7 @@ def lock_run(folder):
     clear_leftovers(folder)
 
 
-def release_run(folder):
+def release_run(folder: Path | str) -> None:
     """Give up the lock, in a program that goes on after a run."""
     if file := locks.pop(Path(folder).resolve(), None):
         file.close()
@@ -77,7 +75,9 @@ def release_run(folder):
 # ---- where to continue
 
 
-def find_resume_checkpoint(wanted, output_dir, overwrite=False):
+def find_resume_checkpoint(
+    wanted: str | bool | None, output_dir: Path | str, overwrite: bool = False
+) -> tuple[str | None, list[str]]:
     """(checkpoint folder to continue from or None to start afresh, lines for the user).
 
     `wanted` is --resume_from_checkpoint: None, True, "last" or a folder. Raises FileNotFoundError and ValueError
@@ -180,8 +180,8 @@ COMPARED = {
 }
 
 
-def training_record(training_args, train_file, train_rows, quantization_bit):
-    """The settings of a run that its checkpoints remember, for the run that continues it: {name: value}, as in COMPARED.
+def training_record(training_args, train_file: str | None, train_rows: str, quantization_bit: int | None) -> dict:
+    """What the checkpoints of a run remember for the run that continues it: {name: value}, as in COMPARED.
 
     `train_rows` is a digest of the data.
     """
@@ -198,7 +198,7 @@ def training_record(training_args, train_file, train_rows, quantization_bit):
     return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
 
 
-def describe_differences(before, now):
+def describe_differences(before: dict, now: dict) -> str:
     """One line that names what differs between two training_records and what comes of it; empty if nothing does."""
     changed = []
     for name, consequence in COMPARED.items():
@@ -211,7 +211,7 @@ def describe_differences(before, now):
 # ---- random numbers
 
 
-def random_state(device):
+def random_state(device: torch.device) -> dict:
     """The state of every random number generator of this process, in transformers' form."""
     state = {
         "python": random.getstate(),
@@ -223,12 +223,13 @@ def random_state(device):
     return state
 
 
-def random_state_file(process, processes):
+def random_state_file(process: int, processes: int) -> str:
+    """Name of the file with the state of a process (from 0), one of `processes`; the library's names."""
     return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
 
 
 @contextlib.contextmanager
-def fitting(file, hint=""):
+def fitting(file: Path | str, hint: str = ""):
     """Around taking over what `file` of a checkpoint holds: ValueError where it is nothing that fits this run."""
     try:
         yield
@@ -242,7 +243,7 @@ def fitting(file, hint=""):
         ) from error
 
 
-def check_optimizer(saved, optimizer, name):
+def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, name: str) -> None:
     """ValueError where the state `saved` is that of another optimizer than this run's, --optim `name`.
 
     torch takes any state of as many tensors, and fails in the first step or computes something else.
@@ -282,7 +283,7 @@ def is_like(value, fresh):
     return isinstance(value, type(fresh))
 
 
-def check_schedule(saved, num_groups):
+def check_schedule(saved: dict, num_groups: int) -> None:
     """ValueError where the state `saved` of a learning rate schedule is none that can be continued."""
     steps = [saved.get("last_epoch", 0), saved.get("_step_count", 0)]
     rates = [saved.get(name, [0.0] * num_groups) for name in ("_last_lr", "base_lrs")]
@@ -292,7 +293,7 @@ def check_schedule(saved, num_groups):
         raise ValueError(f"its _last_lr or base_lrs are not {num_groups} numbers")
 
 
-def read_process_states(checkpoint):
+def read_process_states(checkpoint: Path | str) -> list[dict]:
     """The states that the processes of a run saved of themselves, in order of rank; an empty list where none did."""
     files = [Path(checkpoint, "rng_state.pth")]
     if not files[0].is_file():
@@ -301,7 +302,8 @@ def read_process_states(checkpoint):
         return [torch.load(file, weights_only=True) for file in files if file.is_file()]
 
 
-def restore_random_state(state, device):
+def restore_random_state(state: dict, device: torch.device) -> None:
+    """Set every random number generator of this process to what random_state() has returned."""
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: trainer_log.jsonl, and that no log of any kind ends a run.
+"""What a run tells while it goes on, such as trainer_log.jsonl: none of it ends the run.
 
 Answers to nothing in the official scripts, where a full disk ends a run at the next line of a log. A checkpoint
 decides whether a run can go on; of what is only read by people or plotted, the first failure is said.
@@ -25,7 +25,7 @@ GUARDED = (
 ).split()
 
 
-def guard_callback(callback, say):
+def guard_callback(callback: TrainerCallback, say) -> None:
     """Let a callback of TensorBoard, wandb or another logger fail once it has begun: said once, then left out.
 
     What is wrong when training begins, such as a folder that cannot be written to, is an error as ever.
@@ -197,7 +197,7 @@ def tell(text):
         os.write(2, text.encode())
 
 
-def keep_printing():
+def keep_printing() -> None:
     """Let this program go on where what it prints cannot be written: its results are in files."""
     for name in ("stdout", "stderr"):
         stream = Unfailing(getattr(sys, name))

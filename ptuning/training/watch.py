@@ -101,7 +101,7 @@ class StepWatch:
             )
 
     def describe_bad_step(self, step, bad_loss):
-        """The message for a step that ends the run: what is wrong, where, and what to do. Every process gets one text."""
+        """The message for a step that ends the run, of which each process gets the same."""
         losses, rows = gather_batches(step)
         suspects = [numbers for loss, numbers in zip(losses, rows, strict=True) if not math.isfinite(loss)] or rows
         what = (
@@ -185,13 +185,13 @@ class LossTrend:
         return step - self.near_step >= RISE_STEPS
 
 
-def follow(log_history, key):
+def follow(log_history: list[dict], key: str) -> tuple[LossTrend, bool]:
     """(LossTrend after the losses that a log has under `key`, whether they have been rising for long at any of them)."""
     trend = LossTrend(smooth=key == "loss")
     return trend, any([trend.add(entry["step"], entry[key]) for entry in log_history if key in entry])
 
 
-def watched_key(args):
+def watched_key(args) -> str:
     """The key in the log of the losses that are watched: those of the dev rows, or without these, of training."""
     return "loss" if args.eval_strategy == "no" else "eval_loss"
 
@@ -252,7 +252,7 @@ class RunWatch(TrainerCallback):
         self.saved_step = state.global_step
 
 
-def describe_checkpoints(state, output_dir):
+def describe_checkpoints(state, output_dir: Path | str) -> str:
     """One line on where the run's best and last checkpoints are; empty without checkpoints."""
     # An earlier, longer run may have left others there.
     names = [name for name, folder in list_checkpoints(output_dir).items() if step_of(folder) <= state.global_step]
