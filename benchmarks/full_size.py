@@ -29,10 +29,10 @@ from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config
 from checkpoints.weight_files import ROTARY_TENSOR
+from common.environment import KEEP_MEMORY
 from data.batches import collate_prediction, collate_training
 from data.encoding import encode_prediction, encode_training
 from data.examples import load_examples
-from launch import KEEP_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {

@@ -235,7 +235,7 @@ def official_words(settings):
 
 def start_workers(settings):
     """{name: Worker}, ready for commands."""
-    from launch import KEEP_MEMORY
+    from common.environment import KEEP_MEMORY
 
     words = [word for word in sys.argv[1:] if not word.startswith("--worker")]
     command = [sys.executable, "-m", "benchmarks.speed", *words, "--worker"]

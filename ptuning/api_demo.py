@@ -49,7 +49,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
-from checkpoints.weight_files import PREFIX_FILE
+from checkpoints.weight_files import TENSORS_FILE
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, client_of, uvicorn_settings
 from serving.loading import load_server
@@ -353,7 +353,7 @@ def create_app(server, api_key=None, cors_origins=()):
         return {"id": name, "object": "model", "created": created, "owned_by": server.name}
 
     started = int(time.time())
-    prefix_file = server.checkpoints()[server.default] / PREFIX_FILE if server.default != server.base else None
+    prefix_file = server.checkpoints()[server.default] / TENSORS_FILE if server.default != server.base else None
     digest = hashlib.sha256(prefix_file.read_bytes()).hexdigest() if prefix_file else None
 
     @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)

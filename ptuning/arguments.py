@@ -188,7 +188,7 @@ class DataTrainingArguments:
     temperature: float = field(default=0.95, metadata={"help": "Sampling: above 1 flatter, towards 0 greedy."})
 
 
-def parse_flags(argv):
+def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, dict, list[str]]:
     """(ModelArguments, DataTrainingArguments, {name: value} of the given flags of training, notes), without torch.
 
     One word that ends in .json is read as a file of flags. Raises ValueError or FileNotFoundError for what
@@ -272,7 +272,7 @@ def check(model_args, data_args, training_args):
             raise ValueError(f"--do_{split} needs --{file}.")
     if training_args.eval_strategy != "no" and not (data_args.validation_file or data_args.dev_ratio):
         raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file or --dev_ratio.")
-    check_mixture(data_args, training_args)
+    check_mixture(data_args)
     if scores_answers(training_args) and not data_args.messages_column:
         check_columns(data_args.prompt_column, data_args.response_column, "--prompt_column and --response_column")
     for group in (model_args, data_args, training_args):
@@ -337,7 +337,7 @@ def check_complete(model_args, data_args, training_args):
 # ---- the demos
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all three programs share, with the official names."""
     parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
     parser.add_argument(
@@ -354,8 +354,8 @@ def add_model_arguments(parser):
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
 
-def parse_words(parser, argv):
-    """What `parser` makes of the words; ValueError for what it cannot take, with the nearest flag it knows."""
+def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The words as `parser` reads them. ValueError for an unknown one, with the nearest flag there is."""
     parser.error = refuse
     args, unknown = parser.parse_known_args(argv)
     if unknown:

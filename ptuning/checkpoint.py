@@ -1,6 +1,6 @@
-"""Weight files: load and save a base model, save / load / describe a prefix, decide dtypes.
+"""The public door to weights: a base model or a prefix, loaded, saved or described.
 
-The only place that knows the names of weight files. Answers to `from_pretrained(..., trust_remote_code=True)`
+Answers to `from_pretrained(..., trust_remote_code=True)`
 and the prefix loading pasted into three of the official scripts. It differs in that no code of the folder
 is run, pickles are read with `weights_only`, nothing is half loaded, and the weights are memory-mapped and
 converted tensor by tensor, so there is never a second copy of them in memory.
@@ -33,21 +33,24 @@ from checkpoints.weight_files import (
     COPIED,
     FINGERPRINT_TENSOR,
     INDEX_FILES,
-    PREFIX_FILE,
     PREFIX_KEY,
     ROTARY_TENSOR,
+    TENSORS_FILE,
     check_tensor,
     check_trained,
     read_tensors,
     weight_files,
 )
-from common.files import first_line, read_json, write_json
+from common.files import read_json, write_json
+from common.messages import dtype_name, first_line
 from families import model_family
 
 # ---- which folder
 
 
-def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
+def resolve_folder(
+    name_or_path: str, revision: str | None = None, cache_dir: str | None = None, weights: bool = True
+) -> Path:
     """The local folder of a model: `name_or_path` itself, or the hub's snapshot of it without code files.
 
     Without `weights` the hub is asked for configuration and tokenizer only.
@@ -77,15 +80,15 @@ def resolve_folder(name_or_path, revision=None, cache_dir=None, weights=True):
 
 
 def is_prefix_checkpoint(folder):
-    """Whether `folder` holds a trained prefix and no base model."""
-    file = Path(folder) / PREFIX_FILE
+    """True where `folder` holds a trained prefix and no base model."""
+    file = Path(folder) / TENSORS_FILE
     if not file.is_file() or any((Path(folder) / name).is_file() for name in INDEX_FILES):
         return False
     names = [name for name, _ in read_tensors(file)]
     return bool(names) and all(name.startswith(PREFIX_KEY) for name in names)
 
 
-def read_config(folder, **overrides):
+def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
     """ChatGLMConfig of a base model folder, with fields overridden.
 
     Raises FileNotFoundError without config.json, ValueError for a folder of another model or of a prefix.
@@ -123,10 +126,12 @@ def read_config(folder, **overrides):
 # ---- the base model
 
 
-def choose_dtype(device, fp16=False, bf16=False, official=False):
+def choose_dtype(
+    device: torch.device | str, fp16: bool = False, bf16: bool = False, official: bool = False
+) -> tuple[torch.dtype, str]:
     """Dtype of the frozen weights and the reason, in words. The prefix is always float32, and so is the loss.
 
-    Except with `official`, the recipe of 2023 to the letter: see official.py.
+    Except with `official`, the recipe of 2023 to the letter: see chatglm2/official_recipe.py.
     """
     if official:
         return torch.float16, "--precision official: no loss scaling, loss rounded to float16"
@@ -152,8 +157,14 @@ def place_tensor(model, name, tensor):
 
 
 def load_model(
-    folder, *, config=None, dtype=torch.float32, device="cpu", quantization_bit=None, quantization_backend="auto"
-):
+    folder: Path | str,
+    *,
+    config: ChatGLMConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | dict = "cpu",
+    quantization_bit: int | None = None,
+    quantization_backend: str = "auto",
+) -> ChatGLMForConditionalGeneration:
     """A base model from a folder in the official layout, frozen, in eval mode, with a fresh prefix encoder.
 
     The module tree is built without storage; every tensor then goes from the memory-mapped file straight to
@@ -239,7 +250,14 @@ def device_of(name, devices):
     return devices[max(fitting, key=len)]
 
 
-def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format="bin"):
+def save_model(
+    model: ChatGLMForConditionalGeneration,
+    folder: Path | str,
+    *,
+    tensors: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = "2GB",
+    file_format: str = "bin",
+) -> list[str]:
     """Write a base model's folder in the official layout, the prefix left out; the names of the weight files.
 
     `tensors` are those of the model by name, by default its own. `file_format` is safetensors or bin. Files of at
@@ -271,13 +289,13 @@ def save_model(model, folder, *, tensors=None, max_shard_size="2GB", file_format
     for name in ("dtype", "pre_seq_len", "prefix_projection"):
         settings.pop(name, None)
     bits = {"quantization_bit": model.config.quantization_bit} if model.config.quantization_bit else {}
-    write_json(folder / "config.json", {**settings, "torch_dtype": str(dtype).removeprefix("torch."), **bits})
+    write_json(folder / "config.json", {**settings, "torch_dtype": dtype_name(dtype), **bits})
     for file in (file for pattern in COPIED for file in model.base_folder.glob(pattern)):
         shutil.copy(file, folder)
     return list(split.filename_to_tensors)
 
 
-def load_tokenizer(folder, config, source_prefix=""):
+def load_tokenizer(folder: Path | str, config: ChatGLMConfig, source_prefix: str = "") -> ChatGLMTokenizer:
     """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings.
 
     Its prompts begin with `source_prefix`: chat() with a checkpoint that was trained so needs it.
@@ -310,7 +328,7 @@ def load_tokenizer(folder, config, source_prefix=""):
     return tokenizer
 
 
-def generation_config(tokenizer, config, **settings):
+def generation_config(tokenizer, config: ChatGLMConfig, **settings) -> GenerationConfig:
     """How to generate with this model: its end and padding ids, and no ids that stand for no token."""
     return GenerationConfig(
         eos_token_id=config.eos_token_id,
@@ -321,7 +339,7 @@ def generation_config(tokenizer, config, **settings):
     )
 
 
-def save_prefix(model, folder, sidecar=None):
+def save_prefix(model: ChatGLMForConditionalGeneration, folder: Path | str, sidecar: dict | None = None) -> None:
     """Write the prefix checkpoint's own files: pytorch_model.bin, config.json, generation_config.json, sidecar.
 
     The keys, their full names and float32 are the official ones, so the official code loads it too.
@@ -329,9 +347,9 @@ def save_prefix(model, folder, sidecar=None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = model.transformer.prefix_encoder.state_dict()
-    torch.save({PREFIX_KEY + name: tensor.float().cpu() for name, tensor in prefix.items()}, folder / PREFIX_FILE)
+    torch.save({PREFIX_KEY + name: tensor.float().cpu() for name, tensor in prefix.items()}, folder / TENSORS_FILE)
     settings = json.loads(model.config.to_json_string(use_diff=False))
-    settings["torch_dtype"] = settings.pop("dtype", None) or str(model.dtype).removeprefix("torch.")
+    settings["torch_dtype"] = settings.pop("dtype", None) or dtype_name(model.dtype)
     settings["use_cache"] = True  # the Trainer turns it off; a checkpoint that says so generates slowly
     settings["architectures"] = [type(model).__name__]
     write_json(folder / "config.json", settings)
@@ -341,23 +359,23 @@ def save_prefix(model, folder, sidecar=None):
         write_json(folder / SIDECAR_FILE, sidecar)
 
 
-def read_prefix(checkpoint):
+def read_prefix(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     """The prefix encoder's tensors in a checkpoint folder, by name without `transformer.prefix_encoder.`.
 
     Raises FileNotFoundError without a folder or weights (naming the checkpoints beside it), ValueError for
     a file that holds no prefix or is not as it was written.
     """
     checkpoint = Path(checkpoint)
-    file = checkpoint / PREFIX_FILE
+    file = checkpoint / TENSORS_FILE
     if not file.is_file():
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
         others = list_checkpoints(parent)
-        runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{PREFIX_FILE}")})
+        runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{TENSORS_FILE}")})
         hint = "Give a folder that training wrote."
         if others or runs:
             hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
-        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it. {hint}")
-    verify_checkpoint(checkpoint, [PREFIX_FILE])
+        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
+    verify_checkpoint(checkpoint, [TENSORS_FILE])
     tensors = {
         name.removeprefix(PREFIX_KEY): tensor for name, tensor in read_tensors(file) if name.startswith(PREFIX_KEY)
     }
@@ -370,8 +388,8 @@ def read_prefix(checkpoint):
     return tensors
 
 
-def read_prefix_settings(checkpoint):
-    """What a checkpoint says of itself: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
+def read_prefix_settings(checkpoint: Path | str) -> dict:
+    """The settings of a prefix checkpoint: pre_seq_len, prefix_projection, quantization_bit and the sidecar's keys.
 
     The first two are read off the weights, so they hold even without config.json and sidecar.
     """
@@ -391,7 +409,7 @@ def read_prefix_settings(checkpoint):
     return settings
 
 
-def load_prefix(model, checkpoint):
+def load_prefix(model: ChatGLMForConditionalGeneration, checkpoint: Path | str) -> None:
     """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError.
 
     Warns where the checkpoint remembers another base model of the same shape.
@@ -400,7 +418,7 @@ def load_prefix(model, checkpoint):
     warn_of_other_base(model, checkpoint)
 
 
-def warn_of_other_base(model, checkpoint):
+def warn_of_other_base(model: nn.Module, checkpoint: Path | str) -> None:
     """Warn where a checkpoint remembers that it was trained on another base model than this one."""
     trained_on = read_sidecar(checkpoint).get("base_fingerprint")
     if trained_on not in (None, getattr(model, "fingerprint", trained_on)):
@@ -411,7 +429,7 @@ def warn_of_other_base(model, checkpoint):
         )
 
 
-def fill_prefix_encoder(prefix_encoder, checkpoint):
+def fill_prefix_encoder(prefix_encoder: nn.Module, checkpoint: Path | str) -> None:
     """Fill a PrefixEncoder that is in no model from a checkpoint folder, all of it or ValueError."""
     fill_with_prefix(prefix_encoder, read_prefix(checkpoint), checkpoint)
 

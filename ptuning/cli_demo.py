@@ -54,7 +54,7 @@ class Terminal:
         self.history = []
 
     def command(self, line):
-        """What a command says, None where the line is no command."""
+        """The answer to a command, None for a line that is no command."""
         words = line.split()
         if line == "clear":
             self.history = []

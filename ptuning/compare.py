@@ -15,14 +15,16 @@ import sys
 from pathlib import Path
 
 from arguments import parse_words
-from checkpoints.trainer_state import is_count, is_history, is_number, shown
+from checkpoints.trainer_state import is_history
 from common import failure
 from common.claims import MOST_LOG_BYTES, check_size
+from common.files import ANSWERS_FILE, RESULTS_FILE, STATE_FILE
+from common.messages import short_json
 from common.plots import drawable
 from common.text import parse_json
+from common.values import is_count, is_number
 from data.rows import read_rows
 
-STATE_FILE, RESULTS_FILE, ANSWERS_FILE = "trainer_state.json", "all_results.json", "generated_predictions.txt"
 # (title, key of all_results.json or of `losses`, how to show it, whether the highest, the lowest or none is the best)
 COLUMNS = (
     ("steps", "steps", "{:,}", None),
@@ -87,7 +89,7 @@ def read_object(file):
 
 
 def read_run(folder):
-    """What is known of a run: {"figures": {key: number}, "curves": {key: [(step, loss)]}, "answers": {place: row}}.
+    """Read a run's folder: {"figures": {key: number}, "curves": {key: [(step, loss)]}, "answers": {place: row}}.
 
     ValueError and FileNotFoundError where a folder is none of main.py's.
     """
@@ -98,8 +100,8 @@ def read_run(folder):
     history = read_object(trained / STATE_FILE).get("log_history") or []
     if not is_history(history):
         raise ValueError(
-            f"{trained / STATE_FILE}: log_history is {shown(history)}, expected a list of logged losses, each with its "
-            "step. Was that file changed?"
+            f"{trained / STATE_FILE}: log_history is {short_json(history)}, expected a list of logged losses, each with "
+            "its step. Was that file changed?"
         )
     results = {**read_object(trained / RESULTS_FILE), **read_object(folder / RESULTS_FILE)}
     answers_file = folder / ANSWERS_FILE
@@ -110,7 +112,7 @@ def read_run(folder):
                 raise ValueError(f"{answers_file} line {number} lacks the texts `labels` and `predict`.")
             place = row.get("row", number)
             if not is_count(place):
-                raise ValueError(f"{answers_file} line {number}: row is {shown(place)}, expected its number.")
+                raise ValueError(f"{answers_file} line {number}: row is {short_json(place)}, expected its number.")
             answers[str(row.get("dataset", "")), place] = row
     if not (history or results or answers):
         raise ValueError(

@@ -69,7 +69,7 @@ from checkpoint import (
 from checkpoints.run_folder import publish_checkpoint, stage_checkpoint
 from checkpoints.sidecar import read_sidecar
 from checkpoints.weight_files import stored_dtype
-from common.dtypes import dtype_name
+from common.messages import dtype_name
 from tuning.methods import find_trained
 from tuning.session import open_base, resolve_session
 

@@ -16,8 +16,8 @@ ROLE_TOKEN = "<|user|>"  # ChatGLM3 has one for each role, ChatGLM2 none
 TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenization_chatglm.py")
 
 
-def model_family(settings, folder):
-    """What a config.json describes: "chatglm2", or in words a model that this code cannot load."""
+def model_family(settings: dict, folder: Path | str) -> str:
+    """The model that a config.json describes: "chatglm2", or in words one that this code cannot load."""
     tokens = {name: text for name in TOKEN_FILES if (text := read_text(Path(folder) / name))}
     names = [settings.get("_name_or_path"), name_in(tokens.get("tokenizer_config.json", ""))]
     name = " ".join(PurePath(name).name for name in names if isinstance(name, str)).lower()

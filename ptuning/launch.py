@@ -25,8 +25,9 @@ from datetime import timedelta
 
 import psutil
 
-from common.failure import LAUNCHED, catch_signals, printable
-from common.processes import STORE, keep_to_loopback, network_interface, warn_of_port
+from common.environment import before_joining, before_launch, before_torchrun
+from common.failure import catch_signals, printable
+from common.processes import keep_to_loopback, network_interface, warn_of_port
 
 # What to do about a process that a signal ended, and that could therefore say nothing itself.
 REMEDIES = {
@@ -43,10 +44,6 @@ SENT = "Somebody, or another program, has sent it that signal."
 # How main.py ends when a signal stops it.
 STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
 FAILED = "a machine has failed"  # key in the store that the machines share
-# For glibc's malloc: keep what a step frees for the next one, up to 1 GiB. By default it goes back to the system, which
-# hands it out again as pages of 4 kB filled with zeros: on a CPU a tenth of a training step (50,000 pages, see
-# benchmarks/RESULTS.md). Larger pieces than 32 MiB go back in any case.
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 
 
 def describe_death(rank, exitcode):
@@ -63,7 +60,7 @@ def describe_death(rank, exitcode):
 
 
 def is_heard(name):
-    """Whether a signal is not ignored here: nohup ignores SIGHUP, a script's background job is deaf to Ctrl-C."""
+    """False for a signal that is ignored here: nohup ignores SIGHUP, a script's background job is deaf to Ctrl-C."""
     number = getattr(signal, name.strip(), None)
     return number is None or signal.getsignal(number) != signal.SIG_IGN
 
@@ -101,7 +98,7 @@ def connect(arguments):
 
 
 def keeps_store(arguments):
-    """Whether the store is where these words say: with another rendezvous than by an address, torchrun chooses."""
+    """True where torchrun keeps its store at the address in its words; for another rendezvous it chooses the place."""
     return arguments.rdzv_backend == "static" and not arguments.rdzv_endpoint
 
 
@@ -146,7 +143,7 @@ def prepare_several_machines(arguments, told):
     # Gloo takes the interface that this machine's own name resolves to, which often is no other machine's business.
     interface = network_interface(arguments.master_addr)
     if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        before_joining(interface, everywhere=True)
     if arguments.node_rank == 0:
         print(warn_of_port(arguments.master_port), flush=True)
     if keeps_store(arguments):
@@ -173,10 +170,7 @@ def main(words):
     if not words:
         print("error: Nothing to start. Give a program: python ptuning/launch.py ptuning/main.py …", file=sys.stderr)
         return 2
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
-    os.environ[LAUNCHED] = "1"
-    os.environ.pop(STORE, None)  # of a run that has started this one
+    before_launch()
     if not words[0].startswith("-"):
         return run_alone(words)
     catch_signals(lambda number, frame: sys.exit(128 + number))  # until torchrun does
@@ -188,8 +182,7 @@ def main(words):
         print(f"error: torch is not installed here ({error}). Run: pip install -r requirements.txt", file=sys.stderr)
         return 2
     logging.disable(logging.CRITICAL)  # torchrun's own; the processes are programs of their own
-    # Seconds that the processes have to finish a step and save it after Ctrl-C or SIGTERM.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    before_torchrun()
     arguments = parse_args(words)
     arguments.signals_to_handle = ",".join(filter(is_heard, arguments.signals_to_handle.split(",")))
     several_machines = arguments.nnodes not in ("1", "1:1")

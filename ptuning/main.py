@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from chatglm2.chat import TOP_K
 from checkpoint import generation_config, load_model, load_tokenizer
+from common.messages import silent
 from common.ranks import on_first_rank
 from common.reports import close_reports, prepare_reports
 from data.batches import collate_prediction, collate_training
@@ -172,10 +173,6 @@ def main():
 
 
 # ---------------------------------------------------------------------- what main() leaves to functions
-
-
-def silent(*args):
-    """What ranks other than 0 do instead of printing."""
 
 
 def prepare_run(model_args, training_args, say):

@@ -39,7 +39,7 @@ class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGene
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """What load_model makes of a folder. Without one, transformers builds the model from its keyword arguments."""
+        """The model that load_pretrained makes of a folder or hub id; without one, that of transformers."""
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
         return load_pretrained(pretrained_model_name_or_path, *args, **kwargs)

@@ -1,9 +1,28 @@
-"""Seq2SeqTrainer that saves and loads only what it trains, and generates batch-independent predictions.
+"""Seq2SeqTrainer for a model of which a part trains.
 
 Answers to the official `trainer.py` and `trainer_seq2seq.py`, and to the library's for everything else. It
 differs in that a row's prediction does not depend on the rows that share its batch, that a step whose loss or
 gradient is no finite number ends the run, and that a checkpoint is written completely or not at all and holds
 everything that a resumed run needs to go on exactly like one that was never stopped.
+
+The library says nothing of its private methods. These are overridden; `since` is the release of transformers whose
+method already has the parameters of 5.23. 5.17 is the oldest that requirements.txt allows, 5.0 the oldest compared.
+
+    method                          since  why
+    _get_dataloader                 5.0    a row counts once in a loss, however many processes there are
+    _get_train_sampler              5.0    the rows of a step are grouped by length
+    _get_grad_norm                  5.17   a gradient that is no finite number is noticed before the optimizer's step
+    _maybe_log_save_evaluate        5.0    a step is judged before anything of it is logged, evaluated or saved
+    _determine_best_metric          5.0    only a step that is saved can be the best one
+    _save_checkpoint                5.0    a checkpoint is written completely or not at all
+    _save                           5.0    a checkpoint holds what was trained, in the official file set
+    _load_rng_state                 5.0    each process goes on with its random numbers and losses, on other devices too
+    _load_optimizer_and_scheduler   5.0    5.17 cannot load for several processes on a CPU; foreign states are refused
+    _load_scaler                    5.0    a run in float16 may go on in another dtype
+    _load_from_checkpoint           5.0    a checkpoint holds what was trained only
+    _load_best_model                5.0    a checkpoint holds what was trained only
+    _evaluate                       5.0    what a signal stops is saved before the dev loss is measured
+    _finalize_training              5.17   the last step is saved, and the library deletes no checkpoint
 """
 
 import contextlib
@@ -35,9 +54,11 @@ from checkpoints.run_folder import (
     stage_checkpoint,
 )
 from checkpoints.trainer_state import reading_known_keys
-from common.files import STATE_FILE, read_json, write_text
+from common.files import RESULTS_FILE, STATE_FILE, read_json, write_text
 from common.ranks import gather, on_first_rank, on_writing_ranks
 from data.batches import EvenBatches, RowOrder, WithBlankRow
+from data.encoding import IGNORED_LABEL
+from data.splits import seed_of_rows
 from training.memory import explaining_out_of_memory, rows_that_fit
 from training.resume import (
     check_optimizer,
@@ -55,8 +76,6 @@ from training.watch import RunWatch, StepWatch, follow, watched_key
 from tuning.methods import load_trained, save_trained
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
-
-
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
 
 
@@ -112,7 +131,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_dataloader(self, dataset, *args, sampler_fn=None, **kwargs):
-        """As the Trainer's, but for a loss no row is repeated to give every process as many as the others."""
+        """The DataLoader of a dataset. For a loss, blank rows fill the batches up; no row is repeated."""
         if self.generating or self.official or self.args.world_size == 1 or self.args.dataloader_drop_last:
             return super()._get_dataloader(dataset, *args, sampler_fn=sampler_fn, **kwargs)
         loader = super()._get_dataloader(
@@ -134,7 +153,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             batch_size=self.args.train_batch_size,
             batches_per_step=batches_per_step,
             num_processes=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=seed_of_rows(self.args),
             # Not through set_epoch, which does not reach a sampler behind the wrappers of a resumed epoch.
             epoch=lambda: int(self.state.epoch or 0),
             window=STEPS_GROUPED if strategy == "group_by_length" else 1,
@@ -214,7 +233,7 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     @property
     def sharded(self):
-        """Whether every process holds only a part of the weights and the optimizer."""
+        """True where every process holds only a part of the weights and the optimizer."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _determine_best_metric(self, metrics, trial):
@@ -242,7 +261,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.saved_step = self.state.global_step
 
     def _write_shards(self, folder):
-        """What all processes must do together: (staging folder with the optimizer's shards, the complete weights)."""
+        """Write the optimizer's shards, all processes together: (staging folder, the complete weights on process 0)."""
         staging = on_first_rank(stage_checkpoint, folder)
         weights = self.accelerator.get_state_dict(self.model_wrapped)  # on the first process
         if self.args.save_only_model:
@@ -292,7 +311,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         torch.save(self.args, output_dir / "training_args.bin")
 
     def _process_state(self):
-        """What a process needs to go on: its random numbers, and its losses since the last line of the log."""
+        """The random numbers of this process, and its losses since the last line of the log: what it needs to go on."""
         losses = {
             "since_log": self._tr_loss.detach().cpu(),
             "last_logged_step": self._globalstep_last_logged,
@@ -395,14 +414,14 @@ class PrefixTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
 
     def save_metrics(self, split, metrics, combined=True):
-        """As the Trainer's: <split>_results.json and all_results.json, but each completely or not at all."""
+        """Write <split>_results.json and, with `combined`, all_results.json, each completely or not at all."""
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_results(folder / f"{split}_results.json", metrics)
         if combined:
-            before, file = {}, folder / "all_results.json"
+            before, file = {}, folder / RESULTS_FILE
             try:
                 before = read_json(file) if file.exists() else {}
             except ValueError as error:
@@ -487,7 +506,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         return output
 
     def _predict_with_beams(self, test_dataset, ignore_keys, metric_key_prefix, **generation_settings):
-        """The same by the library's generate(), batch by batch."""
+        """Answer every row with beams, by the library's generate(), batch by batch; returns what predict() returns."""
         training = self.data_collator, self.gather_function, self.args.train_sampling_strategy
         self.data_collator, self.args.train_sampling_strategy = self.collate_prediction, "random"
         self.generating = True
@@ -510,7 +529,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         return metrics
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As the Trainer's. The dev loss is the mean over all supervised tokens, however they are cut into batches."""
+        """Loss or answers of a split. The dev loss is the mean over all supervised tokens, in batches of any size."""
         if self.generating:
             # Drops the rows that pad the last batch to a multiple of the processes; Seq2SeqTrainer keeps them.
             self.gather_function = self.accelerator.gather_for_metrics
@@ -537,7 +556,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 shape = tuple(inputs["input_ids"].shape)
                 with explaining_out_of_memory(model, self.args, shape, training=False):
                     nats = model(**inputs, logits_to_keep=1, use_cache=False, num_items_in_batch=1).loss
-            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            tokens = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
             return None, torch.stack((nats.float(), tokens.float()))[None], None
         prompt_lengths = inputs["attention_mask"].sum(dim=1)
         room = self.generation_config.max_length - prompt_lengths  # (B,) tokens each row may still get

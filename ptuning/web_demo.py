@@ -10,7 +10,6 @@ asking many visitors' questions at once, and in switching prefixes while it runs
 
 import argparse
 import html
-import os
 import queue
 import sys
 import time
@@ -44,7 +43,8 @@ from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, counting_protocol, trusted_proxies
+from common.environment import before_page, before_serving
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, counting_protocol
 from serving.loading import load_server
 from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
 from serving.server import BASE, Busy, Sampling, check_port
@@ -286,7 +286,7 @@ class Page:
             return as_status([str(error)])
 
     def opened(self, request: gr.Request):
-        """What changes between two visits: the checkpoints of a run that is still training."""
+        """The choices of checkpoints as they are now: a run that is still training gets new ones between two visits."""
         names = self.server.models()[:-1]
         return gr.update(choices=names), as_status([self.describe(self.server.default, TEXTS[language(request)])])
 
@@ -444,7 +444,7 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
     blocks, i18n = build(server)
     at_once = server.max_batch + server.max_queue
     login = [Middleware(LoginLimit, Attempts())] if auth else []
-    trusted_proxies()  # read by uvicorn when gradio starts it
+    before_serving()  # gradio starts uvicorn
     blocks.queue(api_open=False, max_size=4 * at_once, default_concurrency_limit=at_once)
     font = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
     blocks.launch(
@@ -501,26 +501,13 @@ def wait_for_the_end(server):
 # ---- the program
 
 
-def keep_proxy_from_localhost():
-    """gradio asks its own page once; a proxy set in the environment would catch that."""
-    names = [
-        name
-        for name in ("http_proxy", "https_proxy", "all_proxy")
-        if os.environ.get(name) or os.environ.get(name.upper())
-    ]
-    if names:
-        for name in ("no_proxy", "NO_PROXY"):
-            hosts = os.environ.get(name, "")
-            os.environ[name] = ",".join(filter(None, (hosts, "localhost,127.0.0.1")))
-        print(f"{', '.join(names)} is set; connections to this machine itself go around it.")
-
-
 def main(argv):
     args = parse_arguments(argv)
     if not gr.__version__.startswith("6."):
         raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
     check_port(args.server_name, args.server_port)
-    keep_proxy_from_localhost()
+    if proxies := before_page():
+        print(f"{', '.join(proxies)} is set; connections to this machine itself go around it.")
     if not torch.cuda.is_available():
         print(
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from checkpoint import load_model, load_tokenizer, read_config
 from checkpoints.run_folder import CHECKSUM_FILE, verify_checkpoint
-from checkpoints.weight_files import PREFIX_FILE, read_tensors, weight_files
+from checkpoints.weight_files import TENSORS_FILE, read_tensors, weight_files
 from common.claims import MOST_JSON_BYTES, check_torch_file, path_inside
 from common.failure import describe
 from common.files import STATE_FILE, read_json
@@ -112,25 +112,25 @@ def safetensors_header(length):
 W = {"w": Claim(4, (4,))}
 # What is wrong with a weight file, its name, its content, what is said.
 WEIGHTS = [
-    ("a compressed pickle", PREFIX_FILE, lambda: deflated(bytes(LARGE)), "compressed and claims 200,000,000 bytes"),
-    ("compressed numbers", PREFIX_FILE, lambda: deflated(pickled(W), numbers=bytes(LARGE)), "is compressed"),
-    ("a compressed byte order", PREFIX_FILE, lambda: deflated(pickled(W), byteorder=bytes(LARGE)), "is compressed"),
+    ("a compressed pickle", TENSORS_FILE, lambda: deflated(bytes(LARGE)), "compressed and claims 200,000,000 bytes"),
+    ("compressed numbers", TENSORS_FILE, lambda: deflated(pickled(W), numbers=bytes(LARGE)), "is compressed"),
+    ("a compressed byte order", TENSORS_FILE, lambda: deflated(pickled(W), byteorder=bytes(LARGE)), "is compressed"),
     ("a compressed adapter", "adapter_model.bin", lambda: deflated(bytes(LARGE)), "is compressed"),
-    ("a pickle of empty sets", PREFIX_FILE, lambda: torch_zip(b"\x80\x04(" + b"\x8f" * 2_000_000 + b"l."), "1,048,576"),
-    ("a long pickle", PREFIX_FILE, lambda: torch_zip(bytes(2_000_000)), "has 2,000,000 bytes, expected at most 1,048,576"),
-    ("a long version", PREFIX_FILE, lambda: torch_zip(pickled(W), version=bytes(2_000_000)), "expected at most 1,048,576"),
-    ("two tables of contents", PREFIX_FILE, two_tables_of_contents, "its table of contents claims"),
-    ("a comment at the end", PREFIX_FILE, lambda: torch_zip(pickled(W))[:-2] + b"\1\0x", "its end is missing"),
-    ("a storage of 4 TB", PREFIX_FILE, lambda: torch_zip(pickled({"w": Claim(TERA, (TERA,))})), "w claims 4,398,046,511,104"),
-    ("a tensor of 4 TB over 16 bytes", PREFIX_FILE, lambda: torch_zip(pickled({"w": Claim(4, (TERA,), (0,))})),
+    ("a pickle of empty sets", TENSORS_FILE, lambda: torch_zip(b"\x80\x04(" + b"\x8f" * 2_000_000 + b"l."), "1,048,576"),
+    ("a long pickle", TENSORS_FILE, lambda: torch_zip(bytes(2_000_000)), "has 2,000,000 bytes, expected at most 1,048,576"),
+    ("a long version", TENSORS_FILE, lambda: torch_zip(pickled(W), version=bytes(2_000_000)), "expected at most 1,048,576"),
+    ("two tables of contents", TENSORS_FILE, two_tables_of_contents, "its table of contents claims"),
+    ("a comment at the end", TENSORS_FILE, lambda: torch_zip(pickled(W))[:-2] + b"\1\0x", "its end is missing"),
+    ("a storage of 4 TB", TENSORS_FILE, lambda: torch_zip(pickled({"w": Claim(TERA, (TERA,))})), "w claims 4,398,046,511,104"),
+    ("a tensor of 4 TB over 16 bytes", TENSORS_FILE, lambda: torch_zip(pickled({"w": Claim(4, (TERA,), (0,))})),
      "w claims 4,398,046,511,104 bytes, and the file has 16 for it"),
-    ("an old file of 4 TB", PREFIX_FILE, lambda: legacy({"w": Claim(TERA, (TERA,))}), "4398046511104 bytes"),
-    ("an old tensor of 4 TB over 16 bytes", PREFIX_FILE, lambda: legacy({"w": Claim(4, (TERA,), (0,))}),
+    ("an old file of 4 TB", TENSORS_FILE, lambda: legacy({"w": Claim(TERA, (TERA,))}), "4398046511104 bytes"),
+    ("an old tensor of 4 TB over 16 bytes", TENSORS_FILE, lambda: legacy({"w": Claim(4, (TERA,), (0,))}),
      "w claims 4,398,046,511,104 bytes, and the file has 16 for it"),
-    ("an old file with a long pickle", PREFIX_FILE, lambda: legacy({"w": ["x"] * 1_500_000}), "more than 1,048,576 bytes"),
-    ("a long pickle before an old file", PREFIX_FILE, lambda: legacy(W, pickle.dumps([[] for _ in range(1_000_000)], 2)),
+    ("an old file with a long pickle", TENSORS_FILE, lambda: legacy({"w": ["x"] * 1_500_000}), "more than 1,048,576 bytes"),
+    ("a long pickle before an old file", TENSORS_FILE, lambda: legacy(W, pickle.dumps([[] for _ in range(1_000_000)], 2)),
      "more than 1,048,576 bytes"),
-    ("a text of 2 GB that an old pickle claims", PREFIX_FILE, lambda: b"\x80\x02X" + struct.pack("<L", 2**31) + b"x.",
+    ("a text of 2 GB that an old pickle claims", TENSORS_FILE, lambda: b"\x80\x02X" + struct.pack("<L", 2**31) + b"x.",
      "more than 1,048,576 bytes"),
     ("a safetensors header of 4 TB", "model.safetensors", lambda: safetensors_header(TERA), "header claims 1,099,511,627,776"),
     ("a safetensors header of 32 MB", "model.safetensors", lambda: safetensors_header(2**25), "header claims 33,554,432"),
@@ -184,11 +184,11 @@ def test_a_weight_file_that_claims_too_much_is_refused_in_little_memory(case, re
 
 
 def test_a_claim_of_4_tb_is_not_answered_with_the_batch_size(tmp_path):
-    (tmp_path / PREFIX_FILE).write_bytes(legacy({"w": Claim(TERA, (TERA,))}))
+    (tmp_path / TENSORS_FILE).write_bytes(legacy({"w": Claim(TERA, (TERA,))}))
     with pytest.raises(ValueError, match="cannot be read as model weights") as caught:
-        list(read_tensors(tmp_path / PREFIX_FILE))
+        list(read_tensors(tmp_path / TENSORS_FILE))
     message, status = describe(caught.value)
-    assert status == 2 and PREFIX_FILE in message and "batch size" not in message
+    assert status == 2 and TENSORS_FILE in message and "batch size" not in message
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -234,7 +234,7 @@ def test_a_compressed_state_of_the_trainer_is_not_resumed_from(name, with_checks
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, folder / file)
     (folder / STATE_FILE).write_text(json.dumps({"global_step": 5, "train_batch_size": 1, "log_history": []}))
-    torch.save({}, folder / PREFIX_FILE)
+    torch.save({}, folder / TENSORS_FILE)
     assert find_resume_checkpoint(folder, tmp_path)[0] == str(folder)
     (folder / name).write_bytes(deflated(bytes(1000)))
     if with_checksums:

@@ -262,7 +262,7 @@ def test_integer_weights_train_under_the_official_recipe_too(bits, monkeypatch, 
 
 
 def test_a_gpu_takes_the_same_path(tmp_path):
-    # Nothing of official.py asks for the device; what does, is the dtype and the Trainer's loss scaling.
+    # Nothing of official_recipe.py asks for the device; what does, is the dtype and the Trainer's loss scaling.
     assert choose_dtype("cuda", official=True) == choose_dtype("cpu", official=True)
     assert choose_dtype("cuda", official=True)[0] == torch.float16
     words = ["--do_train", "--train_file", "a", "--output_dir", str(tmp_path), "--precision", "official", *COMMON]

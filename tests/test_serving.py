@@ -215,9 +215,9 @@ def test_kept_caches_are_bounded_and_the_one_idle_longest_goes_first(server):
         finish(server, QUERIES[0], session=session)
     assert finish(server, QUERIES[0], session="a").reused_tokens > 0
     assert finish(server, QUERIES[0], session="b").reused_tokens == 0
-    assert len(server._memories) == 2
+    assert len(server._kept_caches) == 2
     server.forget("a")
-    assert "a" not in server._memories
+    assert "a" not in server._kept_caches
 
 
 def test_a_seed_gives_the_same_sampled_answer_alone_and_in_company(server):

@@ -1,10 +1,10 @@
 """Attention of queries to the keys up to their own, by the fastest kernel at hand.
 
 Answers to the official `CoreAttention`, which expands the KV groups to all heads and adds a mask of every query and
-key. The shape legend is that of modeling_chatglm.py. Three ways, all with the same numbers:
+key. The shape legend is that of modeling_chatglm.py. There are three ways, which agree in their numbers:
 
 - on a GPU, in half precision and without left padding: the flash kernel, which knows what causal means;
-- on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, the products of products.py;
+- on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, by matmul.py;
 - else: torch's `scaled_dot_product_attention` with a mask of numbers, QUERY_BLOCK queries at a time.
 """
 
@@ -18,19 +18,19 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from chatglm2.matmul import OwnGradient, multiply, onednn_runs
 
 QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
-LONG_BLOCK = 1024  # the same in LongAttention, where the heads of a group count: so many rows of scores exist at once
+LONG_BLOCK = 1024  # rows of scores that exist at once in LongAttention: queries times the heads of a group
 LONG_STEP = 64  # it fills rows up to a multiple: oneDNN compiles a kernel for each length
 LONG = "causal, for LongAttention"  # the mask of what goes there, which needs to be told no more
 
 
 def flash_attention_runs(device, dtype):
-    """Whether the flash kernel does: it takes causal attention without a mask, and KV groups as they are."""
+    """True where the flash kernel runs. It takes causal attention without a mask, and KV groups as they are."""
     half = dtype in (torch.float16, torch.bfloat16)
     return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def long_attention_runs(device, dtype, query_length):
-    """Whether LongAttention does."""
+    """True where LongAttention runs: in float32 on an x86 CPU, for more than QUERY_BLOCK queries."""
     return query_length > QUERY_BLOCK and onednn_runs(device, dtype)
 
 
@@ -49,9 +49,9 @@ def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropo
 
 
 def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device):
-    """The same as numbers to add to the scores.
+    """Masks of numbers to add to the scores; the arguments are those of make_mask(). None where every key is seen.
 
-    A list with a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
+    The list has a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
     keys behind it are not even multiplied, which is almost half of them in a long row.
     """
     if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 SUPPORTED_BITS = (4, 8)
 
 
-# ---- values that contradict each other
-
-
 def check_quantization_bit(bits: int | None, already: int | None = None) -> int:
     """Bits of the linear weights once the model is loaded: 4, 8, or 0 for float weights.
 

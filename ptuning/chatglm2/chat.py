@@ -25,7 +25,7 @@ STREAM_REPLACEMENTS = {
 }
 
 
-def unknown_token_ids(tokenizer, config):
+def unknown_token_ids(tokenizer, config) -> list[int] | None:
     """Ids of the padded vocabulary that the tokenizer has no token for, None where there are none."""
     return list(range(tokenizer.vocab_size, config.padded_vocab_size)) or None
 
@@ -53,9 +53,9 @@ class ChatMethods:
         return tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(self.device)
 
     def build_stream_inputs(self, tokenizer, query, history=None):
-        """What is to be fed after a cache that holds `history`: the blank line behind its last answer, and the question.
+        """input_ids, attention_mask, position_ids (1, S) to feed after a cache that holds `history`.
 
-        Without a history the whole prompt, as build_inputs.
+        They are the blank line behind the last answer and the question; without a history the whole prompt.
         """
         question, turns = read_history(query, history)
         if not turns:

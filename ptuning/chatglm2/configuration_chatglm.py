@@ -10,6 +10,8 @@ import inspect
 
 from transformers import PretrainedConfig
 
+from common.values import is_integer
+
 LARGEST_SIZE = 2**20
 MOST_LAYERS = 1000
 # What transformers is given of a config.json beside the fields of the model: nothing that chooses code.
@@ -25,10 +27,6 @@ LIBRARY_SETTINGS = (
 )
 # Official keys that are written to another config.json as they were read, and used by nothing here.
 CARRIED_SETTINGS = ("_name_or_path", "auto_map", "model_type", "vocab_size")
-
-
-def is_integer(value):
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class ChatGLMConfig(PretrainedConfig):

@@ -3,6 +3,8 @@
 Answers to the `history` of the official `chat`, which are pairs; messages are those of a data file and of the API.
 """
 
+from common.messages import cut_short
+
 ROLES = ("system", "user", "assistant")
 EXPECTED = (
     'expected a list of (question, answer) pairs, such as [("你好", "你好！")], or of messages, such as '
@@ -33,17 +35,17 @@ def conversation(messages: list[tuple[str, str]]) -> tuple[str, list[tuple[str, 
 def read_history(query, history) -> tuple[str, list[tuple[str, str]]]:
     """(question, pairs) of a question and what was said before it, in either form. ValueError for anything else."""
     if not isinstance(query, str):
-        raise ValueError(f"The question is {shown(query)}, expected one text.")
+        raise ValueError(f"The question is {cut_short(repr(query))}, expected one text.")
     if history is None:
         return query, []
     if not isinstance(history, list | tuple):
-        raise ValueError(f"history is {shown(history)}, {EXPECTED}.")
+        raise ValueError(f"history is {cut_short(repr(history))}, {EXPECTED}.")
     if any(isinstance(turn, dict) for turn in history):
         messages = [read_message(message, position) for position, message in enumerate(history, start=1)]
         return conversation([*messages, ("user", query)])
     for position, turn in enumerate(history, start=1):
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise ValueError(f"history, turn {position}: found {shown(turn)}, {EXPECTED}.")
+            raise ValueError(f"history, turn {position}: found {cut_short(repr(turn))}, {EXPECTED}.")
     return query, [tuple(turn) for turn in history]
 
 
@@ -52,14 +54,16 @@ def read_message(message, position):
     place = f"history, turn {position}"
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
         found = (
-            f"an object of {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, dict) else shown(message)
+            f"an object of {', '.join(map(str, message)) or 'nothing'}"
+            if isinstance(message, dict)
+            else cut_short(repr(message))
         )
         raise ValueError(f"{place}: expected an object of role and content, found {found}")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise ValueError(f"{place}: the role is {shown(role)}, expected {' or '.join(map(repr, ROLES))}")
+        raise ValueError(f"{place}: the role is {cut_short(repr(role))}, expected {' or '.join(map(repr, ROLES))}")
     if not isinstance(content, str):
-        raise ValueError(f"{place}: the content is {shown(content)}, expected text")
+        raise ValueError(f"{place}: the content is {cut_short(repr(content))}, expected text")
     return role, content
 
 
@@ -69,9 +73,3 @@ def continued(history, query, response):
     if history and isinstance(history[0], dict):
         return [*history, {"role": "user", "content": query}, {"role": "assistant", "content": response}]
     return [*history, (query, response)]
-
-
-def shown(value):
-    """A value as a message names it: short, on one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -212,7 +212,7 @@ class Batch:
         return graph, logits
 
 
-def choose(logits, temperatures, top_ps, draws):
+def choose(logits: torch.Tensor, temperatures: list[float], top_ps: list[float], draws: list[float]) -> list[int]:
     """One token id for each row of logits (B, V), as a list.
 
     Below MIN_TEMPERATURE or with a top_p of 0 the likeliest; else from the TOP_K likeliest, at that temperature, those

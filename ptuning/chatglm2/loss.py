@@ -1,6 +1,8 @@
 """The language-model head's loss: cross-entropy of the supervised tokens, a few rows of logits at a time.
 
-Shapes: U supervised tokens, H hidden, V padded vocabulary."""
+Answers to the end of `forward` in the official `modeling_chatglm.py`, which computes the logits of all positions.
+Shapes: U supervised tokens, H hidden, V padded vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from chatglm2.matmul import OwnGradient, multiply, round_rows
 FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probability is about 1 / V = 1.5e-5
 
 
-def loss_rows(device_type):
+def loss_rows(device_type: str) -> int:
     """Supervised tokens whose logits exist at a time; 128 take 33 MB in float32, twice. Larger products pay on a GPU."""
     return 128 if device_type == "cpu" else 512
 

@@ -33,12 +33,12 @@ def round_rows(count):
 
 
 def onednn_runs(device, dtype):
-    """Whether products of tensors like these go to oneDNN: float32 on a CPU."""
+    """True where products of tensors of such a device and dtype go to oneDNN: float32 on an x86 CPU."""
     return ONEDNN and device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def onednn_multiplies(x, weight):
-    """Whether `multiply` uses oneDNN for these."""
+    """True where `multiply` uses oneDNN for x (…, in) and weight (out, in)."""
     return x.dtype == weight.dtype and weight.is_cpu and x.numel() > 0 and onednn_runs(x.device, x.dtype)
 
 
@@ -58,7 +58,7 @@ def multiply(x, weight, bias=None):
     return product[:count].unflatten(0, x.shape[:-1])
 
 
-def convert(weight, dtype):
+def convert(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight (out, in) in `dtype`; where that takes memory of its own, in the memory `multiply` reads fastest.
 
     The shape stays (out, in), but the longer side lies contiguous, in huge pages where the system gives them: a step
@@ -89,7 +89,7 @@ class OwnGradient(torch.autograd.Function):
 
 
 class NoGradient:
-    """What forward() of such a function is given then, in place of what remembers tensors for backward."""
+    """Stands for the context of forward() where no gradient is wanted: it keeps no tensors."""
 
     needs_input_grad = (False,) * 3
 

@@ -1,4 +1,4 @@
-"""ChatGLM2: the transformer, the language-model head and its loss, hooks for generate().
+"""The ChatGLM2 model: token ids -> hidden states -> logits or the loss.
 
 Answers to the official `modeling_chatglm.py`. Parameter names and numbers are the same; it differs in
 that tensors are batch-first inside, attention (attention.py) expands neither mask nor KV groups
@@ -37,7 +37,7 @@ from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_m
 ROPE_BASE = 10000
 
 
-def rotary_frequencies(head_channels, device=None):
+def rotary_frequencies(head_channels: int, device=None) -> torch.Tensor:
     """Radians per position of every pair of channels (D/4), float32."""
     rotary_channels = head_channels // 2
     return ROPE_BASE ** (-torch.arange(0, rotary_channels, 2, device=device, dtype=torch.float32) / rotary_channels)
@@ -409,12 +409,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
-    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat_chatglm.py)."""
+    """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat.py)."""
 
-    official_loss = None  # with --precision official, the function of official.py that training goes through
+    official_loss = None  # with --precision official, the function of official_recipe.py that training goes through
 
     def __init__(self, config, empty_init=True, device=None):
-        """As official, with the frozen integer layers that `quantization_bit` asks for, and all but a prefix frozen.
+        """The official constructor: integer layers where `quantization_bit` asks for them; only a prefix trains.
 
         `device` is where the weights are made. They are random numbers whatever `empty_init` says.
         """

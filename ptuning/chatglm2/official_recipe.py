@@ -38,6 +38,7 @@ def prefix_in_official_order(prefix_encoder, batch_size, dtype, training):
 
 
 def norm(layer, x):
+    """x (S, B, H) through an RMSNorm or LayerNorm: the mean in float32, the result in the dtype of x."""
     if not isinstance(layer, RMSNorm):
         return F.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
     scaled = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + layer.eps)  # float32
@@ -70,6 +71,7 @@ def attention(layer, x, mask, cos, sin, prefix_key, prefix_value):
 
 
 def block(layer, x, mask, cos, sin, prefix_key, prefix_value):
+    """x (S, B, H) -> (S, B, H) through one GLMBlock; prefix_key and prefix_value are (P, B, G, D)."""
     normed = norm(layer.input_layernorm, x)
     update = attention(layer.self_attention, normed, mask, cos, sin, prefix_key, prefix_value)
     x = (normed if layer.residual_after_norm else x) + F.dropout(update, layer.dropout, layer.training)
@@ -79,8 +81,11 @@ def block(layer, x, mask, cos, sin, prefix_key, prefix_value):
     return (normed if layer.residual_after_norm else x) + F.dropout(update, layer.dropout, layer.training)
 
 
-def official_loss(model, input_ids, labels):
-    """The loss of a batch (B, S), in the dtype of the frozen weights."""
+def official_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The loss of a batch in the official recipe: a scalar in the dtype of the frozen weights.
+
+    `input_ids` and `labels` are (B, S); labels of -100 cost nothing.
+    """
     transformer = model.transformer
     batch_size, length = input_ids.shape
     dtype = transformer.dtype_of_blocks

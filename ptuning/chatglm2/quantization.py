@@ -48,7 +48,7 @@ CPU_BLOCK_ROWS = 256  # but no fewer rows: backward adds to the whole gradient o
 
 
 def is_quantized_weight(name: str) -> bool:
-    """Whether this state-dict name is the weight of a layer that gets quantized; its scale is `name + "_scale"`."""
+    """True for the state-dict name of a weight that gets quantized; its scale is `name + "_scale"`."""
     return QUANTIZED_WEIGHT_NAME.fullmatch(name) is not None
 
 
@@ -211,7 +211,7 @@ def use_backend_(model: nn.Module, backend: Backend) -> None:
 
 
 def _in_blocks(weight: Tensor, backend: Backend) -> bool:
-    """Whether the weight is dequantized a few rows at a time: only plain torch ops on a CPU gain by it."""
+    """True where the weight is dequantized a few rows at a time: only plain torch ops on a CPU gain by it."""
     return backend == TORCH and weight.device.type == "cpu"
 
 

@@ -79,7 +79,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
-        """As in transformers; FileNotFoundError for a local folder without `tokenizer.model`.
+        """The tokenizer of a folder or hub id, loaded by transformers. FileNotFoundError without `tokenizer.model`.
 
         Of a local folder this reads tokenizer.model, tokenizer_config.json and chat_template.jinja, and no file that
         one of these names.

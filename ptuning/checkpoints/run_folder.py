@@ -1,8 +1,11 @@
-"""A run's folder: checkpoints that are written completely or not at all, told apart from damaged ones, and found.
+"""A run's folder: checkpoints that are written completely or not at all.
+
+Answers to nothing in the official scripts, which leave half a checkpoint where they are stopped while they write it.
 
 A checkpoint is written as .checkpoint-N.partial, gets checksums.json, goes to the disk, and is then renamed to
 checkpoint-N. One of that name that is there already is .checkpoint-N.replaced for the moment between two renames;
-one that is deleted becomes .checkpoint-N.deleted first. None of the three is ever taken for a checkpoint."""
+one that is deleted becomes .checkpoint-N.deleted first. None of the three is ever taken for a checkpoint.
+"""
 
 import contextlib
 import itertools
@@ -11,18 +14,18 @@ import shutil
 from pathlib import Path
 
 from checkpoints.sidecar import SIDECAR_FILE
-from checkpoints.trainer_state import check_state, is_count
-from checkpoints.weight_files import ADAPTER_FILES, INDEX_FILES, PREFIX_FILE, weight_files
+from checkpoints.trainer_state import check_state
+from checkpoints.weight_files import ADAPTER_FILES, INDEX_FILES, TENSORS_FILE, weight_files
 from common.claims import path_inside
-from common.files import STATE_FILE, file_sha256, first_line, flush_to_disk, read_json, write_json
+from common.files import STATE_FILE, file_sha256, flush_to_disk, read_json, write_json
+from common.messages import first_line
+from common.values import is_count
 
 CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
-
-
 BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
 
 
-def list_checkpoints(run_folder):
+def list_checkpoints(run_folder: Path | str) -> dict[str, Path]:
     """The checkpoints of a run that hold weights, by step: {"checkpoint-1000": path, …}."""
     found = {path.name: path for path in checkpoint_folders(run_folder) if (path / trained_file(path)).is_file()}
     return dict(sorted(found.items(), key=lambda item: step_of(item[1])))
@@ -31,10 +34,10 @@ def list_checkpoints(run_folder):
 def trained_file(checkpoint):
     """Name of the file that tells what a checkpoint holds: an adapter, the index of shards, or all of it."""
     names = (*ADAPTER_FILES, INDEX_FILES[1])
-    return next((name for name in names if (Path(checkpoint) / name).is_file()), PREFIX_FILE)
+    return next((name for name in names if (Path(checkpoint) / name).is_file()), TENSORS_FILE)
 
 
-def trained_files(checkpoint):
+def trained_files(checkpoint: Path | str) -> list[str]:
     """Names of all files with trained weights in a checkpoint folder."""
     name = trained_file(checkpoint)
     if name != INDEX_FILES[1]:
@@ -42,7 +45,7 @@ def trained_files(checkpoint):
     return [name, *(file.name for file in weight_files(checkpoint))]
 
 
-def point_to_best(run_folder, step):
+def point_to_best(run_folder: Path | str, step: int | None) -> str:
     """Make `best` in a run's folder a relative link to the checkpoint of `step`; None, or a step without one: no link.
 
     Replaced in one move: whoever reads it meets the old one or the new one. A folder of that name, as a copy with
@@ -65,7 +68,7 @@ def point_to_best(run_folder, step):
     return said
 
 
-def find_checkpoints(path):
+def find_checkpoints(path: Path | str) -> tuple[list[Path], list[str]]:
     """(the checkpoint folders that `--ptuning_checkpoint` means, what is wrong with others that were passed over).
 
     A checkpoint's folder is itself. A run's folder means its best checkpoint, or the last valid one where no best is
@@ -106,7 +109,7 @@ def find_checkpoints(path):
     raise FileNotFoundError(" ".join([f"--ptuning_checkpoint {path}: {run} has no complete checkpoint.", *damaged]))
 
 
-def dev_loss_of(checkpoint):
+def dev_loss_of(checkpoint: Path | str) -> float | None:
     """The dev loss that training measured when it saved the checkpoint, or None."""
     file = Path(checkpoint) / STATE_FILE
     if not file.is_file():
@@ -116,14 +119,10 @@ def dev_loss_of(checkpoint):
     return losses.get(state["global_step"])
 
 
-# ---- checkpoints of a run: written completely or not at all, and told apart from damaged ones
-#
-# A checkpoint is written as .checkpoint-N.partial, gets checksums.json, goes to the disk, and is then renamed to
-# checkpoint-N. One of that name that is there already is .checkpoint-N.replaced for the moment between two renames;
-# one that is deleted becomes .checkpoint-N.deleted first. None of the three is ever taken for a checkpoint.
+# ---- written completely or not at all
 
 
-def stage_checkpoint(folder):
+def stage_checkpoint(folder: Path | str) -> Path:
     """An empty folder to write a checkpoint into; publish_checkpoint makes it `folder`."""
     staging = hidden(folder, "partial")
     shutil.rmtree(staging, ignore_errors=True)
@@ -162,7 +161,7 @@ def describe_write_error(error, folder):
     return getattr(error, "strerror", None) or first_line(error), free
 
 
-def publish_checkpoint(staging, folder):
+def publish_checkpoint(staging: Path, folder: Path | str) -> None:
     """Make a staged checkpoint `folder`, once all of it is on the disk. One of that name stays until then."""
     folder = Path(folder)
     checksums = {}
@@ -181,7 +180,7 @@ def publish_checkpoint(staging, folder):
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def clear_leftovers(run_folder):
+def clear_leftovers(run_folder: Path | str) -> None:
     """Remove what a killed run left half written or half deleted. Not while a run is writing there."""
     for leftover in Path(run_folder).glob(".checkpoint-*"):
         name, _, kind = leftover.name[1:].partition(".")
@@ -191,9 +190,9 @@ def clear_leftovers(run_folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def rotate_checkpoints(run_folder, limit, newest, best=None):
+def rotate_checkpoints(run_folder: Path | str, limit: int, newest: Path | str, best: Path | str | None = None) -> None:
     """Delete the oldest checkpoints until `limit` are left; never `newest` or the best (`best`, or the link so named)."""
-    kept = {Path(path).resolve() for path in (newest, best, Path(run_folder) / "best") if path}
+    kept = {Path(path).resolve() for path in (newest, best, Path(run_folder) / BEST_LINK) if path}
     folders = checkpoints_by_age(run_folder)
     surplus = len(folders) - limit
     for folder in [folder for folder in folders if folder.resolve() not in kept][: max(0, surplus)]:
@@ -202,7 +201,7 @@ def rotate_checkpoints(run_folder, limit, newest, best=None):
         shutil.rmtree(deleted, ignore_errors=True)
 
 
-def verify_checkpoint(folder, files=None):
+def verify_checkpoint(folder: Path | str, files: list[str] | None = None) -> None:
     """ValueError naming file and fault unless a checkpoint, or only `files` of it, is as it was written.
 
     Without checksums.json (official checkpoints, and those of earlier versions) it is taken as complete if it has
@@ -238,7 +237,7 @@ def verify_checkpoint(folder, files=None):
             raise ValueError(f"{folder} is incomplete: {STATE_FILE} cannot be read.") from error
 
 
-def newest_checkpoint(run_folder, whole=True):
+def newest_checkpoint(run_folder: Path | str, whole: bool = True) -> tuple[Path | None, list[str]]:
     """(the checkpoint of a run that was written last, what is wrong with each newer one); None where none is valid.
 
     Valid means that verify_checkpoint finds nothing, or nothing in the trained weights if not `whole`. Steps do not
@@ -255,18 +254,19 @@ def newest_checkpoint(run_folder, whole=True):
     return None, damaged
 
 
-def checkpoint_folders(run_folder):
+def checkpoint_folders(run_folder: Path | str) -> list[Path]:
     """The checkpoint-N folders of a run, complete or not, in no order."""
     folders = Path(run_folder).glob("checkpoint-*")
     return [folder for folder in folders if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir()]
 
 
 def checkpoints_by_age(run_folder):
-    """The same in the order in which they were written; last those that cannot tell."""
+    """The checkpoint folders of a run in the order in which they were written; last those that cannot tell."""
     return sorted(checkpoint_folders(run_folder), key=lambda folder: (save_number(folder), step_of(folder)))
 
 
-def step_of(folder):
+def step_of(folder: Path) -> int:
+    """The step of a folder that is named checkpoint-<step>."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
@@ -284,11 +284,13 @@ def save_number(folder):
         return 0
 
 
-def next_save_number(run_folder):
+def next_save_number(run_folder: Path | str) -> int:
+    """The number, from 1 on, of the next checkpoint that a run folder gets: one more than its newest has."""
     numbers = [save_number(folder) for folder in checkpoint_folders(run_folder)]
     return 1 + max((number for number in numbers if number < math.inf), default=0)
 
 
-def hidden(folder, kind):
+def hidden(folder: Path | str, kind: str) -> Path:
+    """.<name of the folder>.<kind> beside a folder; no checkpoint is looked for under such a name."""
     folder = Path(folder)
     return folder.with_name(f".{folder.name}.{kind}")

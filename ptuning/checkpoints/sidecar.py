@@ -1,14 +1,16 @@
-"""ptuning.json beside a checkpoint's weights: what config.json lacks, such as base model, columns and lengths."""
+"""ptuning.json beside a checkpoint's weights: what config.json lacks, such as base model, columns and lengths.
+
+Answers to nothing in the official scripts, whose users repeat these as flags. A checkpoint without it loads, too.
+"""
 
 from pathlib import Path
 
-from checkpoints.trainer_state import is_count, shown
 from checkpoints.weight_files import ADAPTER_FILES
 from common.files import read_json
+from common.messages import short_json
+from common.values import is_count
 
-SIDECAR_FILE = "ptuning.json"  # what config.json lacks: base model, columns, lengths, how it was trained
-
-
+SIDECAR_FILE = "ptuning.json"
 SIDECAR_KINDS = {
     **dict.fromkeys(
         "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
@@ -18,21 +20,19 @@ SIDECAR_KINDS = {
     "training": dict,
     "merged_checkpoints": list,
 }
-
-
 KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 
 
 TRAINED = ("p_tuning", "full", "freeze", "lora")  # ways of tuning that write checkpoints
 
 
-def read_sidecar(checkpoint):
-    """What the sidecar of a checkpoint remembers, nothing where there is none."""
+def read_sidecar(checkpoint: Path | str) -> dict:
+    """The settings in the sidecar of a checkpoint, {} where there is none."""
     file = Path(checkpoint) / SIDECAR_FILE
     return read_json(file) if file.is_file() else {}
 
 
-def finetuning_type(checkpoint):
+def finetuning_type(checkpoint: Path | str) -> str | None:
     """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
     checkpoint = Path(checkpoint)
     if (checkpoint / SIDECAR_FILE).is_file():
@@ -46,7 +46,7 @@ def finetuning_type(checkpoint):
     return None
 
 
-def check_sidecar(settings, file):
+def check_sidecar(settings: dict, file: Path | str) -> None:
     """Raise ValueError where what the sidecar `file` says has the wrong type."""
     for name, kind in SIDECAR_KINDS.items():
         value = settings.get(name)
@@ -55,5 +55,5 @@ def check_sidecar(settings, file):
             fits = all(isinstance(item, str) for item in value)
         if value is not None and not fits:
             raise ValueError(
-                f"{file}: {name} is {shown(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
+                f"{file}: {name} is {short_json(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."
             )

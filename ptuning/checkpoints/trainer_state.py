@@ -5,32 +5,17 @@ as a newer transformers writes. Needs no torch.
 """
 
 import contextlib
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
 
+from common.messages import short_json
 from common.text import parse_json
-
-LARGEST = 2**53  # beyond it a number of steps or rows is none
-
-
-def is_count(value, least=0):
-    """Whether a value from JSON is a whole number from `least` on."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < LARGEST
+from common.values import LARGEST, is_count, is_number
 
 
-def is_number(value):
-    """Whether a value from JSON is a number that can be computed with; NaN and Infinity are."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST)
-
-
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_history(value):
-    """Whether a value is a log: objects, with a step and a number wherever there is a loss."""
+def is_history(value) -> bool:
+    """True for a log: a list of objects, with a step and a number wherever there is a loss."""
     return isinstance(value, list) and all(
         isinstance(entry, dict)
         and all(is_number(entry[key]) and is_count(entry.get("step")) for key in ("loss", "eval_loss") if key in entry)
@@ -56,7 +41,7 @@ KINDS = {
     ),
     "best_metric": (or_none(is_number), "a number"),
     "best_global_step": (or_none(is_count), A_COUNT),
-    **dict.fromkeys(("best_model_checkpoint", "trial_name"), (or_none(is_text), "text")),
+    **dict.fromkeys(("best_model_checkpoint", "trial_name"), (or_none(lambda value: isinstance(value, str)), "text")),
     "trial_params": (or_none(lambda value: isinstance(value, dict)), "an object"),
     "stateful_callbacks": (
         or_none(
@@ -68,27 +53,18 @@ KINDS = {
 }
 
 
-def check_state(state, file):
-    """What a trainer_state.json holds, every known key of the right kind. ValueError names `file`, key and value."""
+def check_state(state: dict, file: Path | str) -> dict:
+    """`state` itself, once every known key has a value of its kind. ValueError names `file`, key and value."""
     for name, (fits, expected) in KINDS.items():
         if name in state or name == "global_step":
             value = state.get(name)
             if not fits(value):
-                raise ValueError(f"{file}: {name} is {shown(value)}, expected {expected}.")
+                raise ValueError(f"{file}: {name} is {short_json(value)}, expected {expected}.")
     if 0 < (state.get("max_steps") or 0) < state["global_step"]:
         raise ValueError(
             f"{file}: global_step is {state['global_step']}, beyond the run's last step (max_steps {state['max_steps']})."
         )
     return state
-
-
-def shown(value):
-    """A value from JSON as text that fits into a message."""
-    try:
-        text = json.dumps(value, ensure_ascii=True)
-    except ValueError:  # Python writes no integers of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:60] + "…"
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
-"""Files of weights: their names in a folder, and reading them, memory-mapped and checked.
+"""Files of weights: which there are in a folder, what is in them, memory-mapped.
 
-Pickles are read with `weights_only`, so no code in a file is ever run."""
+Answers to the `torch.load` of the official scripts. It differs in that pickles are read with `weights_only`, so that no
+code in a file is run, and that what a file claims is checked before it is believed.
+"""
 
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -11,27 +14,18 @@ import safetensors.torch
 import torch
 
 from common.claims import ZIP_MARK, check_claim, check_safetensors, check_torch_file
-from common.files import first_line, read_json
+from common.files import read_json
+from common.messages import first_line
 
-PREFIX_FILE = "pytorch_model.bin"  # the official name; holds transformer.prefix_encoder.* only
-
-
+# The official name; holds what was trained as plain tensors: transformer.prefix_encoder.*, or what freeze trains.
+TENSORS_FILE = "pytorch_model.bin"
+# until tuning/ uses the name above
 PREFIX_KEY = "transformer.prefix_encoder."
-
-
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-
-
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-
-
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
-
-
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
 FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
-
-
 # Copied with a model, beside its weights. Python files are there for the official code, and never run here.
 COPIED = (
     "generation_config.json",
@@ -50,10 +44,7 @@ COPIED = (
 ROTARY_TENSOR = "transformer.rotary_pos_emb.inv_freq"
 
 
-# ---- reading weight files
-
-
-def read_tensors(file):
+def read_tensors(file: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of one weight file, memory-mapped. Raises ValueError for a file that is no such."""
     file = Path(file)
     problem = f"{file} cannot be read as model weights ({{}}). Download or copy it again and compare its size."
@@ -66,7 +57,7 @@ def read_tensors(file):
             with safetensors.safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     yield name, tensors.get_tensor(name)
-        except Exception as error:  # likewise
+        except Exception as error:  # bytes at random make safetensors raise anything
             raise ValueError(problem.format(first_line(error))) from error
         return
     try:
@@ -107,7 +98,7 @@ def claim_too_large(file, size):
         return None
 
 
-def weight_files(folder):
+def weight_files(folder: Path | str) -> list[Path]:
     """The weight files of a model folder, in order: those of its index, or the single one."""
     folder = Path(folder)
     for name in INDEX_FILES:
@@ -135,7 +126,7 @@ def weight_files(folder):
     )
 
 
-def stored_dtype(folder):
+def stored_dtype(folder: Path | str) -> torch.dtype:
     """Dtype of the float weights in a model folder."""
     for file in weight_files(folder):
         for name, tensor in read_tensors(file):
@@ -144,7 +135,7 @@ def stored_dtype(folder):
     raise ValueError(f"{folder} has no {FINGERPRINT_TENSOR}. Is it the complete folder of a ChatGLM2 model?")
 
 
-def check_tensor(tensor, name, expected, file):
+def check_tensor(tensor: torch.Tensor, name: str, expected: torch.Tensor, file: Path | str) -> None:
     """Raise ValueError unless shape and kind of dtype are those the configuration asks for."""
     if tensor.shape != expected.shape or tensor.is_floating_point() != expected.is_floating_point():
         raise ValueError(
@@ -165,7 +156,7 @@ def check_finite(tensor, name, file):
                 )
 
 
-def check_trained(tensor, name, file):
+def check_trained(tensor: torch.Tensor, name: str, file: Path | str) -> None:
     """Raise ValueError for a tensor that no training can have written: empty, of integers, or not finite."""
     if tensor.ndim == 0 or tensor.numel() == 0 or not tensor.is_floating_point():
         raise ValueError(f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float numbers.")

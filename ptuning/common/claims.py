@@ -24,14 +24,14 @@ ZIP_MARK = b"PK\x03\x04"
 END, LOCATOR, END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
 
 
-def check_size(file, most):
+def check_size(file: Path | str, most: int) -> None:
     """ValueError for a file of more than `most` bytes."""
     size = Path(file).stat().st_size
     if size > most:
         raise ValueError(f"{file} has {size:,} bytes, expected at most {most:,}. Is it the right file? Copy it again.")
 
 
-def path_inside(folder, name, source):
+def path_inside(folder: Path | str, name: str, source: str) -> Path:
     """`name` in `folder`; ValueError for a name, or a link so named, that leads out of it. `source` holds the name.
 
     Nothing outside the folder is looked up. A snapshot of the hub's cache links to the blobs beside it, which belong
@@ -54,7 +54,7 @@ def path_inside(folder, name, source):
 # ---- weight files
 
 
-def check_torch_file(file):
+def check_torch_file(file: Path | str) -> None:
     """ValueError unless what a torch file claims is within the file: stored, not compressed, with a short pickle."""
     with open(file, "rb") as opened:
         is_zip = opened.read(4) == ZIP_MARK
@@ -149,7 +149,7 @@ def check_pickles(opened):
         return
 
 
-def check_safetensors(file):
+def check_safetensors(file: Path | str) -> None:
     """ValueError where the header of a safetensors file claims more than the file has, or than any model needs."""
     size = Path(file).stat().st_size
     with open(file, "rb") as opened:
@@ -161,7 +161,7 @@ def check_safetensors(file):
         )
 
 
-def check_claim(name, tensor, size):
+def check_claim(name: str, tensor, size: int) -> None:
     """ValueError where a tensor in a file of `size` bytes claims more numbers than lie there for it."""
     claimed = tensor.numel() * tensor.element_size()
     held = tensor.untyped_storage().nbytes()

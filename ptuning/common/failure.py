@@ -21,6 +21,9 @@ import traceback
 import warnings
 from itertools import pairwise
 
+from common.environment import LAUNCHED
+from common.messages import first_line
+
 MAX_LINES = 8  # of a message; those of libraries can be very long
 MAX_COLUMNS = 500
 # What steers a terminal: C0 and C1 without line end and tab, what turns the order of text, and halves of characters.
@@ -38,8 +41,8 @@ REMEDIES = {
 }
 
 
-def refuse(message):
-    """What an argparse parser calls instead of printing a page of usage."""
+def refuse(message: str) -> None:
+    """Raise ValueError with a message of argparse, which would print a page of usage: set as a parser's `error`."""
     raise ValueError(f"{message[0].upper()}{message[1:]}. See python {sys.argv[0]} --help.")
 
 
@@ -51,13 +54,13 @@ NO_MEMORY = (
 
 
 def lacks_memory(error):
-    """Whether the system has refused memory to this program, or a package could not be loaded for want of it."""
+    """True where the system has refused memory to this program, or a package could not be loaded for want of it."""
     said = not isinstance(error, ValueError) and any(text in str(error) for text in NO_MEMORY)
     return isinstance(error, MemoryError) or said
 
 
 def memory_remedy():
-    """What to do for memory: lift the limit of the shell where there is one."""
+    """One sentence on how to get along with the memory: lift the limit of the shell, where there is one."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         return f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
@@ -65,7 +68,7 @@ def memory_remedy():
 
 
 def is_symlink_loop(error):
-    """Whether a path could not be followed to its end. Python raises either of two errors for it."""
+    """True where a path leads back to itself. Python raises either of two errors for it."""
     return (isinstance(error, OSError) and error.errno == errno.ELOOP) or (
         isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
     )
@@ -74,10 +77,10 @@ def is_symlink_loop(error):
 def describe(error):
     """(message, exit status) for an exception; no traceback in it."""
     if is_lost_connection(error):  # none of the process at hand, so without its traceback
-        first_line = str(error).strip().splitlines()[0]
-        late = re.search("time(d )?out", first_line, re.IGNORECASE)
+        said = str(error).strip().splitlines()[0]
+        late = re.search("time(d )?out", said, re.IGNORECASE)
         what = "does not answer, and --ddp_timeout has passed" if late else "is gone"
-        return f"Another process {what}; the messages of its machine tell why. Seen here: {first_line}", 1
+        return f"Another process {what}; the messages of its machine tell why. Seen here: {said}", 1
     if lacks_memory(error):
         detail = f" ({error})" if str(error) else ""
         return f"This machine has not enough memory{detail}. {memory_remedy()}", 2
@@ -88,7 +91,7 @@ def describe(error):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         message = str(error)
-        if not message.startswith("Out of memory"):  # not memory.py's, which knows the batch
+        if not message.startswith("Out of memory"):  # not that of training/memory.py, which knows the batch
             message = f"{message.partition(' See documentation')[0]} Lower the batch size or the lengths."
         return message, 2
     if isinstance(error, OSError) and error.errno in REMEDIES:
@@ -99,11 +102,11 @@ def describe(error):
     return f"{type(error).__name__}: {error}\nThis was not foreseen, please report it. {save_traceback(error)}", 1
 
 
-def reason_of(error):
+def reason_of(error: BaseException) -> str:
     """One sentence that says what the system refused and what to do, or what else an exception says."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}. {REMEDIES.get(error.errno, '')}".strip()
-    return f"{(str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip('.')}."
+    return f"{first_line(error).rstrip('.')}."
 
 
 @contextlib.contextmanager
@@ -127,13 +130,13 @@ def save_traceback(error):
 
 
 def wants_traceback():
-    """Whether the user asked for it: PTUNING_TRACEBACK, or --debug without a value (with one it is transformers')."""
+    """True where PTUNING_TRACEBACK or --debug asks for it; --debug with a value is transformers'."""
     return bool(os.environ.get("PTUNING_TRACEBACK")) or any(
         word == "--debug" and following.startswith("--") for word, following in pairwise([*sys.argv, "--"])
     )
 
 
-def printable(text):
+def printable(text: str) -> str:
     """Text of others with what steers a terminal as escapes, such as \\x1b; line ends and tabs stay."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
@@ -180,7 +183,7 @@ signal_at_hand = 0  # that this process has been told to stop by, and is about t
 
 
 def is_lost_connection(error):
-    """Whether this error is how a process learns that another one has died."""
+    """True for an error by which a process learns that another one has died."""
     distributed = any(cls.__name__ == "DistError" for cls in type(error).__mro__)  # torch need not be loaded here
     return distributed or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
@@ -197,7 +200,7 @@ def wait_for_others(error):
 
 
 def exit_with(error):
-    """Print one message and exit."""
+    """Print the message of an error to stderr and exit with its status, see describe()."""
     wait_for_others(error)
     sys.stderr = sys.__stderr__  # torch.distributed calls sys.excepthook with another one, which is never shown
     if wants_traceback():
@@ -210,7 +213,7 @@ def exit_with(error):
     os._exit(status)  # without waiting for other processes, and without tearing the process group down
 
 
-def leave(status, message):
+def leave(status: int, message: str) -> None:
     """End at once, with a message that is no error. For signal handlers too, which may have interrupted a print."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(RuntimeError):
@@ -220,7 +223,7 @@ def leave(status, message):
     os._exit(status)
 
 
-def catch_signals(handler):
+def catch_signals(handler) -> dict:
     """Give SIGINT, SIGTERM and SIGHUP to `handler`, except those the parent (nohup) ignores. Returns the old ones."""
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -229,10 +232,7 @@ def catch_signals(handler):
     return before
 
 
-LAUNCHED = "PTUNING_LAUNCHED"  # set in the environment of what launch.py starts
-
-
-def end_with_launcher():
+def end_with_launcher() -> None:
     """Let SIGTERM come when the process that launched this one dies, also by kill -9: nobody else would end it.
 
     Training then saves and ends. A program that was started by hand outlives its shell as ever.
@@ -241,8 +241,8 @@ def end_with_launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def leave_on_signal(number, frame):
-    """What a signal does where there is nothing to save: outside of training."""
+def leave_on_signal(number: int, frame) -> None:
+    """End the program on a signal, outside of training, where there is nothing to save; a signal handler."""
     leave(128 + number, f"Stopped by {signal.Signals(number).name}.")
 
 

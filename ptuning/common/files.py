@@ -1,4 +1,4 @@
-"""JSON and text files: read with a clear error, written whole or not at all, and down to the disk."""
+"""Files of a run: read with a clear error, written whole or not at all."""
 
 import contextlib
 import errno
@@ -10,11 +10,14 @@ from pathlib import Path
 from common.claims import MOST_JSON_BYTES, MOST_LOG_BYTES, check_size
 from common.text import parse_json
 
+# In the folder of a run; the first also in each checkpoint.
 STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
+RESULTS_FILE = "all_results.json"
+ANSWERS_FILE = "generated_predictions.txt"
 
 
-def read_json(file):
-    """A JSON object from `file`. Raises FileNotFoundError and ValueError naming the file."""
+def read_json(file: Path | str) -> dict:
+    """The JSON object in `file`, of bounded size. FileNotFoundError and ValueError name the file."""
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
@@ -28,11 +31,7 @@ def read_json(file):
     return value
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def write_bytes(file, data):
+def write_bytes(file: Path | str, data: bytes) -> None:
     """Write a file completely or not at all: what it held before stays until the new content is there.
 
     OSError names the file, which the system does not where a disk is full.
@@ -50,16 +49,17 @@ def write_bytes(file, data):
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
-def write_text(file, text):
-    """Write a text file in UTF-8, as write_bytes does."""
+def write_text(file: Path | str, text: str) -> None:
+    """Write a text in UTF-8, completely or not at all. OSError names the file."""
     write_bytes(file, text.encode("utf-8"))
 
 
-def write_json(file, value):
+def write_json(file: Path | str, value) -> None:
+    """Write a value as JSON in UTF-8, its keys in order, completely or not at all."""
     write_text(file, json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 
-def flush_to_disk(path):
+def flush_to_disk(path: Path | str) -> None:
     """Wait until a file's content, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -71,7 +71,8 @@ def flush_to_disk(path):
         os.close(handle)
 
 
-def file_sha256(file):
+def file_sha256(file: Path | str) -> str:
+    """SHA-256 of a file's content, in hexadecimal; a MiB at a time. hashlib.file_digest is newer than Python 3.10."""
     digest = hashlib.sha256()
     with open(file, "rb") as opened:
         while block := opened.read(1 << 20):

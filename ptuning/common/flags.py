@@ -1,7 +1,8 @@
-"""The words of a command line: split, checked for broken lines, parsed, and held against their ranges.
+"""The words of a command line: split, parsed, held against their ranges.
 
 Importing transformers' own arguments loads torch, which takes seconds. So `library_flags` learns their names, types and
-defaults from transformers' source text: --help and mistakes are answered at once."""
+defaults from transformers' source text: --help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +45,12 @@ def check_word(word, flag):
         raise ValueError(f"{word!r} ({place}): a flag begins with two dashes. Write -{word}")
 
 
-def in_quotes(text):
+def in_quotes(text: str) -> str:
     """A text in the quotation marks that bash needs around it."""
     return as_typed(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
-def split_flags(argv):
+def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
     """[--a 1 2 --b] -> [("a", ["1", "2"]), ("b", [])]; `-` in names reads as `_`. ValueError for stray words."""
     flags = []
     for word in argv:
@@ -69,11 +70,11 @@ def is_true(values):
 
 
 def is_switch(values):
-    """Whether a flag stands without a value, or with one that says on or off."""
+    """True for the values of a flag that stands without one, or with one that says on or off."""
     return is_true(values) or values[0].lower() in ("false", "0", "no", "f", "n")
 
 
-def flags_of_file(file):
+def flags_of_file(file: str) -> list[str]:
     """The flags in a JSON file of {"name": value}, as on the command line."""
     try:
         data = Path(file).read_bytes()
@@ -114,7 +115,7 @@ def literal(node):
 
 
 @functools.cache
-def library_flags():
+def library_flags() -> dict[str, Flag]:
     """{name: Flag} of transformers' Seq2SeqTrainingArguments, read from its source. FileNotFoundError without it."""
     package = importlib.util.find_spec("transformers")
     if package is None:
@@ -141,8 +142,8 @@ def library_flags():
     return flags
 
 
-def own_flags(owner):
-    """{name: Flag} of a dataclass of this file."""
+def own_flags(owner: type) -> dict[str, Flag]:
+    """{name: Flag} of a dataclass of flags, such as those of arguments.py."""
     return {
         entry.name: Flag(
             entry.name,
@@ -161,7 +162,7 @@ def true_or_false(word):
     return is_true([word])
 
 
-def add_flag(group, flag):
+def add_flag(group, flag: Flag) -> None:
     """One flag of argparse; without a default, so that what was given can be told from what was not."""
     names = set(flag.type.replace("[", " ").replace("]", " ").split())
     settings = {"type": next((kind for kind in (int, float) if kind.__name__ in names), str), "choices": flag.choices}
@@ -180,14 +181,8 @@ def at_least(least):
 
 
 POSITIVE = (lambda value: 0 < value < math.inf, "a number above 0")
-
-
 PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
-
-
 BELOW_ONE = (lambda value: 0 <= value < 1, "from 0 up to, but not, 1")
-
-
 # Flag -> (what its values must be, in words). NaN is never within a range.
 RANGES = {
     "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
@@ -222,7 +217,7 @@ RANGES = {
 }
 
 
-def check_ranges(args):
+def check_ranges(args) -> None:
     """Raise ValueError for a flag of `args` that is outside its range."""
     for name, (fits, expected) in RANGES.items():
         value = getattr(args, name, None)
@@ -230,7 +225,7 @@ def check_ranges(args):
             raise ValueError(f"--{name} {value}: expected {expected}.")
 
 
-def check_object(name, value):
+def check_object(name: str, value: str) -> None:
     """Raise ValueError for a flag whose text should be a JSON object and is none."""
     try:
         found = parse_json(value, unique_keys=True)

@@ -1,12 +1,13 @@
 """Flags of transformers 4.30 and of the official scripts that have another name today, or no effect any more.
 
-Every one of them is accepted: renamed ones are mapped, and what has no effect (most never had any) is said in a line."""
+Every one of them is accepted: renamed ones are mapped, and what has no effect (most never had any) is said in a line.
+"""
 
 from __future__ import annotations
 
 import difflib
-import os
 
+from common.environment import set_by_flags
 from common.flags import is_switch, is_true, split_flags
 from common.quoting import NEEDS_EQUALS
 
@@ -24,8 +25,6 @@ RENAMED = {
 
 # Flags of 2023 that change nothing, and why.
 UNREAD = "the official scripts never read it"
-
-
 RETIRED = {
     **dict.fromkeys(
         (
@@ -51,7 +50,7 @@ RETIRED = {
 }
 
 
-def translate_flags(argv, known):
+def translate_flags(argv: list[str], known) -> tuple[list[str], list[str]]:
     """Flags as this version knows them, and a line of text for each that changed its meaning.
 
     `known` are the names of today's fields. Of a flag given twice the last counts. Raises ValueError for an
@@ -70,10 +69,10 @@ def translate_flags(argv, known):
             if is_true(values):
                 translated += ["--optim", "adafactor"]
         elif name == "logging_dir" and name not in known:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = " ".join(values)
+            set_by_flags(tensorboard_folder=" ".join(values))
             notes.append(f"--logging_dir: TensorBoard writes to {' '.join(values)}.")
         elif name == "debug" and is_switch(values):  # transformers has a --debug of its own, with a value
-            os.environ["PTUNING_TRACEBACK"] = "1" if is_true(values) else ""
+            set_by_flags(traceback=is_true(values))
         elif name == "gradient_checkpointing" and values == ["auto"]:
             pass
         elif name in RENAMED and name not in known:

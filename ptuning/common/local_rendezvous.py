@@ -14,7 +14,8 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from common.processes import LOOPBACK, STORE, listen_on_loopback
+from common.environment import before_round
+from common.processes import LOOPBACK, listen_on_loopback
 
 NAME = "ptuning-local"
 
@@ -33,7 +34,7 @@ class LocalRendezvous(RendezvousHandler):
 
     def next_rendezvous(self):
         self.round += 1  # more than one with --max-restarts
-        os.environ[STORE] = os.path.join(self.folder, f"store-{self.round}")
+        before_round(os.path.join(self.folder, f"store-{self.round}"))
         self.store = listen_on_loopback(0)
         return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK, self.store.port))
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: training_loss.png, and the scores of its checkpoints."""
+"""The pictures of a run: its losses, or the scores of its checkpoints, over the steps."""
 
 import io
 
@@ -22,12 +22,12 @@ def save_figure(figure, file):
     write_bytes(file, picture.getvalue())
 
 
-def drawable(points):
-    """Those of some (step, loss) that a plot can show: it fails beside a number near the largest one there is."""
+def drawable(points) -> list[tuple[int, float]]:
+    """The points (step, loss) that a plot can show: it fails beside a number near the largest one there is."""
     return [(step, loss) for step, loss in points if abs(loss) < 1e30]
 
 
-def plot_loss(log_history, file):
+def plot_loss(log_history: list[dict], file) -> None:
     """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
     figure, (axes,) = new_figure()
     for key, label in (("loss", "training loss"), ("eval_loss", "dev loss")):
@@ -41,7 +41,7 @@ def plot_loss(log_history, file):
     save_figure(figure, file)
 
 
-def plot_checkpoints(table, file):
+def plot_checkpoints(table: dict[str, dict[str, float]], file) -> None:
     """Draw scores, and the dev loss where there is one, over the steps of {"checkpoint-100": {"dev_loss": …}, …}."""
     names = list(dict.fromkeys(name for scores in table.values() for name in scores))
     losses = [name for name in names if name == "dev_loss"]

@@ -12,13 +12,12 @@ import socket
 import struct
 from datetime import timedelta
 
-from common.failure import LAUNCHED
+from common.environment import LAUNCHED, STORE, before_joining
 
-STORE = "PTUNING_STORE"  # set by launch.py: a file through which the processes of one machine find each other
 LOOPBACK = "127.0.0.1"
 
 
-def network_interface(address):
+def network_interface(address: str) -> str | None:
     """Name of the network interface that leads to `address`, IPv4, or None; it may be an address of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -37,12 +36,11 @@ def network_interface(address):
     return None
 
 
-def keep_to_loopback():
+def keep_to_loopback() -> None:
     """Let gloo and NCCL of this process and its children listen on this machine only, whatever the user's settings."""
     interface = network_interface(LOOPBACK)
     if interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"  # =: of this very name; NCCL takes a beginning otherwise
+        before_joining(interface)
 
 
 def listen_on_loopback(port, timeout=timedelta(minutes=30)):
@@ -62,7 +60,7 @@ def listen_on_loopback(port, timeout=timedelta(minutes=30)):
 
 
 def on_one_machine():
-    """Whether all processes of this run are on this machine, as far as the launcher's variables say it."""
+    """True where all processes of this run are on this machine, as far as the launcher's variables say it."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     if local is None:  # of a launcher that is not torchrun
         return os.environ.get("MASTER_ADDR") in (LOOPBACK, "localhost", "::1")
@@ -70,7 +68,7 @@ def on_one_machine():
 
 
 def open_store(timeout):
-    """What this process finds the others with, on one machine; None: what the launcher keeps for them."""
+    """The store in which the processes of one machine find each other; None where the launcher keeps one for them."""
     from torch.distributed import FileStore, TCPStore
 
     if STORE in os.environ:
@@ -86,7 +84,7 @@ def open_store(timeout):
         raise OSError(f"MASTER_PORT={port} of this machine cannot be used ({error}). Give another.") from error
 
 
-def join_processes(*, cpu, backend, timeout):
+def join_processes(*, cpu: bool, backend: str | None, timeout: int) -> list[str]:
     """Join the other processes that a launcher has started, if it has; what is to be said about its ports, in a list.
 
     Everything that the processes do together waits at most `timeout` seconds. transformers would join them too, but
@@ -125,7 +123,7 @@ def describe_ports():
     return [warn_of_port(os.environ.get("MASTER_PORT"))]
 
 
-def warn_of_port(port):
+def warn_of_port(port: int | str | None) -> str:
     """The line about the port of several machines."""
     return (
         f"Warning: whoever reaches port {port} of machine 0 (MASTER_PORT) can run code as you. Let only the machines of "

@@ -6,7 +6,7 @@ import unicodedata
 
 # Letters, marks and blanks that no font shows, though Unicode calls them printable.
 UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-# What arguments.py takes for a flag, a comment or quotation marks of prose, unless it stands behind an equals sign.
+# What flags.py takes for a flag, a comment or quotation marks of prose, unless it stands behind an equals sign.
 NEEDS_EQUALS = re.compile(r"[-–—−－]|#| #|\s+$|[“”‘’＂]|.*[“”‘’＂]$", re.DOTALL)
 
 

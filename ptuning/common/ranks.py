@@ -1,8 +1,9 @@
-"""What the processes of one run do together: one after the other, or all with the same outcome."""
+"""What the processes of one run do together, all with one outcome.
+
+Answers to nothing in the official scripts, whose processes each act alone.
+"""
 
 from torch import distributed
-
-# ---- what one process decides for all
 
 
 def on_first_rank(function, *arguments):
@@ -34,7 +35,7 @@ def on_writing_ranks(writes, function, *arguments):
             raise error
 
 
-def gather(value):
+def gather(value) -> list:
     """[value of rank 0, value of rank 1, …], the same in every process."""
     if not distributed.is_initialized():
         return [value]

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from transformers.integrations import get_available_reporting_integrations
 
+from common.environment import before_wandb
+
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
-def prepare_reports(training_args):
+def prepare_reports(training_args) -> None:
     """Where TensorBoard and wandb write: the run's own folder; wandb offline unless the user has an account set.
 
     Raises ValueError for a --report_to that cannot be, a TensorBoard folder that is a file, and a WANDB_MODE that
@@ -30,8 +32,6 @@ def prepare_reports(training_args):
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR", "")
     if "tensorboard" in training_args.report_to and Path(folder).is_file():
         raise ValueError(f"--logging_dir {folder} is a file. Name a folder, or leave the flag out.")
-    os.environ.setdefault("WANDB_DIR", training_args.output_dir)
-    os.environ.setdefault("WANDB_PROJECT", "chatglm2-ptuning")
     logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")
     mode = os.environ.get("WANDB_MODE")
     if mode is not None and "wandb" in training_args.report_to:
@@ -41,16 +41,14 @@ def prepare_reports(training_args):
             raise ValueError(
                 f"WANDB_MODE={mode} needs an account: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline."
             )
-    if mode is None and not logged_in:
-        os.environ["WANDB_MODE"] = "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")  # nobody asked for its page of text
+    before_wandb(training_args.output_dir, logged_in)
 
 
 def read_text(file):
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
-def close_reports(trainer):
+def close_reports(trainer) -> None:
     """End the wandb run, which stays open otherwise."""
     if any(type(callback).__name__ == "WandbCallback" for callback in trainer.callback_handler.callbacks):
         import wandb

@@ -174,7 +174,7 @@ def parse_json(text: str, unique_keys: bool = False):
 
 
 def load_json(data: bytes, name: str):
-    """What a JSON file holds that a user has written, in any encoding that data files may have.
+    """The value in a JSON file that a user has written, in any encoding that data files may have.
 
     ValueError naming the file, and the line, for bytes that are no text, text that is no JSON, and a key that stands
     twice in one object.

@@ -1,7 +1,8 @@
-"""Encoded rows -> the order in which they are read -> tensors.
+"""Encoded rows -> batches of tensors.
 
 Answers to the data collators of the official `main.py`. It differs in that rows are padded to the longest of their
-batch instead of to max_source + max_target + 1, and that the rows of a step are grouped by length."""
+batch instead of to max_source + max_target + 1, and that the rows of a step are grouped by length.
+"""
 
 from data.encoding import IGNORED_LABEL, any_supervised
 from data.mixture import shown_rows
@@ -57,11 +58,16 @@ def _pad(sequences: list[list[int]], value: int, length: int, left: bool = False
 
 
 def collate_training(
-    features, *, pad_token_id: int, label_pad_id: int = IGNORED_LABEL, multiple_of: int = 8, min_length: int = 0
-):
+    features: list[dict],
+    *,
+    pad_token_id: int,
+    label_pad_id: int = IGNORED_LABEL,
+    multiple_of: int = 8,
+    min_length: int = 0,
+) -> dict:
     """`input_ids` and `labels`, int64 (B, S), padded on the right; S is the longest row, rounded up. `row` (B,).
 
-    S is at least `min_length`.
+    S is a multiple of `multiple_of` and at least `min_length`.
 
     There is no attention mask: under causal attention no token sees the padding to its right. Nothing is supervised
     in a blank row, see WithBlankRow.
@@ -120,7 +126,7 @@ class EvenBatches:
             yield [self.blank] * self.batch_size
 
 
-def collate_prediction(features, *, pad_token_id: int):
+def collate_prediction(features: list[dict], *, pad_token_id: int) -> dict:
     """`input_ids`, `attention_mask`, `position_ids`, int64 (B, S), padded on the left, and `labels` on the right.
 
     Position ids count from 0 at the first token and are 0 at padding; labels are padded with -100.

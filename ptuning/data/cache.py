@@ -1,4 +1,4 @@
-"""What was read and encoded once is kept in the cache of `datasets`, and used only while it is whole.
+"""The cache of rows that were read or encoded once, used only while it is whole.
 
 Answers to nothing in the official scripts, which a damaged cache blocks until the user finds and removes it. Every
 entry is a folder of its own in the cache, with a list of its files and their checksums. A power cut or a full disk
@@ -11,15 +11,14 @@ import os
 import shutil
 from pathlib import Path
 
+from common.files import file_sha256
+from common.messages import silent
+
 FOLDER = "chatglm2-ptuning"  # in the cache of datasets
 LIST_FILE = "files.json"  # of an entry, written last
 
 
-def nobody(line: str) -> None:
-    """What hears the lines of a library function that nobody listens to."""
-
-
-def cached(key: str, build, *, what: str, overwrite: bool = False, say=nobody):
+def cached(key: str, build, *, what: str, overwrite: bool = False, say=silent):
     """build(folder): a dataset that `datasets` keeps in that folder, or finds there; `key` names the entry.
 
     A damaged entry is removed and built again, which `say` gets one line about; `what` says what that does. An
@@ -50,8 +49,7 @@ def checksums_of(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".arrow", ".json") and file.name != LIST_FILE and file.is_file():
-            with open(file, "rb") as opened:
-                found[file.relative_to(folder).as_posix()] = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.relative_to(folder).as_posix()] = file_sha256(file)
     return found
 
 

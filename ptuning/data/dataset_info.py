@@ -1,4 +1,8 @@
-"""dataset_info.json: data sets by name, as ChatGLM-Efficient-Tuning describes them."""
+"""dataset_info.json: data sets by name.
+
+Answers to the file of that name in ChatGLM-Efficient-Tuning. It differs in that nothing is fetched from the hub, and a
+changed file is used and said.
+"""
 
 import difflib
 import hashlib
@@ -9,15 +13,10 @@ from common.claims import MOST_JSON_BYTES, check_size, path_inside
 from common.quoting import as_typed
 from common.text import load_json
 from data.examples import COLUMNS
-from data.rows import _read_bytes, kind_of_value, read_rows
+from data.rows import kind_of_value, read_data, read_rows
 
 DATASET_INFO_FILE = "dataset_info.json"
-
-
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}  # of an entry that names none
-
-
-# ---- several data sets
 
 
 def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, dict], list[str]]:
@@ -32,7 +31,7 @@ def read_dataset_info(folder: str | os.PathLike, names: str) -> tuple[dict[str, 
             f"{info_file} does not exist; it describes the data sets that --dataset may name, see docs/data.md"
         )
     check_size(info_file, MOST_JSON_BYTES)
-    info = load_json(_read_bytes(info_file), str(info_file))
+    info = load_json(read_data(info_file), str(info_file))
     if not isinstance(info, dict):
         raise ValueError(
             f"{info_file} is {kind_of_value(info)}; expected an object that describes each data set by its name"
@@ -75,7 +74,7 @@ def _described_source(folder, entry, place):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, the file of {place}; correct file_name, or put the file there")
     if wanted := entry.get("file_sha1"):
-        found = hashlib.sha1(_read_bytes(path)).hexdigest()
+        found = hashlib.sha1(read_data(path)).hexdigest()
         if found != str(wanted).lower():
             notes.append(
                 f"{path} is not the file that {place} describes: its SHA-1 is {found}, expected {wanted}. "

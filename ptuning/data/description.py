@@ -1,8 +1,9 @@
-"""What the user sees of the training rows before the first step."""
+"""What the user sees of the training rows before the first step.
 
-from data.rows import shown
+Answers to `print_dataset_example` of the official `main.py`. It differs in that lengths, and what is cut, are told too.
+"""
 
-# ---- what the user should see before the first step
+from common.messages import cut_short
 
 
 def _length_line(name: str, lengths, limit: int) -> str:
@@ -49,6 +50,6 @@ def describe_training(
     answer = tokenizer.decode(example["input_ids"][start:])
     lines += [
         f"The first example, with {marked} between ⟦ and ⟧:",
-        f"[gMASK] sop {shown(prompt, 400)}⟦{shown(answer, 400)} {tokenizer.eos_token}⟧",
+        f"[gMASK] sop {cut_short(prompt, 400)}⟦{cut_short(answer, 400)} {tokenizer.eos_token}⟧",
     ]
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""Examples -> token ids and labels, cached.
+"""Examples -> token ids and labels.
 
 Answers to preprocess_function_train and preprocess_function_eval of the official `main.py`: same ids, same labels.
 It differs in that a dialogue that is too long loses its oldest turns instead of its question, and that rows are not
-padded here."""
+padded here.
+"""
 
 import hashlib
 import json
@@ -10,17 +11,12 @@ import os
 from bisect import bisect_left
 from functools import partial
 
-from data.cache import cached, nobody
+from common.messages import cut_short, silent
+from data.cache import cached
 from data.examples import ROWS_WORTH_A_PROGRESS_BAR, code_sha256, progress_bars
-from data.rows import shown
 
 IGNORED_LABEL = -100
-
-
 ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
-
-
-# ---- examples -> token ids and labels
 
 
 def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_target_length: int) -> None:
@@ -30,7 +26,7 @@ def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_tar
     if max_source_length < minimum:
         raise ValueError(
             f"--max_source_length {max_source_length} cannot hold the fixed part of every prompt, {minimum} tokens "
-            f"of {shown(source_prefix + tokenizer.build_prompt('…'))!r}; set at least {minimum} plus your questions"
+            f"of {cut_short(source_prefix + tokenizer.build_prompt('…'))!r}; set at least {minimum} plus your questions"
         )
     if max_target_length < 1:
         raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")
@@ -103,7 +99,7 @@ def _encode_training_batch(
 
 
 def any_supervised(labels: list[int]) -> bool:
-    """Whether a row teaches something; its first token is predicted from nothing and never counts."""
+    """True where a row teaches something. Its first token is predicted from nothing and never counts."""
     return labels[1:].count(IGNORED_LABEL) < len(labels) - 1
 
 
@@ -131,7 +127,7 @@ def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_ca
         **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),
         **dict.fromkeys(columns, Value("int64")),
     }
-    # datasets' own fingerprint would name functions of this file, not notice a change in them.
+    # datasets' own fingerprint names the functions, and does not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
 
@@ -164,7 +160,7 @@ def encode_training(
     ignore_pad_token_for_loss: bool = True,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
-    say=nobody,
+    say=silent,
 ):
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
 
@@ -194,7 +190,7 @@ def encode_prediction(
     max_target_length: int,
     num_workers: int | None = None,
     overwrite_cache: bool = False,
-    say=nobody,
+    say=silent,
 ):
     """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
 

@@ -1,6 +1,8 @@
-"""Rows -> examples: prompt, response and history, checked column by column.
+"""Rows -> examples of prompt, response and history.
 
-Every defect is one error that names file and row. Rows without a prompt or response are skipped and counted."""
+Answers to the loading of data files in the official `main.py`. It differs in that every defect is one error that names
+file, row and column, and that rows without a prompt or response are counted.
+"""
 
 import contextlib
 import difflib
@@ -10,17 +12,13 @@ import os
 from pathlib import Path
 
 from chatglm2.conversation import conversation
+from common.messages import cut_short, silent
 from common.quoting import as_typed, flag_as_typed
-from data.cache import cached, nobody
-from data.rows import _read_bytes, kind_of_value, read_rows, shown
+from data.cache import cached
+from data.rows import kind_of_value, read_data, read_rows
 
 COLUMNS = ("prompt", "query", "response", "history", "messages")
-
-
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
-
-
-# ---- rows -> examples
 
 
 def flag_of(place: str | None, column: str) -> str:
@@ -122,7 +120,7 @@ def _dialogue(
         role, content = message["role"], message["content"]
         if role not in expected:
             raise ValueError(
-                f"{place}: the role is {shown(str(role))!r}, expected {' or '.join(map(repr, expected))} here; after "
+                f"{place}: the role is {cut_short(str(role))!r}, expected {' or '.join(map(repr, expected))} here; after "
                 "an optional system message, user and assistant take turns"
             )
         if not isinstance(content, str):
@@ -219,7 +217,7 @@ def load_examples(
     query_column: str | None = None,
     place: str | None = None,
     overwrite_cache: bool = False,
-    say=nobody,
+    say=silent,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
 
@@ -227,15 +225,15 @@ def load_examples(
     `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
     prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
-    (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's content; `say` is
-    told where the cache is damaged.
+    (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's
+    content; `say` is told where the cache is damaged.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
     """
     from datasets import Dataset, Features, List, Value
     from datasets.exceptions import DatasetGenerationError
 
     path = Path(path)
-    content = hashlib.sha256(_read_bytes(path)).hexdigest()
+    content = hashlib.sha256(read_data(path)).hexdigest()
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"{max_samples} samples of {path} were asked for; set 1 or more, or leave the flag out")
     features = Features(

@@ -1,4 +1,7 @@
-"""Several data sets in one: shares of each, rows held out for the dev loss, and row numbers that tell them apart."""
+"""Several data sets in one.
+
+Answers to nothing in the official scripts, which read one file. The flags are ChatGLM-Efficient-Tuning's.
+"""
 
 import random
 

@@ -1,6 +1,8 @@
-"""Bytes -> text -> rows: the encoding is detected, and every defect is one error that names file and line.
+"""A data file -> rows.
 
-Files may be JSON lines, a JSON array or CSV, in UTF-8, UTF-16, UTF-32 or GB18030."""
+Answers to `load_dataset` of the official `main.py`. It differs in that a file may be JSON lines, a JSON array or CSV in
+UTF-8, UTF-16, UTF-32 or GB18030, and that every defect is one error that names file and line.
+"""
 
 import csv
 import io
@@ -8,14 +10,8 @@ import json
 import os
 from pathlib import Path
 
+from common.messages import cut_short
 from common.text import DuplicateKey, decode_text, parse_json
-
-# ---- text -> rows
-
-
-def shown(text: str, length: int = 60) -> str:
-    text = text.strip()
-    return text if len(text) <= length else text[:length] + "…"
 
 
 def kind_of_value(value) -> str:
@@ -27,13 +23,13 @@ def kind_of_value(value) -> str:
     if isinstance(value, int | float):
         return f"a number ({value})"
     if isinstance(value, str):
-        return f"text ({shown(value, 20)!r})"
+        return f"text ({cut_short(value, 20)!r})"
     return {list: "a list", dict: "an object"}[type(value)]
 
 
 def _duplicate_key(name: str, row: int, line: int, error: DuplicateKey) -> ValueError:
     return ValueError(
-        f"{name} row {row} (line {line}) has the key {shown(error.key)!r} twice in one object, of which only one could "
+        f"{name} row {row} (line {line}) has the key {cut_short(error.key)!r} twice in one object, of which only one could "
         "be read; rename or remove one"
     )
 
@@ -50,12 +46,12 @@ def _parse_json_lines(text: str, name: str) -> list[dict]:
             raise _duplicate_key(name, len(rows) + 1, number, error) from None
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {shown(line)}\n"
+                f"{name} line {number} is not JSON ({error.msg}, column {error.colno}): {cut_short(line)}\n"
                 "Expected one whole JSON object per line, or one JSON array of objects."
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
-                f"{name} line {number} is {kind_of_value(row)}, not a JSON object: {shown(line)}\n"
+                f"{name} line {number} is {kind_of_value(row)}, not a JSON object: {cut_short(line)}\n"
                 'Expected lines such as {"content": "...", "summary": "..."}.'
             )
         rows.append(row)
@@ -97,7 +93,7 @@ def _parse_csv(text: str, name: str) -> list[dict]:
             elif cells:
                 if len(cells) != len(header):
                     extra = cells[len(header) :]
-                    detail = f"; the first cell too many is {shown(extra[0])!r}" if extra else ""
+                    detail = f"; the first cell too many is {cut_short(extra[0])!r}" if extra else ""
                     raise ValueError(
                         f"{name} row {len(rows) + 1} (line {start}) has {len(cells)} cells but the header names "
                         f"{len(header)} columns{detail}\nPut cells that contain commas or line ends in double quotes."
@@ -106,13 +102,13 @@ def _parse_csv(text: str, name: str) -> list[dict]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{name} row {len(rows) + 1} (line {start}) is not CSV ({error}): {shown(lines[start - 1])}\n"
+            f"{name} row {len(rows) + 1} (line {start}) is not CSV ({error}): {cut_short(lines[start - 1])}\n"
             'A double quote inside a quoted cell is written twice: "".'
         ) from None
     return rows
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_data(path: Path) -> bytes:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a data file in it, such as {path / 'train.json'}")
     if path.exists() and not path.is_file():
@@ -129,7 +125,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     a folder, empty, not text, or not in one of these formats.
     """
     path = Path(path)
-    text = decode_text(_read_bytes(path), str(path))
+    text = decode_text(read_data(path), str(path))
     if not text.strip():
         raise ValueError(f"{path} is empty; expected JSON lines, a JSON array or CSV")
     if path.suffix.lower() == ".csv":

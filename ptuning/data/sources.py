@@ -1,13 +1,14 @@
-"""Which flag says where the rows of a split are, and which of these flags contradict each other. It loads no torch."""
+"""Which flag says where the rows of a split are. It loads no torch."""
 
 from __future__ import annotations
 
 
-def scores_answers(training_args):
+def scores_answers(training_args) -> bool:
+    """True for a run that compares answers with the responses of its rows."""
     return training_args.do_predict or training_args.do_eval or training_args.eval_with_generate
 
 
-def check_columns(prompt_column, response_column, both):
+def check_columns(prompt_column: str | None, response_column: str | None, both: str) -> None:
     """ValueError where answers would be scored against their own prompts; `both` is how the user names the columns."""
     if prompt_column and prompt_column == response_column:
         raise ValueError(
@@ -19,7 +20,7 @@ def check_columns(prompt_column, response_column, both):
 FILES = {"train": "train_file", "eval": "validation_file", "predict": "test_file"}
 
 
-def source_of(split, data_args, training_args):
+def source_of(split: str, data_args, training_args) -> str | None:
     """The flag that says where the rows of a split are: dev_ratio, dataset, or that of its file; None without one."""
     if split == "eval" and data_args.dev_ratio:
         return "dev_ratio"
@@ -28,7 +29,7 @@ def source_of(split, data_args, training_args):
     return FILES[split] if getattr(data_args, FILES[split]) else None
 
 
-def check_mixture(data_args, training_args):
+def check_mixture(data_args) -> None:
     """Raise ValueError where the flags of data sets contradict each other."""
     ratios = split_ratios(data_args.mix_ratios)
     names = [name for name in (data_args.dataset or "").split(",") if name.strip()]

@@ -1,7 +1,7 @@
-"""Which rows a run reads: the files and data sets that its flags name, mixed, divided, encoded and checked.
+"""Which rows a run reads of the files that its flags name.
 
-Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. How a file
-becomes rows, and rows become token ids, is in data.py.
+Answers to the parts of the official `main.py` that read `train_file`, `validation_file` and `test_file`. It differs in
+that several files can be mixed or divided. rows.py makes rows of a file, examples.py and encoding.py token ids of them.
 """
 
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def read_splits(data_args, training_args, tokenizer, say):
 
 
 def read_split(split, data_args, training_args, tokenizer, encode, say):
-    """(encoded rows, number of rows skipped) of one split. Raises ValueError and FileNotFoundError from data.py.
+    """(encoded rows, number of rows skipped) of one split. ValueError and FileNotFoundError name file, row or flag.
 
     With --dev_ratio the training rows are what the dev rows leave over.
     """
@@ -74,7 +74,8 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
 def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say):
     """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
 
-    A damaged cache is told to `say`, others on this machine read what the first process built anew. Data sets have their names; the one file of a flag has the name "".
+    Data sets have their names; the one file of a flag has the name "". A damaged cache is told to `say`. With
+    --overwrite_cache the first process of a machine encodes anew, and the others read what it has written.
     """
     source = source_of(split, data_args, training_args)
     if source == "dev_ratio":
@@ -144,8 +145,8 @@ def encode_rows(split, examples, data_args, tokenizer, encode, cache):
     )
 
 
-def seed_of_rows(training_args):
-    """What --mix_ratios and --dev_ratio choose rows by."""
+def seed_of_rows(training_args) -> int:
+    """The seed by which rows are chosen (--mix_ratios, --dev_ratio) and ordered: --data_seed, else --seed."""
     return training_args.seed if training_args.data_seed is None else training_args.data_seed
 
 
@@ -156,7 +157,7 @@ def describe_mixture(split, parts, sizes):
     return f"{split}: {', '.join(shares)}."
 
 
-def check_data(data_args, training_args, tokenizer, seq_length, say):
+def check_data(data_args, training_args, tokenizer, seq_length: int, say) -> None:
     """Read every file that the flags name as training would; print what is in each, and one example."""
     for split, flag in FILES.items():
         if not getattr(training_args, f"do_{split}"):
@@ -186,7 +187,7 @@ def check_data(data_args, training_args, tokenizer, seq_length, say):
     say("\nNothing is wrong with these files. Without --check_data the run begins.")
 
 
-def longest_example(dataset, data_args):
+def longest_example(dataset, data_args) -> int:
     """Tokens of the longest training example, as cut."""
     return max(
         min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
@@ -194,7 +195,7 @@ def longest_example(dataset, data_args):
     )
 
 
-def check_fits(dataset, seq_length, data_args):
+def check_fits(dataset, seq_length: int, data_args) -> None:
     """ValueError where a training example is longer than the model was made for."""
     longest = longest_example(dataset, data_args)
     if longest > seq_length:

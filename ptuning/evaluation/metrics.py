@@ -4,7 +4,7 @@ Answers to `compute_metrics` of the official `main.py`: words by jieba, ROUGE F-
 over characters with nltk's third smoothing method, every figure rounded to 4 digits. What differs: an empty or
 symbol-only text scores 0, where the official script raises or credits a matching full stop; the longest common
 subsequence of ROUGE-L is found by arithmetic on whole rows of bits, not cell by cell; many rows are scored by several
-processes, which are programs of this file: `python metrics.py` reads pairs of texts and writes their scores, as JSON.
+processes. Each of these runs this file as a program: it reads pairs of texts and writes their scores, as JSON.
 """
 
 import json

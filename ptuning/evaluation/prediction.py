@@ -1,7 +1,7 @@
-"""Answer the rows of a split, write the answers, score them, write and show the scores.
+"""The answers to the rows of a split: made, written, scored.
 
-Answers to the end of the official `main.py`: the same files and keys. How answers are made is in generation.py, how
-they are scored in metrics.py.
+Answers to the end of the official `main.py`: the same files and keys. chatglm2/generation.py makes the answers,
+metrics.py scores them.
 """
 
 import json
@@ -11,7 +11,7 @@ import torch
 
 from checkpoints.run_folder import dev_loss_of
 from common.failure import going_on_without
-from common.files import write_text
+from common.files import ANSWERS_FILE, write_text
 from common.plots import plot_checkpoints
 from common.ranks import on_first_rank
 from evaluation.metrics import metric_table, score_all
@@ -26,7 +26,7 @@ def describe_prompts(split, dataset, skipped, max_source_length):
     return "\n".join(lines)
 
 
-def predict(trainer, tokenizer, datasets):
+def predict(trainer, tokenizer, datasets: dict) -> dict[str, float]:
     """Answer the rows of every split; the metrics of all, on the process that writes."""
     metrics = {}
     for split, dataset in datasets.items():
@@ -36,10 +36,10 @@ def predict(trainer, tokenizer, datasets):
     return metrics
 
 
-def predict_with_each(checkpoints, trainer, tokenizer, datasets):
-    """Answer and score with each checkpoint of a run, as if it were the only one; a table and a plot of them all.
+def predict_with_each(checkpoints: list[Path], trainer, tokenizer, datasets: dict) -> None:
+    """Answer and score the rows of every split with each checkpoint of a run; write a table and a plot of the scores.
 
-    Everything goes to the folder all_checkpoints: what a single one gives into a folder of its name.
+    What a checkpoint gives goes to all_checkpoints/<its name>, the table and the plot to all_checkpoints.
     """
     output_dir = trainer.args.output_dir
     folder = Path(output_dir) / "all_checkpoints"
@@ -87,7 +87,7 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
             json.dumps({"labels": label, "predict": prediction, **place}, ensure_ascii=False) + "\n"
             for label, prediction, place in zip(labels, predictions, places, strict=True)
         ]
-        write_text(output_dir / "generated_predictions.txt", "".join(lines))
+        write_text(output_dir / ANSWERS_FILE, "".join(lines))
     if unlabelled := labels.count(""):
         trainer.say(f"{unlabelled} rows have no response to compare with; they are not scored.")
     scores = score_labelled(predictions, labels)
@@ -105,7 +105,7 @@ def score_labelled(predictions, labels):
     return score_all(*zip(*labelled, strict=True)) if labelled else {}
 
 
-def dev_scores(trainer, tokenizer, dataset):
+def dev_scores(trainer, tokenizer, dataset) -> dict[str, float]:
     """BLEU-4 and ROUGE of the answers to the dev rows, during training: the same in every process."""
     answers = trainer.predict(dataset, metric_key_prefix="eval").predictions
     scores = on_first_rank(lambda: score_labelled(decode(tokenizer, answers), decode(tokenizer, dataset["labels"])))

@@ -1,10 +1,13 @@
-"""What the API says about itself: the list of its paths, and a page about them that needs neither scripts nor internet."""
+"""What the API says about its paths, without scripts or internet.
+
+Answers to nothing in the official `api.py`. FastAPI's own page loads scripts from other servers.
+"""
 
 import html
 import json
 
 
-def endpoints(app):
+def endpoints(app) -> list[str]:
     """["GET /health: What it does.", …] of a FastAPI application."""
     return [
         f"{method.upper()} {path}: {operation.get('description') or operation['summary']}"
@@ -13,12 +16,12 @@ def endpoints(app):
     ]
 
 
-def names(app):
-    """The paths alone, for a message."""
+def names(app) -> str:
+    """The methods and paths of a FastAPI application in one line: "GET /health, POST /"."""
     return ", ".join(line.partition(":")[0] for line in endpoints(app))
 
 
-def docs_page(app):
+def docs_page(app) -> str:
     """HTML that shows every path with its fields, from the same schema as /openapi.json."""
     schema = app.openapi()
     parts = []

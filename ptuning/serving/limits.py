@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-import os
 import threading
 import time
 from collections import Counter, OrderedDict
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from common.environment import before_serving
 
 MAX_BODY_BYTES = 2**20  # of a request
 MAX_CONNECTIONS = 512  # half of the files that Linux lets a process open
@@ -30,8 +31,8 @@ MAX_REMEMBERED = 10_000  # clients whose wrong tries are counted
 # ---- shares
 
 
-def client_key(host):
-    """What stands for a client: its address; of IPv6 the network of 64 bits, which is what one customer gets."""
+def client_key(host: str | None) -> str:
+    """The key of a client: its address; of IPv6 the network of 64 bits, which is what one customer gets."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -43,12 +44,12 @@ def client_key(host):
     return str(address)
 
 
-def client_of(scope):
+def client_of(scope: dict) -> str:
     """The key of an ASGI request's client."""
     return client_key(scope["client"][0] if scope.get("client") else None)
 
 
-def fair_share(total, held, client):
+def fair_share(total: int, held: Counter, client) -> int:
     """How much of `total` a client may hold while others hold `held` (a Counter): one more share stays free."""
     clients = {key for key, count in held.items() if count} | {client}
     return max(1, total // (len(clients) + 1))
@@ -249,21 +250,16 @@ def stop_timer(timer):
         timer.cancel()
 
 
-def counting_protocol():
+def counting_protocol() -> type[Protocol]:
     """A Protocol class that counts the connections of one server alone."""
     return type("CountingProtocol", (Protocol,), {"held": Counter()})
 
 
-def uvicorn_settings():
-    """Named arguments of uvicorn.Config."""
+def uvicorn_settings() -> dict:
+    """Named arguments of uvicorn.Config that set these bounds."""
     return {
         "http": counting_protocol(),
         "ws": "none",
         "timeout_graceful_shutdown": END_SECONDS,
-        "forwarded_allow_ips": trusted_proxies(),
+        "forwarded_allow_ips": before_serving(),
     }
-
-
-def trusted_proxies():
-    """The addresses whose X-Forwarded-For is believed, as FORWARDED_ALLOW_IPS says; none without it."""
-    return os.environ.setdefault("FORWARDED_ALLOW_IPS", "")

@@ -1,4 +1,4 @@
-"""Text of users and of the model as the page shows it: rendered where that is harmless, and never run.
+"""Text of users or of the model as the page shows it: rendered where that is harmless, never run.
 
 Nothing here takes more than linear time, whatever the text, and neither does the page with what comes out: its
 Markdown parser takes time that grows with the square of open emphasis, brackets and nesting, so these are bounded.
@@ -35,7 +35,7 @@ NUMBERED = re.compile(r" {0,3}\d{1,9}[.)][ \t]")  # begins one behind another nu
 MATH_MARK = "\ue000{}\ue001"  # private characters, taken out of the text first
 
 
-def as_markdown(text):
+def as_markdown(text: str) -> str:
     """Markdown that shows `text` with its Markdown, code and formulas, and every HTML tag and image as text.
 
     Tags and entities are escaped outside code blocks; the page escapes those inside, and its sanitizer comes after
@@ -90,7 +90,7 @@ def take_formulas(text, left, right, formulas):
     return "".join([*parts, text[end:]])
 
 
-def literally(text):
+def literally(text: str) -> str:
     """Markdown that shows `text` as it is: a prompt of ADGEN is full of * and #."""
     text = re.sub(r"^ +", lambda match: "\u00a0" * len(match[0]), text, flags=re.MULTILINE)
     return "".join(f"&#{ord(char)};" if char in string.punctuation else char for char in text)

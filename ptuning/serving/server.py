@@ -1,4 +1,4 @@
-"""Answer with a tuned model, many conversations at once: what the page, the terminal and the API share.
+"""Answer with a tuned model, many conversations at once, for the page, the terminal or the API.
 
 Answers to the loading code that the official `web_demo.py`, `cli_demo.py` and `api.py` each carry, and to their
 use of `stream_chat`. It differs in three ways.
@@ -6,8 +6,8 @@ use of `stream_chat`. It differs in three ways.
 One model in memory answers with any prefix, or with none: the prefix is not a part of the model here but the
 first entries of an answer's KV cache, so two answers that are computed side by side may have different ones.
 
-Answers are computed together, by the Batch of generation.py. A worker thread owns the model; in every step it feeds one
-token of each running answer. New answers join and finished ones leave between steps.
+Answers are computed together, by the Batch of chatglm2/generation.py. A worker thread owns the model; in every step it
+feeds one token of each running answer. New answers join and finished ones leave between steps.
 
 A conversation's cache is kept after its answer. The next prompt is compared with the tokens in it, and only
 what follows the part they share is computed: an edited history simply shares less.
@@ -33,15 +33,12 @@ from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import list_checkpoints
+from common.messages import dtype_name
 from serving.limits import Turns, fair_share
 
 BASE = "base"  # name of the model without a prefix
-
-
 CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
 TURN_TOKENS = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
-
-
 TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
 
 
@@ -103,8 +100,8 @@ class Answer:
 
 
 @dataclass(eq=False)
-class Row:
-    """What the worker knows of a running answer, beside its cache in the batch."""
+class BatchRow:
+    """A running answer as the worker knows it; its cache is in the batch."""
 
     answer: Answer
     generator: random.Random
@@ -116,13 +113,13 @@ class Row:
 class Paused:
     """An answer that gave its place away, with its cache."""
 
-    row: Row
+    row: BatchRow
     layers: list
     prefix_length: int
 
 
 @dataclass
-class Memory:
+class KeptCache:
     """The cache of a conversation between two answers."""
 
     model: str
@@ -158,7 +155,7 @@ class ChatServer:
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
-        self._memories = OrderedDict()  # session -> Memory
+        self._kept_caches = OrderedDict()  # session -> KeptCache
         self._running = []  # rows; row i is row i of the batch
         self._batch = Batch(model, max_batch)
         self._waiting = []
@@ -353,20 +350,20 @@ class ChatServer:
             return self._unfinished - len(self._waiting), len(self._waiting)
 
     def facts(self, name):
-        """What there is to say about a model that can be asked for, loading its prefix if need be."""
+        """{name: value} that describe a model that can be asked for; its prefix is loaded if need be."""
         bits = self.model.config.quantization_bit
         return {
             "base_model": self.name,
             "model": name,
             "pre_seq_len": self.prefix_length(name),
-            "weights": f"int{bits}" if bits else str(self.model.transformer.dtype_of_blocks).removeprefix("torch."),
+            "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
             "device": str(self.model.device),
         }
 
     def forget(self, session):
         """Drop the cache of a conversation."""
         with self._changed:
-            self._memories.pop(session, None)
+            self._kept_caches.pop(session, None)
 
     def close(self, seconds=0):
         """Take no more, give what is on its way some seconds, and end the worker; what is left ends as cancelled."""
@@ -453,7 +450,7 @@ class ChatServer:
                 self._choose(self._running[-1:], logits)
         ended = [(row, reason) for row in self._running if (reason := self._accept(row))]
         for row, reason in ended:
-            self._remember(row)
+            self._keep_cache(row)
             self._remove(row)
             self._end(row.answer, reason)
         if self._running:
@@ -465,14 +462,14 @@ class ChatServer:
         prefix_length = answer.prefix[0][0].shape[2] if answer.prefix else 0
         layers = answer.prefix
         with self._changed:
-            memory = self._memories.pop(answer.session, None)
-        if memory and memory.model == answer.model:
-            answer.reused_tokens = shared_length(memory.token_ids, answer.token_ids[:-1])
-            kept = prefix_length + answer.reused_tokens
-            layers = [(key[:, :, :kept], value[:, :, :kept]) for key, value in memory.layers]
+            kept = self._kept_caches.pop(answer.session, None)
+        if kept and kept.model == answer.model:
+            answer.reused_tokens = shared_length(kept.token_ids, answer.token_ids[:-1])
+            length = prefix_length + answer.reused_tokens
+            layers = [(key[:, :, :length], value[:, :, :length]) for key, value in kept.layers]
         logits = self._feed(self._batch.admit, [answer.token_ids[answer.reused_tokens :]], layers, prefix_length)
         with self._changed:
-            self._running.append(Row(answer, random.Random(answer.sampling.seed), started))
+            self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
         return logits
 
     def _resume(self, answer):
@@ -541,7 +538,7 @@ class ChatServer:
         if answer.notify:
             answer.notify(answer)
 
-    def _remember(self, row):
+    def _keep_cache(self, row):
         """Keep the cache of a conversation; the one that was idle longest makes room."""
         answer = row.answer
         if answer.session is None:
@@ -551,9 +548,9 @@ class ChatServer:
         token_ids = (answer.token_ids + answer.response_ids)[:fed]
         layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
         with self._changed:
-            self._memories[answer.session] = Memory(answer.model, token_ids, layers)
-            while len(self._memories) > self.max_sessions:
-                self._memories.popitem(last=False)
+            self._kept_caches[answer.session] = KeptCache(answer.model, token_ids, layers)
+            while len(self._kept_caches) > self.max_sessions:
+                self._kept_caches.popitem(last=False)
 
 
 def check_text(query, history):
@@ -590,7 +587,7 @@ def hold_back(text, patterns):
 # ---- what the page and the API share beside the model
 
 
-def check_port(name, port):
+def check_port(name: str, port: int) -> None:
     """ValueError where nothing can listen on an address, before minutes go into loading a model."""
     try:
         family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]

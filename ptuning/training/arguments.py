@@ -52,7 +52,7 @@ def use_one_device(training_args):
 
 @dataclass
 class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
-    """Every flag of training: those of arguments.py count where transformers has one of the same name."""
+    """Every flag of training: those of training/flags.py count where transformers has one of the same name."""
 
     # --per_device_eval_batch_size where it was given, which holds for the dev loss in any case; None: what fits
     prediction_batch_size: int | None = field(default=None, init=False)
@@ -64,7 +64,7 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
         super().__post_init__()
 
 
-def make_training_arguments(given):
+def make_training_arguments(given: dict) -> tuple[PrefixTrainingArguments, list[str]]:
     """(PrefixTrainingArguments of the given flags {name: value}, lines to show the user).
 
     ValueError for flags that cannot be used on this machine, or that transformers refuses.

@@ -1,4 +1,4 @@
-"""What a loaded model weighs, and an estimate of the memory that a batch will take.
+"""The memory that a loaded model takes, alone or with a batch.
 
 Answers to nothing in the official scripts; their users learn it from an out-of-memory error.
 
@@ -29,7 +29,7 @@ from torch import nn
 
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
-from common.dtypes import dtype_name
+from common.messages import dtype_name
 from data.splits import longest_example
 from tuning.rules import engine_of
 
@@ -154,8 +154,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
-    """Whether training on the batch without gradient checkpointing exceeds nine tenths of the free memory, and a line
-    that says so. `batch` as in `estimate_peak_bytes`; the model is in memory already."""
+    """(True where a step without gradient checkpointing takes more than nine tenths of the free memory, a line on it).
+
+    `batch` are the arguments of `estimate_peak_bytes`. The model is in memory already."""
     parts = estimate_peak_bytes(model, **{**batch, "checkpointing": False})
     needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
     free = free_bytes(model.device)
@@ -214,7 +215,7 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
 
 
 @contextlib.contextmanager
-def explaining_out_of_memory(model, args, shape, training):
+def explaining_out_of_memory(model: nn.Module, args, shape: tuple[int, int], training: bool):
     """Says inside the block, instead of torch's own words for a full GPU, what of the run did not fit.
 
     `shape` (rows, tokens) is that of the batch, `args` the flags of training.

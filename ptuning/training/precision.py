@@ -3,7 +3,7 @@
 import torch
 
 from checkpoint import choose_dtype
-from common.dtypes import dtype_name
+from common.messages import dtype_name
 from tuning.methods import METHODS
 
 

@@ -1,8 +1,8 @@
-"""From one run to the next: where to continue, one run per folder, and a clean stop on a signal.
+"""Where a run continues: the checkpoint to go on from, held against the run that is to go on.
 
 Has no counterpart in the official scripts, whose `--resume_from_checkpoint` takes the folder with the highest number,
-complete or not, and which lose all steps since the last checkpoint when they are stopped. checkpoint.py writes and
-checks the folders; trainer.py puts step, optimizer, schedule and random numbers into them.
+complete or not. checkpoints/run_folder.py writes the folders and checks them; trainer.py puts step, optimizer, schedule
+and random numbers into them.
 """
 
 import contextlib
@@ -27,12 +27,11 @@ from checkpoints.run_folder import (
 )
 from checkpoints.trainer_state import check_state
 from common.claims import ZIP_MARK, check_torch_file
-from common.files import STATE_FILE, first_line, read_json
+from common.files import STATE_FILE, read_json
+from common.messages import first_line
 from training.shards import SHARD_FOLDERS, check_shards
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
-
-
 SHAPED_LIKE_WEIGHTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum"}  # in an optimizer's state
 
 
@@ -41,7 +40,7 @@ SHAPED_LIKE_WEIGHTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg",
 locks = {}  # folder -> open file; the system releases a lock when the process ends, however it ends
 
 
-def lock_run(folder):
+def lock_run(folder: Path | str) -> None:
     """Make `folder` this process's own and remove what a killed run left in it. ValueError while another has it."""
     folder = Path(folder).resolve()
     if folder in locks:
@@ -67,7 +66,7 @@ def lock_run(folder):
     clear_leftovers(folder)
 
 
-def release_run(folder):
+def release_run(folder: Path | str) -> None:
     """Give up the lock, in a program that goes on after a run."""
     if file := locks.pop(Path(folder).resolve(), None):
         file.close()
@@ -76,7 +75,9 @@ def release_run(folder):
 # ---- where to continue
 
 
-def find_resume_checkpoint(wanted, output_dir, overwrite=False):
+def find_resume_checkpoint(
+    wanted: str | bool | None, output_dir: Path | str, overwrite: bool = False
+) -> tuple[str | None, list[str]]:
     """(checkpoint folder to continue from or None to start afresh, lines for the user).
 
     `wanted` is --resume_from_checkpoint: None, True, "last" or a folder. Raises FileNotFoundError and ValueError
@@ -179,8 +180,11 @@ COMPARED = {
 }
 
 
-def training_record(training_args, train_file, train_rows, quantization_bit):
-    """What a checkpoint remembers of its run, for the run that continues it. `train_rows` is a digest of the data."""
+def training_record(training_args, train_file: str | None, train_rows: str, quantization_bit: int | None) -> dict:
+    """What the checkpoints of a run remember for the run that continues it: {name: value}, as in COMPARED.
+
+    `train_rows` is a digest of the data.
+    """
     record = {
         "processes": training_args.world_size,
         "rows_per_step": training_args.world_size
@@ -194,7 +198,7 @@ def training_record(training_args, train_file, train_rows, quantization_bit):
     return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
 
 
-def describe_differences(before, now):
+def describe_differences(before: dict, now: dict) -> str:
     """One line that names what differs between two training_records and what comes of it; empty if nothing does."""
     changed = []
     for name, consequence in COMPARED.items():
@@ -207,7 +211,7 @@ def describe_differences(before, now):
 # ---- random numbers
 
 
-def random_state(device):
+def random_state(device: torch.device) -> dict:
     """The state of every random number generator of this process, in transformers' form."""
     state = {
         "python": random.getstate(),
@@ -219,12 +223,13 @@ def random_state(device):
     return state
 
 
-def random_state_file(process, processes):
+def random_state_file(process: int, processes: int) -> str:
+    """Name of the file with the state of a process (from 0), one of `processes`; the library's names."""
     return "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
 
 
 @contextlib.contextmanager
-def fitting(file, hint=""):
+def fitting(file: Path | str, hint: str = ""):
     """Around taking over what `file` of a checkpoint holds: ValueError where it is nothing that fits this run."""
     try:
         yield
@@ -238,7 +243,7 @@ def fitting(file, hint=""):
         ) from error
 
 
-def check_optimizer(saved, optimizer, name):
+def check_optimizer(saved: dict, optimizer: torch.optim.Optimizer, name: str) -> None:
     """ValueError where the state `saved` is that of another optimizer than this run's, --optim `name`.
 
     torch takes any state of as many tensors, and fails in the first step or computes something else.
@@ -266,7 +271,7 @@ def check_optimizer(saved, optimizer, name):
 
 
 def is_like(value, fresh):
-    """Whether a setting of a saved optimizer can stand where a new one has `fresh`."""
+    """True where a setting of a saved optimizer has the form of `fresh`, which a new optimizer has."""
     if isinstance(value, torch.Tensor):  # a learning rate that a graph reads
         return value.numel() == 1 and isinstance(fresh, float | torch.Tensor)
     if isinstance(fresh, tuple | list):
@@ -278,7 +283,7 @@ def is_like(value, fresh):
     return isinstance(value, type(fresh))
 
 
-def check_schedule(saved, num_groups):
+def check_schedule(saved: dict, num_groups: int) -> None:
     """ValueError where the state `saved` of a learning rate schedule is none that can be continued."""
     steps = [saved.get("last_epoch", 0), saved.get("_step_count", 0)]
     rates = [saved.get(name, [0.0] * num_groups) for name in ("_last_lr", "base_lrs")]
@@ -288,8 +293,8 @@ def check_schedule(saved, num_groups):
         raise ValueError(f"its _last_lr or base_lrs are not {num_groups} numbers")
 
 
-def read_process_states(checkpoint):
-    """What each process of the run had saved of itself, in order; empty where nothing was saved."""
+def read_process_states(checkpoint: Path | str) -> list[dict]:
+    """The states that the processes of a run saved of themselves, in order of rank; an empty list where none did."""
     files = [Path(checkpoint, "rng_state.pth")]
     if not files[0].is_file():
         files = [Path(checkpoint, f"rng_state_{process}.pth") for process in range(len(os.listdir(checkpoint)))]
@@ -297,7 +302,8 @@ def read_process_states(checkpoint):
         return [torch.load(file, weights_only=True) for file in files if file.is_file()]
 
 
-def restore_random_state(state, device):
+def restore_random_state(state: dict, device: torch.device) -> None:
+    """Set every random number generator of this process to what random_state() has returned."""
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])

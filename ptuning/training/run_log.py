@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: trainer_log.jsonl, and that no log of any kind ends a run.
+"""What a run tells while it goes on, such as trainer_log.jsonl: none of it ends the run.
 
 Answers to nothing in the official scripts, where a full disk ends a run at the next line of a log. A checkpoint
 decides whether a run can go on; of what is only read by people or plotted, the first failure is said.
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from common.failure import going_on_without, reason_of
 from common.files import write_text
+from common.messages import clock, silent
 
 LOG_FILE = "trainer_log.jsonl"
 GUARDED = (
@@ -24,7 +25,7 @@ GUARDED = (
 ).split()
 
 
-def guard_callback(callback, say):
+def guard_callback(callback: TrainerCallback, say) -> None:
     """Let a callback of TensorBoard, wandb or another logger fail once it has begun: said once, then left out.
 
     What is wrong when training begins, such as a folder that cannot be written to, is an error as ever.
@@ -128,10 +129,6 @@ class RunLog(TrainerCallback):
                 raise
 
 
-def silent(text):
-    """Says nothing."""
-
-
 def append(file, text):
     """Add whole lines to a file, all of `text` or nothing; half a line that a kill left there is ended first."""
     with open(file, "ab+", buffering=0) as opened:
@@ -147,12 +144,6 @@ def append(file, text):
             with contextlib.suppress(OSError):
                 opened.truncate(size)
             raise
-
-
-def clock(seconds):
-    """1:02:03"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 # ---- what is printed
@@ -206,7 +197,7 @@ def tell(text):
         os.write(2, text.encode())
 
 
-def keep_printing():
+def keep_printing() -> None:
     """Let this program go on where what it prints cannot be written: its results are in files."""
     for name in ("stdout", "stderr"):
         stream = Unfailing(getattr(sys, name))

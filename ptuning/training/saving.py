@@ -7,7 +7,7 @@ after the first dev loss, and some it lets pass without an effect.
 from evaluation.metrics import METRICS
 
 
-def check_saving(training_args):
+def check_saving(training_args) -> None:
     """ValueError for flags of checkpoints that cannot be meant, or that would be without effect here."""
     if training_args.push_to_hub:
         raise ValueError(

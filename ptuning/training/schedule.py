@@ -26,7 +26,7 @@ def rows_of_whole_step(training_args):
     return training_args.per_device_train_batch_size * batches
 
 
-def plan_steps(training_args, num_rows):
+def plan_steps(training_args, num_rows: int) -> StepPlan:
     """The StepPlan of a run on `num_rows` rows. ValueError where --dataloader_drop_last leaves no batch of them."""
     batch_size, processes = training_args.per_device_train_batch_size, training_args.world_size
     accumulated = training_args.gradient_accumulation_steps
@@ -58,7 +58,7 @@ def plan_steps(training_args, num_rows):
     )
 
 
-def describe_steps(training_args, num_rows):
+def describe_steps(training_args, num_rows: int) -> str:
     """One line: the rows of a step, and the steps of the run as epochs."""
     plan = plan_steps(training_args, num_rows)
     line = (

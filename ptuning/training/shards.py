@@ -1,4 +1,7 @@
-"""Checkpoints whose optimizer is divided over processes (FSDP, DeepSpeed): are all shards there, and for how many."""
+"""Checkpoints whose optimizer is divided over processes by FSDP or DeepSpeed.
+
+Answers to nothing in the official scripts, which leave that to DeepSpeed.
+"""
 
 import pickle
 import shutil
@@ -10,11 +13,9 @@ import torch
 
 from checkpoints.run_folder import hidden
 from common.claims import MOST_INDEX_BYTES, check_size, check_torch_file
-from common.files import first_line
+from common.messages import first_line
 
 SHARD_FOLDERS = ("optimizer_*", "global_step*")  # what FSDP and DeepSpeed write instead
-
-
 SHARD_CLASSES = {  # in the shards of an optimizer, beside tensors and plain values
     *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")),
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -33,10 +34,7 @@ SHARD_CLASSES = {  # in the shards of an optimizer, beside tensors and plain val
 }
 
 
-# ---- the shards of FSDP and DeepSpeed
-
-
-def count_writers(checkpoint):
+def count_writers(checkpoint: Path | str) -> int:
     """How many processes wrote a checkpoint: each has left its random state."""
     return len(list(Path(checkpoint).glob("rng_state*.pth")))
 
@@ -73,7 +71,7 @@ def check_shards(checkpoint):
             ) from error
 
 
-def divide_anew(checkpoint, output_dir):
+def divide_anew(checkpoint: Path | str, output_dir: Path | str) -> str:
     """Bring a DeepSpeed checkpoint into the format of which any number of processes can take their parts.
 
     Returns a folder in `output_dir` to resume from, with links to the checkpoint's other files. ValueError with

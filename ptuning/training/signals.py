@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while training: the step is finished and saved, on all processes alike."""
+"""Ctrl-C and SIGTERM while training: the step is finished and saved, on all processes alike.
+
+Answers to nothing in the official scripts, which lose all steps since the last checkpoint when they are stopped.
+"""
 
 import contextlib
 import os
@@ -15,9 +18,6 @@ from common import failure
 from common.failure import catch_signals, leave
 
 SAME_SIGNAL_SECONDS = 2.0  # torchrun hands a signal on that the terminal has sent to every process already
-
-
-# ---- stopping on a signal
 
 
 class StopOnSignal(TrainerCallback):
@@ -96,7 +96,7 @@ class StopOnSignal(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
 
-def describe_stop(number, state, training_args):
+def describe_stop(number: int, state, training_args) -> str:
     """The message at the end of a run that a signal has ended."""
     name = signal.Signals(number).name
     folder = Path(training_args.output_dir, f"checkpoint-{state.global_step}")

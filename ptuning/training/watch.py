@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from checkpoints.run_folder import list_checkpoints, point_to_best
+from checkpoints.run_folder import BEST_LINK, list_checkpoints, point_to_best, step_of
+from common.messages import dtype_name
+from common.ranks import gather
 from data.mixture import shown_rows
 
 ZERO_STEPS = 5  # steps in a row with a gradient of exactly 0 before it is said
@@ -52,7 +54,7 @@ class StepWatch:
     """
 
     def __init__(self, *, dtype, loss_scaling, last_checkpoint, say):
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = dtype_name(dtype)
         self.loss_scaling = loss_scaling
         self.last_checkpoint = last_checkpoint
         self.say = say
@@ -99,7 +101,7 @@ class StepWatch:
             )
 
     def describe_bad_step(self, step, bad_loss):
-        """What is wrong with it, where, and what to do; the same text on every process."""
+        """The message for a step that ends the run, of which each process gets the same."""
         losses, rows = gather_batches(step)
         suspects = [numbers for loss, numbers in zip(losses, rows, strict=True) if not math.isfinite(loss)] or rows
         what = (
@@ -127,7 +129,7 @@ def way_out(checkpoint, dtype):
 
 
 def step_flags(step):
-    """int32 (3,) on the device of the loss: some loss is not finite, the gradient norm is not, it is exactly 0."""
+    """int32 (3,) on the device of the loss, 1 where: a loss is not finite, the gradient norm is not, the norm is 0."""
     norm = step.gradient_norm.detach().float()
     finite = torch.stack([loss.detach().float() for loss in step.losses]).isfinite().all()
     return torch.stack((~finite, ~norm.isfinite(), norm == 0)).to(torch.int32)
@@ -148,18 +150,14 @@ def gather_batches(step):
     """(losses, lists of row numbers) of the batches that all processes had in this step."""
     batches = zip(step.losses, step.rows, strict=True)
     mine = [(loss.item(), [row for row in rows.tolist() if row]) for loss, rows in batches]  # without blank ones, 0
-    everyones = [mine]
-    if torch.distributed.is_initialized():
-        everyones = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyones, mine)
-    return tuple(zip(*sum(everyones, []), strict=True))
+    return tuple(zip(*sum(gather(mine), []), strict=True))
 
 
 # ---- the whole run
 
 
 class LossTrend:
-    """Tells from one loss after the other whether they have been rising for long, see RISE."""
+    """Takes one loss after the other and tells where they have been rising for long, see RISE."""
 
     def __init__(self, smooth):
         self.smooth = smooth
@@ -187,14 +185,14 @@ class LossTrend:
         return step - self.near_step >= RISE_STEPS
 
 
-def follow(log_history, key):
+def follow(log_history: list[dict], key: str) -> tuple[LossTrend, bool]:
     """(LossTrend after the losses that a log has under `key`, whether they have been rising for long at any of them)."""
     trend = LossTrend(smooth=key == "loss")
     return trend, any([trend.add(entry["step"], entry[key]) for entry in log_history if key in entry])
 
 
-def watched_key(args):
-    """Under which name a log has the losses that are watched: the dev rows', or without them those of training."""
+def watched_key(args) -> str:
+    """The key in the log of the losses that are watched: those of the dev rows, or without these, of training."""
     return "loss" if args.eval_strategy == "no" else "eval_loss"
 
 
@@ -205,7 +203,7 @@ class RunWatch(TrainerCallback):
     """
 
     def __init__(self, *, dtype, early_stopping, say):
-        self.dtype = str(dtype).removeprefix("torch.")
+        self.dtype = dtype_name(dtype)
         self.early_stopping = early_stopping
         self.say = say
 
@@ -254,12 +252,10 @@ class RunWatch(TrainerCallback):
         self.saved_step = state.global_step
 
 
-def describe_checkpoints(state, output_dir):
+def describe_checkpoints(state, output_dir: Path | str) -> str:
     """One line on where the run's best and last checkpoints are; empty without checkpoints."""
     # An earlier, longer run may have left others there.
-    names = [
-        name for name in list_checkpoints(output_dir) if int(name.removeprefix("checkpoint-")) <= state.global_step
-    ]
+    names = [name for name, folder in list_checkpoints(output_dir).items() if step_of(folder) <= state.global_step]
     if not names:
         return ""
     dev_losses = {
@@ -273,5 +269,5 @@ def describe_checkpoints(state, output_dir):
     if best not in names:
         return f"Last checkpoint: {shown(last)}. Without a dev loss no best one is known."
     if best == last:
-        return f"Best and last checkpoint: {shown(best)}, also called {Path(output_dir) / 'best'}."
-    return f"Best checkpoint: {shown(best)}, also called {Path(output_dir) / 'best'}. Last: {shown(last)}."
+        return f"Best and last checkpoint: {shown(best)}, also called {Path(output_dir) / BEST_LINK}."
+    return f"Best checkpoint: {shown(best)}, also called {Path(output_dir) / BEST_LINK}. Last: {shown(last)}."

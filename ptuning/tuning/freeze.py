@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import warn_of_other_base
-from checkpoints.weight_files import PREFIX_FILE, check_trained, read_tensors
+from checkpoints.weight_files import TENSORS_FILE, check_trained, read_tensors
 from tuning.method import Method, named
 
 FREEZE_MODULES = {"mlp": "mlp", "qkv": "self_attention.query_key_value"}
@@ -32,9 +32,9 @@ def freeze_pattern(num_layers, num_layer_trainable, name_module_trainable):
 
 def load_tensors(model, checkpoint):
     """Write a freeze checkpoint's tensors over the model's, all or ValueError."""
-    file = Path(checkpoint) / PREFIX_FILE
+    file = Path(checkpoint) / TENSORS_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {PREFIX_FILE} in it.")
+        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it.")
     parameters = dict(model.named_parameters())
     tensors = dict(read_tensors(file))
     for name, tensor in tensors.items():
@@ -80,7 +80,7 @@ class Freeze(Method):
         trained = {
             name: parameter.detach().cpu() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
-        torch.save(trained, folder / PREFIX_FILE)
+        torch.save(trained, folder / TENSORS_FILE)
 
     def load(self, model, folder):
         load_tensors(model, folder)

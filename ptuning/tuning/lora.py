@@ -12,8 +12,8 @@ import torch
 from chatglm2.quantization import QuantizedLinear
 from checkpoint import warn_of_other_base
 from checkpoints.weight_files import ADAPTER_FILES, check_trained, read_tensors
-from common.dtypes import dtype_name
-from common.files import first_line, read_json
+from common.files import read_json
+from common.messages import dtype_name, first_line
 from tuning.method import Method, named
 from tuning.rules import LORA_TARGETS
 
