@@ -28,8 +28,12 @@ step() { # name, seconds, command …
 nvidia-smi
 "$python" -c 'import torch, transformers as t; print(torch.__version__, t.__version__, torch.cuda.get_device_name())'
 sample=AdvertiseGen/sample/train.json
-step tests 150 "$python" -m pytest -q tests/test_quantization_triton.py tests/test_quantization.py \
-  tests/test_generation.py tests/test_modeling.py
+step tests 150 "$python" -m pytest -q tests/chatglm2/test_quantization_triton.py tests/chatglm2/test_quantization.py \
+  tests/chatglm2/test_quantization_backends.py \
+  tests/chatglm2/test_generation.py \
+  tests/chatglm2/test_modeling.py \
+  tests/chatglm2/test_training_forward.py \
+  tests/chatglm2/test_configuration.py
 step quantization 150 "$python" -m benchmarks.quantization --repeats 3
 step speed 300 "$python" -m benchmarks.speed --size 6b --repeats 1
 step speed-int4 150 "$python" -m benchmarks.speed --size 6b --no_growth --repeats 1 --quantization_bit 4

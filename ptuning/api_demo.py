@@ -51,9 +51,9 @@ from starlette.exceptions import HTTPException
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from serving.api_index import docs_page, endpoints, names
-from serving.limits import Attempts, BodyLimit, client_of, uvicorn_settings
+from serving.limits import Attempts, BodyLimit, check_port, client_of, uvicorn_settings
 from serving.loading import load_server
-from serving.server import Busy, Sampling, check_port
+from serving.server import Busy, Sampling
 
 MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
 LOOK_SECONDS = 0.5  # between looks whether a client is still there

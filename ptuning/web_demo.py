@@ -44,10 +44,10 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from common.environment import before_page, before_serving
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, counting_protocol
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, check_port, client_key, counting_protocol
 from serving.loading import load_server
 from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
-from serving.server import BASE, Busy, Sampling, check_port
+from serving.server import BASE, Busy, Sampling
 
 EXAMPLES = (
     "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",

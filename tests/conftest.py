@@ -13,6 +13,8 @@ import numpy
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")
+
 # A script's background job, nohup, cron and some CI systems start us deaf to some signals, and so would be every
 # program that a test starts.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

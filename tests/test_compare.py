@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SAMPLE
-from test_main import TRAIN_SETTINGS, run
+from support.runs import TRAIN_SETTINGS, run
 
 import compare
 from training.run_log import RunLog

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY
-from test_finetuning import METHODS, TRAIN
-from test_finetuning import run as train
+from support.finetuned import METHODS, TRAIN
+from support.finetuned import run as train
 
 import export_model
 from chatglm2.configuration_chatglm import ChatGLMConfig

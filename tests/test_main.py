@@ -4,43 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, TINY
+from support.runs import PREDICT_SETTINGS, TRAIN_SETTINGS, flags, losses, predictions, run
 
-import main
 import trainer
 
-TRAIN_SETTINGS = {
-    "do_train": True,
-    "train_file": SAMPLE / "train.json",
-    "prompt_column": "content",
-    "response_column": "summary",
-    "model_name_or_path": TINY,
-    "max_train_samples": 60,
-    "max_source_length": 64,
-    "max_target_length": 32,
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 5,
-    "save_steps": 3,
-    "logging_steps": 1,
-    "learning_rate": 2e-2,
-    "pre_seq_len": 8,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
-PREDICT_SETTINGS = {
-    "do_predict": True,
-    "test_file": SAMPLE / "dev.json",
-    "max_predict_samples": 10,
-    "max_target_length": 16,
-    "per_device_eval_batch_size": 4,
-    "predict_with_generate": True,
-    "disable_tqdm": True,
-}
 CHECKPOINT_FILES = {  # the official file set, the sidecar, and the checksums of all
     "checksums.json",
     "config.json",
@@ -58,20 +29,6 @@ CHECKPOINT_FILES = {  # the official file set, the sidecar, and the checksums of
 }
 
 
-def flags(settings):
-    words = []
-    for name, value in settings.items():
-        words += [f"--{name}", str(value)]
-    return words
-
-
-def run(monkeypatch, settings, **more):
-    """main() in this process, with the flags of `settings`; a value of None leaves a flag out."""
-    settings = {name: value for name, value in {**settings, **more}.items() if value is not None}
-    monkeypatch.setattr(sys, "argv", ["main.py", *flags(settings)])
-    main.main()
-
-
 def run_program(settings, **more):
     """The same as a program of its own: the finished process with its output."""
     settings = {name: value for name, value in {**settings, **more}.items() if value is not None}
@@ -86,11 +43,6 @@ def trained(tmp_path_factory):
     done = run_program(TRAIN_SETTINGS, output_dir=folder, report_to=None)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
-
-
-def losses(folder):
-    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 # ---- training
@@ -272,10 +224,6 @@ def predicted(trained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(monkeypatch, settings, output_dir=folder)
     return folder
-
-
-def predictions(folder):
-    return [json.loads(line) for line in (folder / "generated_predictions.txt").read_text("utf-8").splitlines()]
 
 
 def test_predictions_are_one_json_object_a_line_with_the_row_they_answer(predicted):

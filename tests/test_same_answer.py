@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SAMPLE
-from test_api_demo import call, serve
-from test_main import predictions
-from test_scripts import bash
-from test_serving import finish, make_run, open_server, remember
-from test_web_demo import ask_over_http, free_port
+from support.chat_server import finish, make_run, open_server, remember
+from support.over_http import call, free_port, serve
+from support.page import ask_over_http
+from support.runs import predictions
+from support.shell import bash
 
 import api_demo
 import cli_demo

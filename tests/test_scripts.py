@@ -4,24 +4,14 @@ import json
 import os
 import re
 import shlex
-import subprocess
 
 import pytest
 from conftest import ROOT, SAMPLE, TINY
-from test_arguments import EVALUATE, TRAIN
-from test_main import predictions
+from support.command_lines import EVALUATE, TRAIN
+from support.runs import predictions
+from support.shell import bash
 
 pytestmark = pytest.mark.slow
-
-
-def bash(command, timeout=600, cwd=ROOT, **environment):
-    environment = {**os.environ, "WANDB_MODE": "disabled", **{key: str(value) for key, value in environment.items()}}
-    for name in ("MODEL", "DATA", "OMP_NUM_THREADS"):
-        if name not in environment:
-            environment.pop(name, None)
-    return subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment
-    )
 
 
 def torchrun(processes, words):

@@ -18,7 +18,6 @@ Places are shared: a client that has none does not wait for one that has many. S
 import contextlib
 import queue
 import random
-import socket
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -582,21 +581,3 @@ def hold_back(text, patterns):
             if text.endswith(pattern[:length]):
                 longest = max(longest, length)
     return text[: len(text) - longest]
-
-
-# ---- what the page and the API share beside the model
-
-
-def check_port(name: str, port: int) -> None:
-    """ValueError where nothing can listen on an address, before minutes go into loading a model."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"Nothing can listen on {name}:{port} ({reason}). If another program has that port, choose another one, "
-            f"such as {port + 1}."
-        ) from error

@@ -1,0 +1,1 @@
+"""What tests share and run, and no tests."""
