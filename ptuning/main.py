@@ -40,7 +40,7 @@ from evaluation.prediction import describe_prompts, dev_scores, predict, predict
 from trainer import PrefixTrainer
 from training.memory import decide_checkpointing, largest_batch, memory_table
 from training.precision import choose_products, describe_precision, set_precision
-from training.results import describe_trainable, write_training_results
+from training.results import describe_trainable, write_missing_results, write_training_results
 from training.resume import describe_differences, find_resume_checkpoint, lock_run, release_run, training_record
 from training.run_log import keep_printing
 from training.schedule import describe_steps
@@ -147,18 +147,18 @@ def main():
         say(differences)
     if resume_from and (reason := trainer.why_finished(resume_from)):
         say(reason)
+        write_missing_results(trainer, model, resume_from, len(data.train))
     elif trains:
         say(describe_training(data.train, tokenizer, skipped=data.train_skipped, **session.limits))
         say(describe_steps(training_args, len(data.train)))
         say(describe_trainable(model))
         result = trainer.train(resume_from_checkpoint=resume_from)
-        stopped = trainer.stop.agreed
-        if not stopped or trainer.state.global_step >= trainer.state.max_steps:
+        if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
             write_training_results(trainer, model, result.metrics, len(data.train))
             say(describe_checkpoints(trainer.state, training_args.output_dir))
-        if stopped:
+        if trainer.stop.agreed:
             close_reports(trainer)
-            leave(128 + stopped, describe_stop(stopped, trainer.state, training_args))
+            leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
         release_run(training_args.output_dir)
 
     # ------------------------------------------------------------------ 8. Evaluate and predict

@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from chatglm2.generation import answer_prompts
@@ -280,9 +280,13 @@ class PrefixTrainer(Seq2SeqTrainer):
             publish_checkpoint(staging, folder)
         if self.state.best_global_step == self.state.global_step:
             point_to_best(folder.parent, self.state.global_step)  # or else the one before would count as the best, too
+        self._delete_surplus(folder)
+
+    def _delete_surplus(self, newest):
+        """Delete the checkpoints beyond save_total_limit."""
         if (self.args.save_total_limit or 0) > 0:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(folder.parent, self.args.save_total_limit, newest=folder, best=best)
+            rotate_checkpoints(newest.parent, self.args.save_total_limit, newest=newest, best=best)
 
     def _write_files(self, staging, folder, processes, weights):
         number = next_save_number(folder.parent)
@@ -449,6 +453,24 @@ class PrefixTrainer(Seq2SeqTrainer):
                 "Without the flag it goes on."
             )
         return ""
+
+    def end_from(self, checkpoint: str) -> dict[str, float]:
+        """The metrics with which a run ended whose last checkpoint this is, its time left out, which nobody knows.
+
+        `state` is then that of the end, and surplus checkpoints are deleted, as if this process had trained.
+        """
+        with reading_known_keys():
+            self.state = TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
+        states = read_process_states(checkpoint)
+        metrics = {"total_flos": self.state.total_flos}
+        if states and "losses" in states[0]:
+            losses = states[0]["losses"]
+            total = float(losses["sum"]) + float(losses["since_log"])
+            metrics["train_loss"] = total / max(1, self.state.global_step - int(losses["first_step"]))
+        if self.args.should_save:
+            self._delete_surplus(Path(checkpoint))
+        self.state.log_history.append({**metrics, "epoch": self.state.epoch, "step": self.state.global_step})
+        return metrics
 
     # ---- dev loss and predictions
 

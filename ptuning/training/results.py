@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from common.failure import going_on_without
+from common.files import STATE_FILE
 from common.plots import plot_loss
 from training.memory import count_weights, peak_memory_gb
 
@@ -32,3 +33,9 @@ def write_training_results(trainer, model, metrics: dict, num_rows: int):
         plot = Path(args.output_dir) / "training_loss.png"
         with going_on_without(plot, trainer.say):
             plot_loss(trainer.state.log_history, plot)
+
+
+def write_missing_results(trainer, model, checkpoint: str, num_rows: int):
+    """Write the results of a run that was killed behind `checkpoint`, its last one; nothing where they are there."""
+    if not (Path(trainer.args.output_dir) / STATE_FILE).is_file():
+        write_training_results(trainer, model, trainer.end_from(checkpoint), num_rows)
