@@ -284,7 +284,7 @@ def test_the_page_bounds_connections_as_the_api_does(server):
 
     blocks = web_demo.launch(server, server_port=free_port(), block=False)
     try:
-        assert blocks.server.config.http_protocol_class is Protocol
+        assert issubclass(blocks.server.config.http_protocol_class, Protocol)
         assert blocks.server.config.timeout_graceful_shutdown == END_SECONDS
         address = blocks.local_url.rstrip("/").removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=60) as connection:

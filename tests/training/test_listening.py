@@ -101,11 +101,12 @@ def test_train_sh_listens_on_loopback_whatever_the_users_variables_say(tmp_path)
 def test_a_program_of_any_kind_finds_its_group_on_loopback(words, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import time, torch.distributed as distributed\n"
+        "import os, time, torch.distributed as distributed\n"
         "distributed.init_process_group('gloo')\n"
         "distributed.barrier()\n"
         "time.sleep(1)\n"
-        "print('rank', distributed.get_rank(), 'of', distributed.get_world_size(), flush=True)\n"
+        "rank, number = distributed.get_rank(), distributed.get_world_size()\n"
+        "os.write(1, f'rank {rank} of {number}\\n'.encode())\n"  # in one piece: both write to one file
     )
     run = Watched([*LAUNCH, *words, program], tmp_path)
     assert run.status == 0 and sorted(run.output.splitlines()) == ["rank 0 of 2", "rank 1 of 2"], run.output

@@ -115,7 +115,7 @@ def test_a_bad_loss_on_one_process_stops_all_with_one_message(tmp_path):
     program.write_text(
         "import os, runpy, sys, torch\n"
         f"sys.path.insert(0, {str(ROOT / 'ptuning')!r})\n"
-        "import modeling_chatglm\n"
+        "from chatglm2 import modeling_chatglm\n"
         "honest, calls = modeling_chatglm.supervised_loss, []\n"
         "def loss(*args):\n"
         "    calls.append(1)\n"
