@@ -52,7 +52,7 @@ from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, check_port, client_of, uvicorn_settings
-from serving.loading import load_server
+from serving.loading import load_server, spare_what_is_loaded
 from serving.server import Busy, Sampling
 
 MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
@@ -334,10 +334,9 @@ def create_app(server, api_key=None, cors_origins=()):
         # Without the input, which may be anything.
         if isinstance(error.body, bytes) and error.body:  # not read as JSON, see JsonWithoutAType
             return error_response(400, "A web page must send this with the header Content-Type: application/json.")
-        problems = [
-            f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in error.errors()
-        ]
-        if any(problem["type"] == "too_long" for problem in error.errors()):
+        found = error.errors()
+        problems = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in found]
+        if any(problem["type"] == "too_long" for problem in found):
             problems.append(f"this model takes {server.model.config.seq_length} tokens for prompt and answer together")
         return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode())
 
@@ -464,6 +463,7 @@ def main(argv):
     check_port(args.server_name, args.server_port)
     server = load_server(args)
     app = create_app(server, args.api_key, args.cors_origin)
+    spare_what_is_loaded()
     print(f"Listening on http://{args.server_name}:{args.server_port}, documented at /docs (Ctrl-C ends)", flush=True)
     if args.server_name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
         print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)

@@ -45,7 +45,7 @@ from starlette.responses import PlainTextResponse
 
 from common.environment import before_page, before_serving
 from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, check_port, client_key, counting_protocol
-from serving.loading import load_server
+from serving.loading import load_server, spare_what_is_loaded
 from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
 from serving.server import BASE, Busy, Sampling
 
@@ -513,6 +513,7 @@ def main(argv):
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
         )
     server = load_server(args)
+    spare_what_is_loaded()
     everyone = args.server_name in ("0.0.0.0", "::")
     print(f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True)
     if (everyone or args.share) and not args.auth:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 from support.chat_server import GREEDY, QUERIES, SlowServer, finish, make_run, open_server
-from support.over_http import call, serve, wait_for
+from support.over_http import call, free_port, serve, wait_for
 
 import api_demo
 from serving.server import BASE
@@ -568,3 +568,14 @@ def test_the_documentation_needs_no_other_host_and_no_script(port):
     for piece in ("POST /v1/chat/completions", "max_tokens", "Longest answer, in tokens.", "GET /health"):
         assert piece in page
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page and "//" not in page
+
+
+def test_the_garbage_collector_passes_over_what_was_loaded_before_requests_come(monkeypatch):
+    spared = []
+    monkeypatch.setattr(api_demo.uvicorn, "run", lambda *_, **__: spared.append(gc.get_freeze_count()))
+    gc.unfreeze()
+    try:
+        api_demo.main(["--model_name_or_path", str(TINY), "--server_port", str(free_port())])
+    finally:
+        gc.unfreeze()
+    assert spared[0] > 100_000  # torch and transformers alone have more
