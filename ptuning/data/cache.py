@@ -7,11 +7,10 @@ leaves files that are empty, cut or full of zeros, and `datasets` looks at none 
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
-from common.files import file_sha256
+from common.files import file_sha256, write_text
 from common.messages import silent
 
 FOLDER = "chatglm2-ptuning"  # in the cache of datasets
@@ -38,9 +37,7 @@ def cached(key: str, build, *, what: str, overwrite: bool = False, say=silent):
         remove_entry(folder)
         folder.mkdir()
         dataset = build(folder)
-        unfinished = folder / f"{LIST_FILE}.unfinished"
-        unfinished.write_text(json.dumps(checksums_of(folder)), encoding="utf-8")
-        os.replace(unfinished, folder / LIST_FILE)
+        write_text(folder / LIST_FILE, json.dumps(checksums_of(folder)))
     return dataset
 
 

@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 from conftest import SAMPLE, TINY
-from support.forked import Forks
-from support.refusals import PREDICT, TRAIN, flags
+from support.refusals import PREDICT, TRAIN, flags, forks  # noqa: F401, fixtures
 
 import compare
 from common.failure import printable
@@ -15,13 +14,6 @@ from common.failure import printable
 EVIL = "\x1b[2J\x9b31m\u202e\x07"  # clears the screen, colours, hides what stood there, turns the order
 SHOWN = r"\x1b[2J\x9b31m\u202e\x07"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path_factory.mktemp("cache")))
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")
