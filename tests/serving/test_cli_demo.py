@@ -151,6 +151,7 @@ def test_ctrl_c_in_a_real_terminal_stops_the_answer_and_not_the_program(server):
         f"server = t.open_server('--ptuning_checkpoint', {str(server.run_folder)!r}, server_class=t.SlowServer)\n"
         "server.endless, server.delay = True, 0.02\n"
         "cli_demo.talk(server, Sampling())\n"
+        "server.close()\n"  # as main() does: a thread that computes while Python ends may abort it
     )
     path = os.pathsep.join((str(ROOT / "ptuning"), str(ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": path, "LC_ALL": "C.UTF-8", "TERM": "dumb"}
