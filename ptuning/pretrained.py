@@ -149,7 +149,12 @@ def choose_devices(wanted, config, dtype):
         raise ValueError(
             f'device_map is {wanted!r}, expected a device such as "cuda:0", a dictionary of modules to devices, or "auto".'
         ) from error
-    return next(iter(places.values())) if len(set(places.values())) == 1 else places
+    if len(set(places.values())) > 1:
+        return places
+    (device,) = set(places.values())
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'The model shall go to {device}, but torch can use no GPU here. Give device="cpu".')
+    return device
 
 
 def own_memory(model, stored):

@@ -193,6 +193,13 @@ def test_a_device_map_that_is_none_is_an_error_that_says_what_to_give(device_map
         AutoModel.from_pretrained(TINY, device_map=device_map)
 
 
+@pytest.mark.parametrize("place", [{"device": "cuda"}, {"device_map": {"": 0}}, {"device_map": "cuda:0"}])
+def test_a_gpu_that_is_not_there_is_an_error_that_says_so(place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"The model shall go to cuda.*no GPU here\. Give device="):
+        AutoModel.from_pretrained(TINY, **place)
+
+
 def test_a_device_map_that_forgets_a_part_is_an_error_that_names_it():
     places = {"transformer.encoder": "cpu", "transformer.embedding": "cuda:0"}
     with pytest.raises(ValueError, match=r"device_map does not say where transformer\.output_layer"):
