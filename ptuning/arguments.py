@@ -93,10 +93,11 @@ class ModelArguments:
     quantization_bit: int | None = field(
         default=None, metadata={"help": "4 or 8: integer weights for the frozen model. Leave out for float."}
     )
-    quantization_backend: Literal["auto", "triton", "cpm_kernels", "torch"] = field(
+    quantization_backend: Literal["auto", "triton", "cpm_kernels", "packed", "torch"] = field(
         default="auto",
         metadata={
-            "help": "What computes with integer weights. auto: triton on a GPU if it works there, else torch; "
+            "help": "What computes with integer weights. auto: triton on a GPU if it works there, packed on a CPU if it "
+            "is faster there, else torch; packed: torch's kernels for answers on a CPU, with activations in bfloat16; "
             "triton: kernels compiled for the GPU at hand; "
             "cpm_kernels: int4 only, unpacked by a kernel that cpm_kernels launches; "
             "torch: plain operations, on any device."

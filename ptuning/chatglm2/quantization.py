@@ -18,12 +18,15 @@ Memory and time: on a CPU the float weight never exists as a whole. It is dequan
 4 to 14 MB, which stays in the cache between the conversion and the product: much faster than a full-size temporary, whose
 fresh pages must be mapped on every call. Backward dequantizes again, so nothing but the integers is kept for it. On
 other devices the weight is dequantized in one piece: fewer, larger kernels, and one buffer that PyTorch's allocator
-hands to layer after layer. With Triton, few rows of input are multiplied without dequantizing at all.
+hands to layer after layer. With Triton, and on a CPU where no gradient is wanted, few rows of input are multiplied
+without dequantizing at all.
 """
 
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from chatglm2 import quantization_cpu
 from chatglm2.matmul import OwnGradient, multiply
 
 # In every block of transformer.encoder.layers. Norms, biases, embedding, prefix and output layer stay float.
@@ -44,6 +48,8 @@ QUANTIZED_WEIGHT_NAME = re.compile(
     r"transformer\.encoder\.layers\.\d+\.(" + "|".join(map(re.escape, QUANTIZED_MODULES)) + r")\.weight"
 )
 CPU_BLOCK_ELEMENTS = 2**20  # weights dequantized at a time on a CPU: 4 MB in float32
+TRIAL_SHAPE = (1024, 1024)  # of the weight that decides whether `packed` is faster
+PACKED_ROWS = 1024  # of a weight packed at a time: that takes memory
 CPU_BLOCK_ROWS = 256  # but no fewer rows: backward adds to the whole gradient of the input for each block
 
 
@@ -78,10 +84,16 @@ def dequantize_weight(
 ) -> Tensor:
     """The float weight (out, in) that `quantize_weight`'s result stands for, rounded to `dtype` once.
 
-    Written to `out`, a contiguous tensor of that shape and dtype, if given.
+    Written to `out`, a tensor of that shape and dtype, if given. An int4 weight may be in the layout of
+    quantization_cpu.py; its columns lie contiguous then, as they do there.
     """
-    integers = unpack_int4(quantized) if bits == 4 else quantized
-    weight = integers.to(dtype) if out is None else out.copy_(integers)  # exact: integers up to 127 fit every dtype
+    if quantization_cpu.is_packed(quantized):
+        integers = quantization_cpu.unpack(quantized)
+        weight = torch.empty(integers.shape[2], len(quantized), dtype=dtype).t() if out is None else out
+        weight.unflatten(0, integers.shape[:2]).copy_(integers)
+    else:
+        integers = unpack_int4(quantized) if bits == 4 else quantized
+        weight = integers.to(dtype) if out is None else out.copy_(integers)  # exact: integers up to 127 fit every dtype
     return weight.mul_(scale[:, None])
 
 
@@ -119,16 +131,21 @@ class Backend(NamedTuple):
     """How a layer computes: `dequantize(weight, scale, bits, dtype)` returns the float weight (out, in).
 
     Up to `few_rows` rows of input, `multiply_few_rows(input, weight, scale, bits)` returns the product (rows, out).
+    With `for_inference` it rounds its input, and runs only where no gradient is wanted.
     """
 
     name: str
     dequantize: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
     few_rows: int = 0
     multiply_few_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+    for_inference: bool = False
 
 
-BACKENDS = ("auto", "triton", "cpm_kernels", "torch")
+BACKENDS = ("auto", "triton", "cpm_kernels", "packed", "torch")
 TORCH = Backend("torch", dequantize_weight)
+PACKED = Backend(
+    "packed", dequantize_weight, quantization_cpu.FEW_ROWS, quantization_cpu.multiply_few_rows, for_inference=True
+)
 
 
 def load_triton() -> Backend:
@@ -147,17 +164,21 @@ def load_cpm_kernels() -> Backend:
 def choose_backend(name: str, device: torch.device | str, bits: int, dtype: torch.dtype) -> Backend:
     """The backend that `--quantization_backend name` means for weights of `bits` and activations of `dtype`.
 
-    auto is triton on a CUDA device, or torch with one warning where that fails a trial, and torch elsewhere. Raises
-    ValueError for an unknown name, and for a backend asked for by name that does not work here.
+    auto is triton on a CUDA device, or torch with one warning where that fails a trial; on a CPU it is packed where
+    that is faster in a trial; else torch. Raises ValueError for an unknown name, and for a backend asked for by name
+    that does not work here.
     """
     if name not in BACKENDS:
         raise ValueError(f"--quantization_backend {name} is not known. Give one of {', '.join(BACKENDS)}.")
-    on_cuda = torch.device(device).type == "cuda"
-    if name == "torch" or (name == "auto" and not on_cuda):
+    kind = torch.device(device).type
+    if name == "auto" and kind != "cuda":
+        name = "packed" if kind == "cpu" and packed_is_faster(bits, dtype) else "torch"
+    if name == "torch":
         return TORCH
-    if not on_cuda:
+    needed, described = ("cpu", "a CPU") if name == "packed" else ("cuda", "a CUDA device")
+    if kind != needed:
         raise ValueError(
-            f"--quantization_backend {name} needs a CUDA device, but the model goes to the {torch.device(device).type}. "
+            f"--quantization_backend {name} needs {described}, but the model goes to the {kind}. "
             "Leave the flag out, or give torch."
         )
     if name == "cpm_kernels" and bits != 4:
@@ -166,7 +187,7 @@ def choose_backend(name: str, device: torch.device | str, bits: int, dtype: torc
             "Leave the flag out, or give triton or torch."
         )
     try:
-        backend = load_cpm_kernels() if name == "cpm_kernels" else load_triton()
+        backend = PACKED if name == "packed" else load_cpm_kernels() if name == "cpm_kernels" else load_triton()
         try_backend(backend, device, bits, dtype)
     except Exception as error:  # compilers, drivers and missing libraries raise what they like
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
@@ -185,7 +206,7 @@ def choose_backend(name: str, device: torch.device | str, bits: int, dtype: torc
 def try_backend(backend: Backend, device: torch.device | str, bits: int, dtype: torch.dtype) -> None:
     """Run a backend on a small weight and, on a GPU, one of the 6B's; RuntimeError where it differs from the reference."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(40, 96)] if torch.device(device).type == "cpu" else [(40, 96), (4608, 4096)]
+    shapes = [(64, 96)] if torch.device(device).type == "cpu" else [(40, 96), (4608, 4096)]
     for out_features, in_features in shapes:
         weight = torch.randn(out_features, in_features, generator=generator).to(device, dtype)
         quantized, scale = quantize_weight(weight, bits)
@@ -193,11 +214,45 @@ def try_backend(backend: Backend, device: torch.device | str, bits: int, dtype: 
         results = [(backend.dequantize(quantized, scale, bits, dtype), expected)]
         if backend.multiply_few_rows is not None:
             input = torch.randn(3, in_features, generator=generator).to(device, dtype)
+            if backend.for_inference:
+                quantized = pack_for_cpu(quantized, bits)
             results.append((backend.multiply_few_rows(input, quantized, scale, bits), input.float() @ expected.T))
         for result, reference in results:
             error = ((result.float() - reference).norm() / reference.norm()).item()
             if not error < 0.02:  # NaN, too; bfloat16 rounds by up to 0.004
                 raise RuntimeError(f"its results on a {out_features} x {in_features} weight are off by {error:.0%}")
+
+
+def pack_for_cpu(quantized: Tensor, bits: int) -> Tensor:
+    """The integers of `quantize_weight`, (out, in) or (out, in // 2), in the layout of quantization_cpu.py."""
+    if bits == 8 or quantization_cpu.is_packed(quantized):
+        return quantized
+    return torch.cat([quantization_cpu.pack(unpack_int4(part)) for part in quantized.split(PACKED_ROWS)])
+
+
+@cache
+def packed_is_faster(bits: int, dtype: torch.dtype) -> bool:
+    """True where the backend `packed` takes less time for one row than dequantizing: about 20 ms, once a process."""
+    out_features, in_features = TRIAL_SHAPE
+    if not quantization_cpu.fits(out_features, in_features, bits):
+        return False
+    weight = torch.ones(out_features, in_features * bits // 8, dtype=torch.int8)
+    packed, scale = pack_for_cpu(weight, bits), torch.ones(out_features, dtype=dtype)
+    row = torch.ones(1, in_features, dtype=dtype)
+
+    def shortest(product):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    try:
+        here = shortest(lambda: PACKED.multiply_few_rows(row, packed, scale, bits))
+    except RuntimeError:  # no such kernel for this processor
+        return False
+    return here < shortest(lambda: F.linear(row, dequantize_weight(weight, scale, bits, dtype)))
 
 
 def use_backend_(model: nn.Module, backend: Backend) -> None:
@@ -212,14 +267,18 @@ def use_backend_(model: nn.Module, backend: Backend) -> None:
 
 def _in_blocks(weight: Tensor, backend: Backend) -> bool:
     """True where the weight is dequantized a few rows at a time: only plain torch ops on a CPU gain by it."""
-    return backend == TORCH and weight.device.type == "cpu"
+    return backend.dequantize is dequantize_weight and weight.device.type == "cpu"
 
 
 def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of output rows and their float weights, a few MB at a time, all in one buffer that the next overwrites."""
     num_rows, in_features = weight.shape[0], weight.shape[1] * 8 // bits
     step = min(num_rows, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // in_features))
-    buffer = torch.empty(step, in_features, dtype=dtype)
+    if quantization_cpu.is_packed(weight):  # in whole blocks, whose columns lie contiguous
+        step = max(step - step % quantization_cpu.BLOCK, quantization_cpu.BLOCK)
+        buffer = torch.empty(in_features, step, dtype=dtype).t()
+    else:
+        buffer = torch.empty(step, in_features, dtype=dtype)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         yield rows, dequantize_weight(weight[rows], scale[rows], bits, dtype, out=buffer[: rows.stop - start])
@@ -232,7 +291,7 @@ class _FrozenQuantizedProduct(OwnGradient):
     def forward(ctx, input: Tensor, weight: Tensor, scale: Tensor, bits: int, backend: Backend) -> Tensor:
         ctx.save_for_backward(weight, scale)  # references to the buffers, no copies
         ctx.bits, ctx.backend = bits, backend
-        if 0 < input.numel() <= backend.few_rows * input.shape[-1]:
+        if 0 < input.numel() <= backend.few_rows * input.shape[-1] and not backend.for_inference:
             input_rows = input.reshape(-1, input.shape[-1])
             return backend.multiply_few_rows(input_rows, weight, scale, bits).view(*input.shape[:-1], -1)
         if not _in_blocks(weight, backend):
@@ -312,10 +371,35 @@ class QuantizedLinear(nn.Module):
         # Autocast does not look inside the function below, so its cast is made here, as nn.Linear's would be.
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        output = _FrozenQuantizedProduct.apply(input, self.weight, self.weight_scale, self.bits, self.backend)
+        if self._is_for_inference(input):
+            rows = input.reshape(-1, self.in_features)
+            output = self.backend.multiply_few_rows(rows, self.weight, self.weight_scale, self.bits)
+            output = output.view(*input.shape[:-1], -1)
+        else:
+            output = _FrozenQuantizedProduct.apply(input, self.weight, self.weight_scale, self.bits, self.backend)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
+    def _is_for_inference(self, input: Tensor) -> bool:
+        """True where the packed kernel multiplies `input`; the weight has its layout from then on."""
+        few_rows = 0 < input.numel() <= self.backend.few_rows * self.in_features
+        if not (few_rows and self.backend.for_inference) or torch.is_grad_enabled():
+            return False
+        if not quantization_cpu.fits(self.out_features, self.in_features, self.bits):
+            return False
+        if self.bits == 4 and not quantization_cpu.is_packed(self.weight):
+            with torch.inference_mode(False):  # else a later backward could not use the weight
+                self.weight = pack_for_cpu(self.weight, self.bits)
+        return True
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if quantization_cpu.is_packed(self.weight):
+            integers = quantization_cpu.unpack(self.weight).reshape(self.out_features, self.in_features)
+            destination[prefix + "weight"] = pack_int4(integers)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        if quantization_cpu.is_packed(self.weight):
+            self.weight = self.weight.view(torch.int8)  # to be filled in the official layout
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.dtype != torch.int8:  # copied into int8, floats would all become 0
             raise ValueError(

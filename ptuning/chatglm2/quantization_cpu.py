@@ -1,0 +1,79 @@
+"""A few rows times int8 or int4 weights on a CPU, by torch's own kernels: `--quantization_backend packed`.
+
+No official file answers to this one: there every product dequantizes the whole weight first. These kernels read the
+integers alone, 1 or ½ byte a weight, so that a token costs what reading them costs. They take the input in bfloat16 and
+sum in float32. Here they get scales of 1: the integers are exact in bfloat16, and the float32 product is scaled
+afterwards. Input and product are rounded to bfloat16 once each, which is a relative error of 0.0017 together.
+
+The int8 kernel takes the official layout. The int4 kernel wants another one, of the same size, made by `pack`:
+
+    official      (out, in/2)  int8   two columns of a row in a byte, two's complement, the even one in the high nibble
+    packed        (out, in/2)  uint8  blocks of BLOCK rows lie one after the other as (in, BLOCK/2); a byte holds a
+                                      column of two rows, row i in the low nibble, row BLOCK/2 + i in the high one,
+                                      each plus 8
+
+The dtype tells the two layouts apart. A range of whole blocks of rows is a packed weight too.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+BLOCK = {"AVX512": 64, "AVX2": 32}.get(CAPABILITY, 0)  # rows; 0 where the layout of torch's kernel is not known
+GROUPS = (256, 128, 64, 32)  # columns that share a scale in the int4 kernel: fewer scales, fewer bytes
+FEW_ROWS = 32  # more of them take longer than dequantizing the weight once and multiplying in float32
+
+
+def is_packed(weight: Tensor) -> bool:
+    """True for an int4 weight in the kernel's layout."""
+    return weight.dtype == torch.uint8
+
+
+def fits(out_features: int, in_features: int, bits: int) -> bool:
+    """True for a weight (out, in) that the kernels take: for int4 whole blocks of rows and groups of columns."""
+    return bits == 8 or (BLOCK > 0 and out_features % BLOCK == 0 and in_features % GROUPS[-1] == 0)
+
+
+def pack(integers: Tensor) -> Tensor:
+    """int8 (out, in) with values -8 to 7 -> uint8 (out, in // 2) in the kernel's layout."""
+    rows, columns = integers.shape
+    blocks = (integers + 8).view(torch.uint8).view(-1, BLOCK, columns).transpose(1, 2)  # (out / BLOCK, in, BLOCK)
+    low, high = blocks.chunk(2, dim=2)
+    return (low | (high << 4)).contiguous().view(rows, columns // 2)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """`pack` undone: int8 (out / BLOCK, BLOCK, in), a view whose rows of a block lie side by side."""
+    blocks = packed.view(-1, packed.shape[1] * 2, BLOCK // 2)
+    integers = torch.cat((blocks & 0x0F, blocks >> 4), dim=2).view(torch.int8).sub_(8)
+    return integers.transpose(1, 2)
+
+
+@cache
+def ones(*shape: int) -> Tensor:
+    """Scales that change nothing, bfloat16, one tensor for all weights of a shape."""
+    with torch.inference_mode(False):
+        return torch.ones(shape, dtype=torch.bfloat16)
+
+
+@cache
+def scales_and_zeros(in_features: int, out_features: int) -> tuple[int, Tensor]:
+    """The group size of the int4 kernel for a weight (out, in), and (groups, out, 2): scales of 1, zeros of 0."""
+    group = next(group for group in GROUPS if in_features % group == 0)
+    with torch.inference_mode(False):
+        numbers = torch.zeros(in_features // group, out_features, 2, dtype=torch.bfloat16)
+        numbers[..., 0] = 1
+    return group, numbers
+
+
+def multiply_few_rows(input: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """input (rows, in) times an int8 weight or a packed int4 one, (out, in), transposed: (rows, out), input's dtype."""
+    rows = input.to(torch.bfloat16).contiguous()
+    if bits == 8:
+        product = torch._weight_int8pack_mm(rows, weight, ones(len(weight)))
+    else:
+        group, numbers = scales_and_zeros(input.shape[1], len(weight))
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, numbers)
+    return product.to(input.dtype).mul_(scale)

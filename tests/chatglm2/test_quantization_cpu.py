@@ -1,0 +1,127 @@
+"""Few rows through torch's packed kernels on a CPU: equal to dequantizing, and only where no gradient is wanted."""
+
+import pytest
+import torch
+from conftest import relative_difference
+from support.integer_layers import both_bits
+
+from chatglm2 import quantization_cpu
+from chatglm2.quantization import (
+    PACKED,
+    TORCH,
+    QuantizedLinear,
+    choose_backend,
+    dequantize_weight,
+    pack_for_cpu,
+    quantize_weight,
+    use_backend_,
+)
+
+needs_packed = pytest.mark.skipif(not quantization_cpu.BLOCK, reason="needs a CPU with AVX2 or AVX-512")
+SHAPES = [(64, 32), (128, 96), (320, 416), (64, 512)]
+
+
+def layer_of(bits, shape, backend):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=True)
+    layer = QuantizedLinear.from_linear(linear, bits)
+    use_backend_(layer, backend)
+    return layer
+
+
+@needs_packed
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_int4_weights_stand_for_the_same_floats(shape):
+    weight, scale = quantize_weight(torch.randn(shape), 4)
+    packed = pack_for_cpu(weight, 4)
+    assert packed.shape == weight.shape and packed.dtype == torch.uint8
+    expected = dequantize_weight(weight, scale, 4, torch.float32)
+    assert torch.equal(dequantize_weight(packed, scale, 4, torch.float32), expected)
+
+
+@needs_packed
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layout_is_that_of_torchs_own_packing(shape):
+    integers = torch.randint(-7, 8, shape, dtype=torch.int8)
+    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
+    assert torch.equal(quantization_cpu.pack(integers), theirs)
+
+
+@needs_packed
+@both_bits
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_differs_by_the_rounding_to_bfloat16_alone(shape, bits, rows, dtype):
+    exact, layer = (layer_of(bits, shape, backend).to(dtype) for backend in (TORCH, PACKED))
+    input = torch.randn(1, rows, shape[1]).to(torch.bfloat16).to(dtype)  # nothing is lost on the way in
+    with torch.no_grad():
+        result, expected = layer(input), exact.float()(input.float())
+    assert result.dtype == dtype and result.shape == (1, rows, shape[0])
+    assert relative_difference(result.float(), expected) < 3e-3
+
+
+@needs_packed
+@both_bits
+def test_a_gradient_or_many_rows_take_the_exact_product_also_from_packed_weights(bits):
+    exact, layer = (layer_of(bits, (128, 96), backend) for backend in (TORCH, PACKED))
+    with torch.inference_mode():
+        layer(torch.randn(1, 96))
+    assert quantization_cpu.is_packed(layer.weight) == (bits == 4)
+    results = []
+    for rows in (2, quantization_cpu.FEW_ROWS + 1):
+        input = torch.randn(rows, 96, generator=torch.Generator().manual_seed(rows), requires_grad=True)
+        for module in (exact, layer):
+            output = module(input)
+            results.append((output, *torch.autograd.grad(output.square().sum(), input)))
+    for expected, result in (results[:2], results[2:]):
+        for one, other in zip(expected, result, strict=True):
+            assert relative_difference(other.detach(), one.detach()) < 1e-6
+    with torch.no_grad():
+        many = torch.randn(quantization_cpu.FEW_ROWS + 1, 96)
+        assert relative_difference(layer(many), exact(many)) < 1e-6
+
+
+@needs_packed
+def test_a_state_dict_holds_the_official_layout_whatever_is_in_memory():
+    exact, layer = (layer_of(4, (128, 96), backend) for backend in (TORCH, PACKED))
+    expected = exact.state_dict()
+    with torch.no_grad():
+        layer(torch.randn(1, 96))
+    assert quantization_cpu.is_packed(layer.weight)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in layer.state_dict().items())
+    other = layer_of(4, (128, 96), PACKED)
+    with torch.no_grad():
+        other(torch.randn(1, 96))
+    torch.nn.init.zeros_(other.bias)
+    other.load_state_dict(expected)
+    many = torch.randn(40, 96)
+    assert torch.equal(other(many), exact(many))
+
+
+@needs_packed
+def test_a_weight_the_int4_kernel_does_not_take_is_dequantized():
+    exact, layer = (layer_of(4, (48, 96), backend) for backend in (TORCH, PACKED))
+    row = torch.randn(1, 96)
+    with torch.no_grad():
+        assert torch.equal(layer(row), exact(row))
+    assert not quantization_cpu.is_packed(layer.weight)
+
+
+@both_bits
+def test_on_a_cpu_auto_takes_what_is_faster_there(bits, monkeypatch):
+    for faster, expected in ((True, PACKED), (False, TORCH)):
+        monkeypatch.setattr("chatglm2.quantization.packed_is_faster", lambda *arguments, faster=faster: faster)
+        assert choose_backend("auto", "cpu", bits, torch.float32) is expected
+
+
+def test_the_packed_kernels_are_refused_where_they_do_not_work(monkeypatch):
+    with pytest.raises(ValueError, match="packed needs a CPU, but the model goes to the cuda"):
+        choose_backend("packed", "cuda", 4, torch.bfloat16)
+
+    def fails(*arguments):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("chatglm2.quantization.PACKED", PACKED._replace(multiply_few_rows=fails))
+    with pytest.raises(ValueError, match=r"packed does not work here \(RuntimeError: no such kernel\)"):
+        choose_backend("packed", "cpu", 8, torch.float32)
