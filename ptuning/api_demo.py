@@ -9,6 +9,7 @@ of its own to ask for, and in that a client that goes away stops its answer.
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -43,7 +44,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -51,7 +52,7 @@ from starlette.exceptions import HTTPException
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from serving.api_index import docs_page, endpoints, names
-from serving.limits import Attempts, BodyLimit, check_port, client_of, uvicorn_settings
+from serving.limits import Attempts, BodyLimit, check_port, client_of, error_response, uvicorn_settings
 from serving.loading import load_server, spare_what_is_loaded
 from serving.server import Busy, Sampling
 
@@ -75,9 +76,8 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: (
-        str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
-    )  # one problem of a list is told, not half a million
+    # One problem of a list is told, not half a million.
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
     def text(self):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -141,12 +141,6 @@ CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceed
 
 class NoModel(HTTPException):
     """404 for a model, not for a path."""
-
-
-def error_response(status, message, headers=None, code=None):
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status, headers=headers)
 
 
 class JsonWithoutAType:
@@ -222,29 +216,27 @@ class Pending:
 
     async def changes(self):
         """Yield after every change until all have ended; ends early, and cancels, when the client has gone."""
+        look = time.monotonic()
         try:
             while True:
                 finished = all(answer.finish_reason for answer in self.answers)
                 yield
                 if finished:
                     return
-                try:
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.changed.wait(), LOOK_SECONDS)
-                except asyncio.TimeoutError:
+                self.changed.clear()
+                if time.monotonic() - look > LOOK_SECONDS:  # also while tokens arrive
+                    look = time.monotonic()
                     if await self.request.is_disconnected():
                         return
-                self.changed.clear()
         finally:
             self.cancel()
 
     async def finish(self):
         """Wait for all; HTTPException 500 where one failed. Nobody reads what is returned to a client that has gone."""
-        look = time.monotonic()
         async for _ in self.changes():
-            if time.monotonic() - look > LOOK_SECONDS:  # also while tokens arrive
-                look = time.monotonic()
-                if await self.request.is_disconnected():
-                    self.cancel()
+            pass
         for answer in self.answers:
             if answer.finish_reason == "error":
                 raise HTTPException(500, answer.error)

@@ -7,7 +7,11 @@ Markdown parser takes time that grows with the square of open emphasis, brackets
 import re
 import string
 
-LATEX_DELIMITERS = ({"left": "$$", "right": "$$"}, {"left": "\\[", "right": "\\]"}, {"left": "\\(", "right": "\\)"})
+LATEX_DELIMITERS = (
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+)
 # A code block as the page's own Markdown parser (marked) finds it, but only in the first column: there it
 # cannot be a part of a list or a quotation, which would end it earlier.
 FENCE = re.compile(
