@@ -9,7 +9,6 @@ predictions inside a run shows that run's losses. The page is one file that load
 import argparse
 import base64
 import html
-import io
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from common import failure
 from common.claims import MOST_LOG_BYTES, check_size
 from common.files import ANSWERS_FILE, RESULTS_FILE, STATE_FILE
 from common.messages import short_json
-from common.plots import drawable
+from common.plots import draw_lines, drawable, new_figure, picture_of
 from common.text import parse_json
 from common.values import is_count, is_number
 from data.rows import read_rows
@@ -186,13 +185,7 @@ def text_table(titles, texts):
     rows = [["run", *titles], *([name, *figures] for name, figures in texts.items())]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = [
-        "| "
-        + " | ".join(
-            text.rjust(width) if index else text.ljust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
+        f"| {name.ljust(widths[0])} | {' | '.join(map(str.rjust, figures, widths[1:]))} |" for name, *figures in rows
     ]
     rule = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
@@ -200,9 +193,6 @@ def text_table(titles, texts):
 
 def draw(runs):
     """A PNG of the training and dev losses of all runs over their steps; None where no run has any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kinds = [
         (key, title)
         for key, title in (("loss", "training loss"), ("eval_loss", "dev loss"))
@@ -210,19 +200,11 @@ def draw(runs):
     ]
     if not kinds:
         return None
-    figure = Figure(figsize=(6 * len(kinds), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (key, title) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        for index, (name, run) in enumerate(runs.items()):  # a run keeps its colour in both
-            if points := drawable(run["curves"][key]):
-                marker = "." if len(points) < 50 else None
-                axes.plot(*zip(*points, strict=True), color=f"C{index}", marker=marker, label=name.replace("$", r"\$"))
-        axes.set(title=title, xlabel="step", ylabel="nats per token")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    return picture.getvalue()
+    figure, all_axes = new_figure(6 * len(kinds), 4.2, columns=len(kinds))
+    for axes, (key, title) in zip(all_axes, kinds, strict=True):
+        lines = {name.replace("$", r"\$"): drawable(run["curves"][key]) for name, run in runs.items()}
+        draw_lines(axes, lines, title=title, xlabel="step", ylabel="nats per token")
+    return picture_of(figure)
 
 
 def page(runs, titles, texts, best, picture, places):
@@ -231,7 +213,7 @@ def page(runs, titles, texts, best, picture, places):
     body = "".join(
         f"<tr><td>{escape(name)}</td>"
         + "".join(
-            f"<td>{'<b>' if (name, index) in best else ''}{escape(text)}{'</b>' if (name, index) in best else ''}</td>"
+            f"<td>{f'<b>{escape(text)}</b>' if (name, index) in best else escape(text)}</td>"
             for index, text in enumerate(figures)
         )
         + "</tr>\n"

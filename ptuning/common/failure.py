@@ -199,8 +199,12 @@ def wait_for_others(error):
         time.sleep(3)
 
 
-def exit_with(error):
-    """Print the message of an error to stderr and exit with its status, see describe()."""
+def end_with(kind, error, trace):
+    """The end of a program by an exception: its message on stderr and its status, see describe(); a sys.excepthook."""
+    if issubclass(kind, KeyboardInterrupt):
+        flush()
+        print("Interrupted.", file=sys.__stderr__, flush=True)
+        os._exit(130)
     wait_for_others(error)
     sys.stderr = sys.__stderr__  # torch.distributed calls sys.excepthook with another one, which is never shown
     if wants_traceback():
@@ -257,12 +261,3 @@ def run(main, *arguments):
         main(*arguments)
     except (Exception, KeyboardInterrupt) as error:  # not left to the hook: torch.distributed puts its own before it
         end_with(type(error), error, None)
-
-
-def end_with(kind, error, trace):
-    """The end of a program by an exception; the signature is that of sys.excepthook."""
-    if issubclass(kind, KeyboardInterrupt):
-        flush()
-        print("Interrupted.", file=sys.__stderr__, flush=True)
-        os._exit(130)
-    exit_with(error)

@@ -157,7 +157,7 @@ def own_flags(owner: type) -> dict[str, Flag]:
 
 
 def true_or_false(word):
-    if word.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+    if not is_switch([word]):
         raise argparse.ArgumentTypeError(f"expected true or false, not {word!r}")
     return is_true([word])
 
