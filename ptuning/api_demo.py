@@ -10,7 +10,6 @@ of its own to ask for, and in that a client that goes away stops its answer.
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import json
 import math
 import secrets
@@ -51,6 +50,7 @@ from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
+from common.files import file_sha256
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, check_port, client_of, error_response, uvicorn_settings
 from serving.loading import load_server, spare_what_is_loaded
@@ -195,18 +195,10 @@ class Pending:
 
     async def submit(self, token_ids, model, samplings):
         """HTTPException 404, 400 or 429 where the request cannot be taken."""
+        how = {"model": model, "notify": self.notify, "client": self.client}
         try:
-            for sampling in samplings:
-                # On a thread: a prefix may have to be read first.
-                answer = await run_in_threadpool(
-                    self.server.submit,
-                    token_ids,
-                    model=model,
-                    sampling=sampling,
-                    notify=self.notify,
-                    client=self.client,
-                )
-                self.answers.append(answer)
+            for sampling in samplings:  # on a thread: a prefix may have to be read first
+                self.answers.append(await run_in_threadpool(self.server.submit, token_ids, sampling=sampling, **how))
         except Busy as error:
             self.cancel()
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
@@ -263,11 +255,11 @@ async def stream_chat(pending, head, include_usage):
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
 
     sent = [0] * len(pending.answers)
-    over = [False] * len(pending.answers)
-    for index in range(len(pending.answers)):
+    running = dict(enumerate(pending.answers))
+    for index in running:
         yield event(choice(index, {"role": "assistant", "content": ""}))
     async for _ in pending.changes():
-        for index, answer in enumerate(pending.answers):
+        for index, answer in list(running.items()):
             reason, text = answer.finish_reason, answer.text  # in this order: the text is written first
             if len(text) > sent[index]:
                 yield event(choice(index, {"content": text[sent[index] :]}))
@@ -275,8 +267,8 @@ async def stream_chat(pending, head, include_usage):
             if reason == "error":
                 yield f"data: {json.dumps({'error': {'message': answer.error, 'type': 'server_error'}})}\n\n"
                 return
-            if reason and not over[index]:
-                over[index] = True
+            if reason:
+                del running[index]
                 yield event(choice(index, {}, "stop" if reason == "cancelled" else reason))
     if include_usage:
         yield event([], usage=pending.usage())
@@ -345,18 +337,16 @@ def create_app(server, api_key=None, cors_origins=()):
 
     started = int(time.time())
     prefix_file = server.checkpoints()[server.default] / TENSORS_FILE if server.default != server.base else None
-    digest = hashlib.sha256(prefix_file.read_bytes()).hexdigest() if prefix_file else None
+    digest = file_sha256(prefix_file) if prefix_file else None
 
     @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
         model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
         pending = Pending(server, request)
-
-        def turns():
-            return (*conversation([(message.role, message.text()) for message in body.messages]), model)
-
-        token_ids = await pending.encode(limiter, turns)
+        token_ids = await pending.encode(
+            limiter, lambda: (*conversation([(message.role, message.text()) for message in body.messages]), model)
+        )
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         samplings = [
             Sampling(

@@ -114,10 +114,7 @@ def error_response(status, message, headers=None, code=None):
 
 
 class BodyLimit:
-    """ASGI middleware: reads the body whole before anything looks at it.
-
-    413 for one over 1 MiB, 408 for one that takes longer than BODY_SECONDS.
-    """
+    """ASGI middleware: reads the body whole first; 413 for one over 1 MiB, 408 after BODY_SECONDS."""
 
     def __init__(self, app):
         self.app = app

@@ -15,10 +15,7 @@ from tuning.session import check_base, contradiction, open_base, resolve_session
 
 
 def load_server(args, say=print):
-    """The ChatServer that parsed flags describe; `say` is called with lines for the user.
-
-    Raises ValueError and FileNotFoundError as the functions of checkpoint.py do.
-    """
+    """The ChatServer that parsed flags describe; `say` is called with lines for the user."""
     check_ranges(args)
     found, damaged = find_trained(args.ptuning_checkpoint)
     checkpoint = Path(found[-1]) if found else None

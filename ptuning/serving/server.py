@@ -19,9 +19,10 @@ import contextlib
 import random
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 
 import torch
 
@@ -223,35 +224,28 @@ class ChatServer:
         """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
         seq_length = self.model.config.seq_length
         if TURN_TOKENS * len(history) > seq_length:
-            raise ValueError(
-                f"The history has {len(history):,} turns; this model takes {seq_length} tokens for prompt and answer "
-                "together (seq_length of its config.json). Shorten the history."
-            )
+            raise self.too_long(f"The history has {len(history):,} turns", "tokens ", "history")
         characters = len(query) + sum(len(text) for turn in history for text in turn)
         if characters > CHARACTERS_A_TOKEN * seq_length:
-            raise ValueError(
-                f"The prompt has {characters:,} characters; this model takes {seq_length} tokens for prompt and answer "
-                "together (seq_length of its config.json). Shorten the question or the history."
-            )
+            raise self.too_long(f"The prompt has {characters:,} characters", "tokens ")
 
     def count_too_old(self, history):
         """How many of the oldest turns have too many characters behind them to be a part of any prompt."""
-        room = CHARACTERS_A_TOKEN * self.model.config.seq_length
-        too_many = max(0, len(history) - self.model.config.seq_length // TURN_TOKENS)
-        for number in range(len(history), too_many, -1):
-            room -= sum(map(len, history[number - 1]))
-            if room < 0:
-                return number
-        return too_many
+        seq_length = self.model.config.seq_length
+        behind = list(accumulate(sum(map(len, turn)) for turn in reversed(history)))  # characters from a turn on
+        return len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // TURN_TOKENS)
 
     def check_length(self, token_ids):
         """ValueError where a prompt leaves no room for an answer."""
-        seq_length = self.model.config.seq_length
-        if len(token_ids) >= seq_length:
-            raise ValueError(
-                f"The prompt has {len(token_ids)} tokens; this model takes {seq_length} for prompt and answer together "
-                "(seq_length of its config.json). Shorten the question or the history."
-            )
+        if len(token_ids) >= self.model.config.seq_length:
+            raise self.too_long(f"The prompt has {len(token_ids)} tokens")
+
+    def too_long(self, found, unit="", what="question or the history"):
+        """The ValueError for a prompt that leaves no room for an answer."""
+        return ValueError(
+            f"{found}; this model takes {self.model.config.seq_length} {unit}for prompt and answer together (seq_length "
+            f"of its config.json). Shorten the {what}."
+        )
 
     # ---- asking
 
