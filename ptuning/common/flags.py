@@ -180,29 +180,23 @@ def at_least(least):
     return lambda value: least <= value < math.inf, f"at least {least}"
 
 
-POSITIVE = (lambda value: 0 < value < math.inf, "a number above 0")
 PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
-BELOW_ONE = (lambda value: 0 <= value < 1, "from 0 up to, but not, 1")
 # Flag -> (what its values must be, in words). NaN is never within a range.
 RANGES = {
     "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
     "max_steps": (lambda value: value >= 1 or value == -1, "at least 1, or -1 for --num_train_epochs to count"),
-    "learning_rate": POSITIVE,
-    "num_train_epochs": POSITIVE,
-    "save_steps": POSITIVE,
-    "eval_steps": POSITIVE,
-    "logging_steps": POSITIVE,
-    "ddp_timeout": at_least(1),
-    "prefix_dropout": BELOW_ONE,
-    "lora_rank": at_least(1),
-    "lora_alpha": POSITIVE,
-    "lora_dropout": BELOW_ONE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
     "label_smoothing_factor": PROBABILITY,
     "top_p": PROBABILITY,
     "temperature": (lambda value: 0 <= value <= 100, "from 0 to 100"),
     "server_port": (lambda value: 1 <= value <= 65535, "a port from 1 to 65535"),
+    **dict.fromkeys(
+        "learning_rate num_train_epochs save_steps eval_steps logging_steps lora_alpha".split(),
+        (lambda value: 0 < value < math.inf, "a number above 0"),
+    ),
+    **dict.fromkeys(
+        "prefix_dropout lora_dropout adam_beta1 adam_beta2".split(),
+        (lambda value: 0 <= value < 1, "from 0 up to, but not, 1"),
+    ),
     **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1")),
     **dict.fromkeys(
         "warmup_steps weight_decay max_grad_norm adam_epsilon preprocessing_num_workers dataloader_num_workers".split(),
@@ -211,7 +205,8 @@ RANGES = {
     **dict.fromkeys(
         "max_source_length max_target_length val_max_target_length max_samples max_train_samples max_eval_samples "
         "max_predict_samples num_beams generation_num_beams generation_max_length per_device_train_batch_size "
-        "per_device_eval_batch_size gradient_accumulation_steps concurrency max_queue max_sessions max_length".split(),
+        "per_device_eval_batch_size gradient_accumulation_steps concurrency max_queue max_sessions max_length "
+        "ddp_timeout lora_rank".split(),
         at_least(1),
     ),
 }

@@ -14,9 +14,10 @@ def new_figure(width, height, rows=1, columns=1):
 
 
 def draw_lines(axes, lines: dict, marker=None, **settings) -> None:
-    """Draw {label: points}, each in the colour of its place; a line without points is left out of picture and legend."""
+    """Draw {label: [(step, value)]}, each in the colour of its place; a line without points is left out."""
     for index, (label, points) in enumerate(lines.items()):
-        if points:
+        # A plot fails beside a number near the largest one there is.
+        if points := [(step, value) for step, value in points if abs(value) < 1e30]:
             each = marker or ("." if len(points) < 50 else None)
             axes.plot(*zip(*points, strict=True), color=f"C{index}", label=label, marker=each)
     axes.set(**settings)
@@ -32,16 +33,11 @@ def picture_of(figure) -> bytes:
     return picture.getvalue()
 
 
-def drawable(points) -> list[tuple[int, float]]:
-    """The points (step, loss) that a plot can show: it fails beside a number near the largest one there is."""
-    return [(step, loss) for step, loss in points if abs(loss) < 1e30]
-
-
 def plot_loss(log_history: list[dict], file) -> None:
     """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
     figure, (axes,) = new_figure(7, 4)
     lines = {
-        label: drawable((entry["step"], entry[key]) for entry in log_history if key in entry)
+        label: [(entry["step"], entry[key]) for entry in log_history if key in entry]
         for key, label in (("loss", "training loss"), ("eval_loss", "dev loss"))
     }
     draw_lines(axes, lines, xlabel="step", ylabel="loss (nats per token)")
