@@ -52,8 +52,8 @@ from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from common.files import file_sha256
 from serving.api_index import docs_page, endpoints, names
-from serving.limits import Attempts, BodyLimit, check_port, client_of, error_response, uvicorn_settings
-from serving.loading import load_server, spare_what_is_loaded
+from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
+from serving.loading import opened_server
 from serving.server import Busy, Sampling
 
 MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
@@ -442,17 +442,13 @@ def create_app(server, api_key=None, cors_origins=()):
 
 def main(argv):
     args = parse_arguments(argv)
-    check_port(args.server_name, args.server_port)
-    server = load_server(args)
-    app = create_app(server, args.api_key, args.cors_origin)
-    spare_what_is_loaded()
-    print(f"Listening on http://{args.server_name}:{args.server_port}, documented at /docs (Ctrl-C ends)", flush=True)
-    if args.server_name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
-        print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)
-    try:
-        uvicorn.run(app, host=args.server_name, port=args.server_port, log_level="warning", **uvicorn_settings())
-    finally:
-        server.close()
+    name, port = args.server_name, args.server_port
+    with opened_server(args) as server:
+        app = create_app(server, args.api_key, args.cors_origin)
+        print(f"Listening on http://{name}:{port}, documented at /docs (Ctrl-C ends)", flush=True)
+        if name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+            print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)
+        uvicorn.run(app, host=name, port=port, log_level="warning", **uvicorn_settings())
 
 
 if __name__ == "__main__":

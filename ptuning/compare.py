@@ -108,7 +108,10 @@ def read_run(folder):
             "or predicted in, not one above it or a checkpoint in it."
         )
     curves = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in ("loss", "eval_loss")}
-    return {"figures": {**results, **losses(curves), **shares(results)}, "curves": curves, "answers": answers}
+    trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
+    if is_number(trained) and is_number(total) and trained and total:
+        results["trained_share"] = trained / total
+    return {"figures": {**results, **losses(curves)}, "curves": curves, "answers": answers}
 
 
 def losses(curves):
@@ -123,11 +126,6 @@ def losses(curves):
     if points := curves["loss"] + curves["eval_loss"]:
         figures["steps"] = max(step for step, _ in points)
     return figures
-
-
-def shares(results):
-    trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
-    return {"trained_share": trained / total} if is_number(trained) and is_number(total) and trained and total else {}
 
 
 def short_names(folders):

@@ -44,8 +44,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from common.environment import before_page
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, check_port, client_key, uvicorn_settings
-from serving.loading import load_server, spare_what_is_loaded
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, uvicorn_settings
+from serving.loading import opened_server
 from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
 from serving.server import BASE, Busy, Sampling
 
@@ -58,7 +58,7 @@ MODES = ("tuned", "base", "both")
 SIDES = ("left", "right")  # the two columns; the right one is there in mode both only
 YIELD_SECONDS = 0.05  # a page that is told of every token does little else
 LONG_TEXT = 4000  # characters; one that is longer is refreshed less often, because all of it is rendered anew
-TEXTS = {  # name -> English, Chinese
+WORDS = {  # name -> English, Chinese
     "title": ("Talk to the tuned model", "与微调后的模型对话"),
     "mode": ("Who answers", "由谁回答"),
     "tuned": ("Tuned (with the prefix)", "微调模型（带前缀）"),
@@ -91,7 +91,7 @@ TEXTS = {  # name -> English, Chinese
     "dropped": ("the oldest {count} turns no longer fit and were left out", "历史过长，最早的 {count} 轮未送入模型"),
     "busy": ("Too many requests at the moment. Try again in a while.", "当前请求过多，请稍后再试。"),
 }
-TEXTS = {code: {name: texts[place] for name, texts in TEXTS.items()} for place, code in enumerate(("en", "zh-CN"))}
+TEXTS = {code: {name: texts[place] for name, texts in WORDS.items()} for place, code in enumerate(("en", "zh-CN"))}
 
 
 # ---- what is shown
@@ -412,12 +412,7 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         i18n=i18n,
         theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
         css=CSS,
-        app_kwargs={
-            "middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
+        app_kwargs={"middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login], "openapi_url": None},
     )
     # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
     blocks.server.config.http_protocol_class = settings["http"]
@@ -453,26 +448,24 @@ def main(argv):
     args = parse_arguments(argv)
     if not gr.__version__.startswith("6."):
         raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
-    check_port(args.server_name, args.server_port)
     if proxies := before_page():
         print(f"{', '.join(proxies)} is set; connections to this machine itself go around it.")
     if not torch.cuda.is_available():
         print(
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
         )
-    server = load_server(args)
-    spare_what_is_loaded()
     everyone = args.server_name in ("0.0.0.0", "::")
-    print(f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True)
-    if (everyone or args.share) and not args.auth:
+    with opened_server(args) as server:
         print(
-            "Everyone who can reach this machine can use the page. To restrict it: --auth user:password, or HOST=127.0.0.1",
-            flush=True,
+            f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True
         )
-    try:
+        if (everyone or args.share) and not args.auth:
+            print(
+                "Everyone who can reach this machine can use the page. To restrict it: --auth user:password, or "
+                "HOST=127.0.0.1",
+                flush=True,
+            )
         launch(server, server_name=args.server_name, server_port=args.server_port, share=args.share, auth=args.auth)
-    finally:
-        server.close()
 
 
 if __name__ == "__main__":

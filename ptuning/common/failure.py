@@ -218,11 +218,8 @@ def leave(status: int, message: str) -> None:
 
 def catch_signals(handler) -> dict:
     """Give SIGINT, SIGTERM and SIGHUP to `handler`, except those the parent (nohup) ignores. Returns the old ones."""
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
-    return before
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
 
 
 def end_with_launcher() -> None:

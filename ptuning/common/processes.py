@@ -92,8 +92,7 @@ def join_processes(*, cpu: bool, backend: str | None, timeout: int) -> list[str]
         keep_to_loopback()
         store = open_store(settings["timeout"])
         if store is not None:
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            settings.update(store=store, rank=rank, world_size=world_size)
+            settings.update(store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     try:
         PartialState(cpu=cpu, backend=backend, **settings)
     except RuntimeError as error:

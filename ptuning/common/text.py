@@ -22,17 +22,14 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of
 # ---- bytes -> text
 
 
-def _has_control_characters(text: str) -> bool:
-    """True for a character below the space that no text file has (tab, line ends, form feed and ^Z are fine)."""
-    return any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in set(text.encode("utf-8", "ignore")))
-
-
 def _decode_strictly(data: bytes, encoding: str) -> str | None:
+    """The text, None where it is none or has a character below the space that no text file has."""
     try:
         text = data.decode(encoding)
     except (UnicodeDecodeError, LookupError):
         return None
-    return None if _has_control_characters(text) else text
+    found = set(text.encode("utf-8", "ignore"))
+    return None if any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in found) else text
 
 
 def _decode_wide(data: bytes) -> str | None:

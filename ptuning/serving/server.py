@@ -212,9 +212,11 @@ class ChatServer:
         query, history = read_history(query, history)
         self.check_characters(query)
         check_text(query, history)
-        too_old = self.count_too_old(history)
-        history = history[too_old:]
         seq_length = self.model.config.seq_length
+        # The oldest turns may have too many characters behind them to be a part of any prompt.
+        behind = list(accumulate(sum(map(len, turn)) for turn in reversed(history)))
+        too_old = len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // TURN_TOKENS)
+        history = history[too_old:]
         limit = seq_length - min(max_new_tokens, seq_length // 4)
         token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit, self.source_prefix(model))
         self.check_length(token_ids)
@@ -228,12 +230,6 @@ class ChatServer:
         characters = len(query) + sum(len(text) for turn in history for text in turn)
         if characters > CHARACTERS_A_TOKEN * seq_length:
             raise self.too_long(f"The prompt has {characters:,} characters", "tokens ")
-
-    def count_too_old(self, history):
-        """How many of the oldest turns have too many characters behind them to be a part of any prompt."""
-        seq_length = self.model.config.seq_length
-        behind = list(accumulate(sum(map(len, turn)) for turn in reversed(history)))  # characters from a turn on
-        return len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // TURN_TOKENS)
 
     def check_length(self, token_ids):
         """ValueError where a prompt leaves no room for an answer."""
