@@ -42,14 +42,13 @@ def write_bytes(file: Path | str, data: bytes) -> None:
     file = Path(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, file)
-        finally:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                partial.unlink()
+        partial.write_bytes(data)
+        os.replace(partial, file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_text(file: Path | str, text: str) -> None:

@@ -86,8 +86,7 @@ def take_formulas(text, left, right, formulas):
         formula = text[start:stop]
         room -= len(formula)
         # Its * and _ are no emphasis; the page reads the formula when it has decoded them.
-        shown = escape_opens(escape_tags(formula)) if room >= 0 else f"<code>{literally(formula)}</code>"
-        formulas.append(shown)
+        formulas.append(escape_opens(escape_tags(formula)) if room >= 0 else f"<code>{literally(formula)}</code>")
         end = stop
     return "".join([*parts, text[end:]])
 
