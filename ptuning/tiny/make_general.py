@@ -11,7 +11,7 @@ import json
 import random
 from pathlib import Path
 
-from tiny.make_sample import SAMPLE_FOLDER, draw_row, sample_rows
+from tiny.make_sample import SAMPLE_FOLDER, draw_row, sample_rows, write_rows
 from tiny.make_tiny import (
     LIST_REQUESTS,
     NOTATION_REQUESTS,
@@ -61,11 +61,9 @@ def general_rows() -> list[dict]:
 
 
 def main(folder: Path = SAMPLE_FOLDER) -> None:
-    """Write both files, one JSON object a line, UTF-8."""
     rows = general_rows()
-    for name, part in (("general.json", rows[:TRAIN_ROWS]), ("general_dev.json", rows[TRAIN_ROWS:])):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
-        (folder / name).write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_rows(folder / "general.json", rows[:TRAIN_ROWS])
+    write_rows(folder / "general_dev.json", rows[TRAIN_ROWS:])
 
 
 if __name__ == "__main__":
