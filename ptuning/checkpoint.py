@@ -29,6 +29,7 @@ from chatglm2.quantization import choose_backend, is_quantized_weight, quantize_
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from checkpoints.run_folder import list_checkpoints, verify_checkpoint
 from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, finetuning_type, read_sidecar
+from checkpoints.ways import RULES
 from checkpoints.weight_files import (
     COPIED,
     FINGERPRINT_TENSOR,
@@ -102,7 +103,7 @@ def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
             "Give a ChatGLM2 folder as --model_name_or_path."
         )
     trained = finetuning_type(folder)
-    if trained in ("freeze", "lora"):
+    if trained and RULES[trained].needs_base:
         raise ValueError(
             f"{folder} holds only what --finetuning_type {trained} trained, not a base model. "
             f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from checkpoints.sidecar import SIDECAR_FILE
 from checkpoints.trainer_state import check_state
-from checkpoints.weight_files import ADAPTER_FILES, INDEX_FILES, TENSORS_FILE, weight_files
+from checkpoints.ways import ADAPTER_FILES
+from checkpoints.weight_files import INDEX_FILES, TENSORS_FILE, weight_files
 from common.claims import path_inside
 from common.files import STATE_FILE, file_sha256, flush_to_disk, read_json, write_json
 from common.messages import first_line

@@ -5,7 +5,7 @@ Answers to nothing in the official scripts, whose users repeat these as flags. A
 
 from pathlib import Path
 
-from checkpoints.weight_files import ADAPTER_FILES
+from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import short_json
 from common.values import is_count
@@ -23,9 +23,6 @@ SIDECAR_KINDS = {
 KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
 
 
-TRAINED = ("p_tuning", "full", "freeze", "lora")  # ways of tuning that write checkpoints
-
-
 def read_sidecar(checkpoint: Path | str) -> dict:
     """The settings in the sidecar of a checkpoint, {} where there is none."""
     file = Path(checkpoint) / SIDECAR_FILE
@@ -33,17 +30,15 @@ def read_sidecar(checkpoint: Path | str) -> dict:
 
 
 def finetuning_type(checkpoint: Path | str) -> str | None:
-    """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
+    """The way in which the contents of a checkpoint folder were trained; None for other folders."""
     checkpoint = Path(checkpoint)
     if (checkpoint / SIDECAR_FILE).is_file():
-        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", "p_tuning")
+        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", DEFAULT_METHOD)
         if kind not in TRAINED:
             expected = f"{', '.join(TRAINED[:-1])} or {TRAINED[-1]}"
             raise ValueError(f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected {expected}.")
         return kind
-    if any((checkpoint / name).is_file() for name in ADAPTER_FILES):
-        return "lora"
-    return None
+    return next((name for name in TRAINED if any((checkpoint / file).is_file() for file in RULES[name].files)), None)
 
 
 def check_sidecar(settings: dict, file: Path | str) -> None:

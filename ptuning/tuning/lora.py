@@ -11,7 +11,8 @@ import torch
 
 from chatglm2.quantization import QuantizedLinear
 from checkpoint import warn_of_other_base
-from checkpoints.weight_files import ADAPTER_FILES, check_trained, read_tensors
+from checkpoints.ways import ADAPTER_FILES
+from checkpoints.weight_files import check_trained, read_tensors
 from common.files import read_json
 from common.messages import dtype_name, first_line
 from tuning.method import Method, named
