@@ -148,15 +148,6 @@ def choose_dtype(
     return torch.float16, "the GPU has no bfloat16; with loss scaling"
 
 
-def place_tensor(model, name, tensor):
-    """Make `tensor` the frozen parameter, or the buffer, called `name`."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(module, leaf, tensor)
-
-
 def load_model(
     folder: Path | str,
     *,
@@ -190,7 +181,7 @@ def load_model(
         device_of(name, device)  # or an error, before any weight is read
     multiplied = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     model.base_folder = Path(folder)
-    missing, unexpected, prefix = set(expected), [], {}
+    loaded, unexpected, prefix = {}, [], {}
     for file in weight_files(folder):
         for stored_name, stored in read_tensors(file):
             if stored_name == ROTARY_TENSOR:
@@ -214,11 +205,10 @@ def load_model(
                     tensor = convert(tensor, dtype)
                 elif tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
                     tensor = tensor.to(dtype)
-                place_tensor(model, name, tensor)
-                missing.discard(name)
+                loaded[name] = tensor
     problems = [
         f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        for kind, names in (("missing", expected.keys() - loaded.keys()), ("unexpected", unexpected))
         if names
     ]
     if problems:
@@ -226,6 +216,8 @@ def load_model(
             f"The weights in {folder} do not fit its config.json. Tensors {'; '.join(problems)}. "
             "Is this the complete, unchanged folder of a ChatGLM2 model?"
         )
+    model.load_state_dict(loaded, strict=False, assign=True)
+    model.requires_grad_(False)
     prefix_encoder = model.transformer.prefix_encoder
     if prefix_encoder is not None:
         prefix_encoder.to_empty(device="cpu")  # initialized on the CPU: the same numbers on every device and rank
@@ -269,9 +261,7 @@ def save_model(
     tensors = model.state_dict() if tensors is None else tensors
     weights = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(PREFIX_KEY)}
     dtype = weights[FINGERPRINT_TENSOR].dtype
-    weights[ROTARY_TENSOR] = rotary_frequencies(model.config.kv_channels).to(
-        dtype
-    )  # not here, but one of the official names
+    weights[ROTARY_TENSOR] = rotary_frequencies(model.config.kv_channels).to(dtype)  # official; not stored here
     pattern = "model{suffix}.safetensors" if file_format == "safetensors" else "pytorch_model{suffix}.bin"
     try:
         split = split_torch_state_dict_into_shards(weights, filename_pattern=pattern, max_shard_size=max_shard_size)
