@@ -465,7 +465,7 @@ def load_pretrained(
     settings = {name: value for name, value in settings.items() if name not in IGNORED}
     folder = resolve_folder(str(name_or_path), revision, cache_dir)
     own_config = read_config(folder) if config is None or (folder / "config.json").is_file() else None
-    check_settings(settings, own_config or config)
+    check_settings(settings)
     config = copy.deepcopy(config or own_config)
     for name, value in settings.items():
         setattr(config, name, value)

@@ -132,10 +132,8 @@ class ChatMethods:
         until the character is whole. `history` and `kwargs` are as in chat.
         """
         check_arguments("stream_chat", kwargs, STREAM_REPLACEMENTS)
-        if past_key_values is None:
-            inputs = self.build_inputs(tokenizer, query, history)
-        else:
-            inputs = self.build_stream_inputs(tokenizer, query, history)
+        build = self.build_inputs if past_key_values is None else self.build_stream_inputs
+        inputs = build(tokenizer, query, history)
         length = inputs["input_ids"].shape[1]
         room = self.room(length, past_key_values, max_length)
         settings = self.sampling(tokenizer, do_sample, top_p, temperature, kwargs)

@@ -10,19 +10,16 @@ from transformers import PretrainedConfig
 
 from common.values import is_integer
 
+SIZES = (
+    "num_layers padded_vocab_size hidden_size ffn_hidden_size kv_channels num_attention_heads multi_query_group_num "
+    "seq_length"
+).split()
 LARGEST_SIZE = 2**20
 MOST_LAYERS = 1000
 # What transformers is given of a config.json beside the fields of the model: nothing that chooses code.
 LIBRARY_SETTINGS = (
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "id2label",
-    "output_hidden_states",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-)
+    "architectures bos_token_id dtype id2label output_hidden_states return_dict torch_dtype transformers_version"
+).split()
 # Official keys that are written to another config.json as they were read, and used by nothing here.
 CARRIED_SETTINGS = ("_name_or_path", "auto_map", "model_type", "vocab_size")
 # The model's own settings in a config.json, and what holds where it lacks them.
@@ -104,13 +101,8 @@ class ChatGLMConfig(PretrainedConfig):
     @classmethod
     def known_settings(cls, settings):
         """Those of a config.json's `settings` that belong into another one: of the model, and no other."""
-        known = {*cls.fields(), *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
+        known = {*DEFAULTS, *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
         return {name: value for name, value in settings.items() if name in known}
-
-    @classmethod
-    def fields(cls):
-        """Names of the model's own settings in a config.json."""
-        return DEFAULTS.keys()
 
     @property
     def num_key_value_heads(self):
@@ -118,16 +110,7 @@ class ChatGLMConfig(PretrainedConfig):
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     def _check(self, rope_scaling):
-        for name in (
-            "num_layers",
-            "padded_vocab_size",
-            "hidden_size",
-            "ffn_hidden_size",
-            "kv_channels",
-            "num_attention_heads",
-            "multi_query_group_num",
-            "seq_length",
-        ):
+        for name in SIZES:
             value = getattr(self, name)
             largest = LARGEST_SIZE if name != "num_layers" else MOST_LAYERS  # or building the modules takes forever
             if not is_integer(value) or not 1 <= value <= largest:

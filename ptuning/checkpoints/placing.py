@@ -8,6 +8,7 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
+from chatglm2.configuration_chatglm import DEFAULTS
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from checkpoints.weight_files import stored_dtype
 
@@ -42,12 +43,12 @@ def device_of(name, devices):
     return devices[max(fitting, key=len)]
 
 
-def check_settings(settings, config):
+def check_settings(settings):
     """TypeError for an argument that is none of the configuration, with what to give instead."""
     for name in settings:
         if name in REPLACEMENTS:
             raise TypeError(f"from_pretrained: {name} has no effect on this model. Give {REPLACEMENTS[name]}.")
-        if name not in type(config).fields():
+        if name not in DEFAULTS:
             raise TypeError(f"from_pretrained: {name} is neither an argument nor a field of ChatGLM2's config.json.")
 
 

@@ -276,13 +276,13 @@ def save_number(folder):
     try:
         verify_checkpoint(folder, [SIDECAR_FILE])
         number = read_json(folder / SIDECAR_FILE)["training"]["save_number"]
-        if not is_count(number):
-            raise ValueError(f"{folder / SIDECAR_FILE}: save_number is no number.")
-        return number
     except ValueError:
-        return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
+        number = None
     except (OSError, KeyError, TypeError):
         return 0
+    if is_count(number):
+        return number
+    return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
 
 
 def next_save_number(run_folder: Path | str) -> int:

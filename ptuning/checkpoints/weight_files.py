@@ -36,8 +36,6 @@ COPIED = (
     "quantization.py",
     "*LICENSE*",
 )
-
-
 # Stored by the official checkpoints, computed here.
 ROTARY_TENSOR = "transformer.rotary_pos_emb.inv_freq"
 

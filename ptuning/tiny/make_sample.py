@@ -8,6 +8,7 @@ attribute into words. make_tiny.py uses the same grammar, with other draws, as p
 """
 
 import json
+import operator
 import random
 import re
 from dataclasses import dataclass
@@ -330,44 +331,24 @@ KINDS = {
     for (name, measure, *nouns), (form_key, *forms), (group, *pools) in read_blocks(KIND_TABLE)
 }
 
+# A group of phrases in blocks: its name; how an advert opens; how it closes. 通用 goes with every kind.
 # {n} is the noun with its measure word and, at times, one attribute before it: 条白色百褶裙.
-OPENINGS = {
-    "": (
-        "这{n}很有心意",
-        "这{n}值得细细打量",
-        "想换个心情，不妨试试这{n}",
-        "一{n}，让平淡的日子亮起来",
-        "第一眼就喜欢上了这{n}",
-        "别小看这{n}",
-        "好东西不必多，一{n}就够了",
-    ),
-    "穿": ("这{n}一上身就让人喜欢", "衣橱里缺的正是这{n}", "还在为穿搭发愁吗？这{n}来帮你", "出门前换上这{n}"),
-    "带": ("出门带上这{n}", "每天都离不开这{n}", "还在找合心意的随身好物吗？看看这{n}", "随手带走的这{n}"),
-    "家": ("给家里添上这{n}", "日子过得好，少不了这{n}", "推开门就看见这{n}", "还在找顺手的家居好物吗？看看这{n}"),
-}
-CLOSINGS = {
-    "": (
-        "喜欢就带回家吧",
-        "用过的人都说值",
-        "早一天拥有，早一天开心",
-        "自用送人两相宜",
-        "细节处处都是诚意",
-        "让生活多一点讲究",
-        "这份用心你一定看得见",
-    ),
-    "穿": ("轻松穿出好气质", "怎么搭都好看", "走在街上回头率很高", "穿上它自信满满", "从早到晚都舒服"),
-    "带": ("走到哪里都顺手", "陪你走过每一天", "小小一件很出彩", "放在身边就安心"),
-    "家": ("家的味道更浓了", "让小家更有温度", "日日相见也不厌", "一家人都用得上"),
-}
-
-ENDINGS = (
-    "这{n}值得拥有",
-    "有了这{n}就够了",
-    "这样一{n}谁能不爱",
-    "说的正是这{n}",
-    "这{n}从不让人失望",
-    "好处都在这{n}里了",
-)
+PHRASE_TABLE = """
+通用
+    这{n}很有心意 这{n}值得细细打量 想换个心情，不妨试试这{n} 一{n}，让平淡的日子亮起来 第一眼就喜欢上了这{n} 别小看这{n} 好东西不必多，一{n}就够了
+    喜欢就带回家吧 用过的人都说值 早一天拥有，早一天开心 自用送人两相宜 细节处处都是诚意 让生活多一点讲究 这份用心你一定看得见
+穿
+    这{n}一上身就让人喜欢 衣橱里缺的正是这{n} 还在为穿搭发愁吗？这{n}来帮你 出门前换上这{n}
+    轻松穿出好气质 怎么搭都好看 走在街上回头率很高 穿上它自信满满 从早到晚都舒服
+带
+    出门带上这{n} 每天都离不开这{n} 还在找合心意的随身好物吗？看看这{n} 随手带走的这{n}
+    走到哪里都顺手 陪你走过每一天 小小一件很出彩 放在身边就安心
+家
+    给家里添上这{n} 日子过得好，少不了这{n} 推开门就看见这{n} 还在找顺手的家居好物吗？看看这{n}
+    家的味道更浓了 让小家更有温度 日日相见也不厌 一家人都用得上
+"""
+PHRASES = {group: (openings, closings) for (group,), openings, closings in read_blocks(PHRASE_TABLE)}
+ENDINGS = "这{n}值得拥有 有了这{n}就够了 这样一{n}谁能不爱 说的正是这{n} 这{n}从不让人失望 好处都在这{n}里了".split()
 
 # What does not go together, so that no row praises wool in summer or the sleeves of a waistcoat.
 CONFLICTS = (
@@ -454,12 +435,13 @@ def write_advert(product: Product, rng: random.Random) -> str:
     plan = rng.random()
     if plan < 0.25 and len(clauses) > 1:  # the attributes first, the product as the punch line
         return "，".join(clauses) + rng.choice(("，", "。")) + rng.choice(ENDINGS).format(n=noun) + rng.choice("。！")
-    opening = rng.choice(OPENINGS[""] + OPENINGS[kind.group]).format(n=noun)
+    openings, closings = map(operator.add, PHRASES["通用"], PHRASES[kind.group])
+    opening = rng.choice(openings).format(n=noun)
     split = rng.randrange(len(clauses))  # clauses that stay in the first sentence
     first = "，".join([opening, *clauses[:split]]) + (rng.choice("。！") if split == 0 else "。")
     rest = clauses[split:]
     if plan < 0.8:
-        rest.append(rng.choice(CLOSINGS[""] + CLOSINGS[kind.group]))
+        rest.append(rng.choice(closings))
     return first + "，".join(rest) + rng.choice("。。。！")
 
 
