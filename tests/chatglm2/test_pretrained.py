@@ -9,8 +9,7 @@ from conftest import TINY
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from chatglm2.quantization import QuantizedLinear
-from checkpoint import load_model, read_config, save_model
-from pretrained import ChatGLMForConditionalGeneration, register_auto_classes
+from checkpoint import ChatGLMForConditionalGeneration, load_model, read_config, register_auto_classes, save_model
 
 register_auto_classes()
 
