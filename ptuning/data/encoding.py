@@ -127,10 +127,7 @@ def _encode(
 
     check_lengths(tokenizer, *map(settings.get, ("source_prefix", "max_source_length", "max_target_length")))
     # Named, because to find out the types of lists datasets looks at each of their numbers.
-    features = {
-        **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),
-        **dict.fromkeys(columns, Value("int64")),
-    }
+    features = dict.fromkeys(("input_ids", "labels"), List(Value("int32"))) | dict.fromkeys(columns, Value("int64"))
     # datasets' own fingerprint names the functions, and does not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))

@@ -174,11 +174,8 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
 def code_sha256() -> str:
     """Digest of the files that turn bytes into ids, so that caches do not outlive a change of them."""
     rooms = Path(__file__).parents[1]
-    files = [
-        *sorted((rooms / "data").glob("*.py")),
-        rooms / "common/text.py",
-        rooms / "chatglm2/tokenization_chatglm.py",
-    ]
+    others = (rooms / "common/text.py", rooms / "chatglm2/tokenization_chatglm.py")
+    files = [*sorted((rooms / "data").glob("*.py")), *others]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
