@@ -26,6 +26,11 @@ CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written
 BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
 
 
+def checkpoint_name(step: int | str) -> str:
+    """What the checkpoint of a step is called in its run's folder."""
+    return f"checkpoint-{step}"
+
+
 def list_checkpoints(run_folder: Path | str) -> dict[str, Path]:
     """The checkpoints of a run that hold weights, by step: {"checkpoint-1000": path, …}."""
     found = {path.name: path for path in checkpoint_folders(run_folder) if (path / trained_file(path)).is_file()}
@@ -53,7 +58,7 @@ def point_to_best(run_folder: Path | str, step: int | None) -> str:
     `cp -rL` makes of the link, is renamed. Returns a line that says so, or "".
     """
     link = Path(run_folder) / BEST_LINK
-    target, said = f"checkpoint-{step}", ""
+    target, said = checkpoint_name(step), ""
     if link.is_dir() and not link.is_symlink():
         aside = next(path for number in itertools.count(1) if not (path := link.with_name(f"best-{number}")).exists())
         link.rename(aside)

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.quoting import as_typed
@@ -140,6 +140,11 @@ def library_flags() -> dict[str, Flag]:
                 node.target.id, kind, literal(field_of.get("default")), metadata.get("help") or "", choices
             )
     return flags
+
+
+def declare(help: str, default=None):
+    """A field of a dataclass of flags: its line in --help, and its default."""
+    return field(default=default, metadata={"help": help})
 
 
 def own_flags(owner: type) -> dict[str, Flag]:
