@@ -25,11 +25,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from chatglm2.attention import attend, make_mask
 from chatglm2.chat import ChatMethods
 from chatglm2.configuration_chatglm import ChatGLMConfig
-from chatglm2.loss import SupervisedLoss, supervised_loss
+from chatglm2.loss import OutputLayer, next_tokens, supervised_loss
 from chatglm2.matmul import Linear, OwnGradient, round_rows
 from chatglm2.prefix_encoder import PrefixEncoder
 from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_model_, use_backend_
@@ -92,15 +93,15 @@ class Packing(NamedTuple):
     length: int  # S
 
     @classmethod
-    def of_labels(cls, labels):
-        """The packing of labels (B, S), -100 where not supervised.
+    def of_targets(cls, targets):
+        """The packing of targets (B, S), -100 where not supervised.
 
         Its number is rounded up, as products like it, by padding behind the rows: nothing looks there.
         """
-        predicts = F.pad(labels[:, 1:] != -100, (0, 1))
+        predicts = targets != -100
         needed = predicts.flip(1).cummax(1).values.flip(1).flatten()  # from the last predicting token to the left
         count = min(round_rows(int(needed.sum())), needed.numel())
-        return cls(needed.int().argsort(descending=True, stable=True)[:count], *labels.shape)
+        return cls(needed.int().argsort(descending=True, stable=True)[:count], *targets.shape)
 
     def pack(self, x):
         """(B, S, ·) -> (tokens, ·)"""
@@ -282,17 +283,18 @@ class Embedding(nn.Module):
         return embeddings.float() if self.fp32_residual_connection else embeddings
 
 
-class OutputLayer(Linear):
-    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
-
-    The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
-    for the module that it belongs to.
-    """
-
-    def forward(self, hidden_states, targets=None):
-        if targets is None:
-            return super().forward(hidden_states)
-        return SupervisedLoss.apply(hidden_states, self.weight, targets)
+def check_positions(position_ids, attention_mask):
+    """ValueError where rows do not hold one text each, from its first token on: every token sees all before it."""
+    counted = position_ids.diff(dim=1) == 1
+    if attention_mask is None:
+        right = counted.all() and not position_ids[:, 0].any()
+    else:
+        right = (counted | ~(attention_mask[:, 1:] & attention_mask[:, :-1]).bool()).all()
+    if not right:
+        raise ValueError(
+            "position_ids do not count the tokens of each row from 0, as where several texts share a row, or a row is "
+            "shared by processes (padding-free batches, context or sequence parallelism). Give one whole text a row."
+        )
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -393,11 +395,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             query_length, key_length, first_slot, padding_mask, repeats, dropout, self.dtype_of_blocks, self.device
         )
 
-        if inputs_embeds is None:
-            input_ids = input_ids if packing is None else packing.pack(input_ids[..., None])[:, 0]
-            hidden_states = self.embedding(input_ids)
-        else:
-            hidden_states = inputs_embeds if packing is None else packing.pack(inputs_embeds)
+        hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if packing is not None:
+            hidden_states = packing.pack(hidden_states)
         hidden_states = self.encoder(hidden_states, mask, cos, sin, prefixes, past_key_values, packing)
         output = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
@@ -419,6 +419,8 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
         `device` is where the weights are made. They are random numbers whatever `empty_init` says.
         """
         super().__init__(config)
+        # The Trainer smooths labels that are shifted in the classes listed here only.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("chatglm", "ChatGLMForConditionalGeneration")
         with torch.device(device) if device is not None else contextlib.nullcontext():
             self.transformer = ChatGLMModel(config)
         if config.quantization_bit:
@@ -457,19 +459,23 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
         return_dict=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        shift_labels=None,
         **kwargs,
     ):
         """Logits and, with labels, the loss.
 
         Arguments as in ChatGLMModel; `labels` (B, S) int64, aligned with `input_ids` (the shift by one
-        happens here), -100 where not supervised; `logits_to_keep` last positions to compute logits for,
-        0 for all. Returns CausalLMOutputWithPast with `loss` float32 (), `logits` float32 (B, S, V).
+        happens here), -100 where not supervised; `shift_labels` replace them, and are shifted already;
+        `logits_to_keep` last positions to compute logits for, 0 for all. Returns CausalLMOutputWithPast with `loss` float32 (), `logits` float32 (B, S, V).
         While training with labels, `logits` is None: nothing needs them and they are the largest tensor.
         """
-        only_loss = self.training and labels is not None
+        targets = next_tokens(labels) if shift_labels is None and labels is not None else shift_labels
+        only_loss = self.training and targets is not None
         if only_loss and self.official_loss is not None:
             return CausalLMOutputWithPast(loss=self.official_loss(self, input_ids, labels))
-        packing = Packing.of_labels(labels) if only_loss and attention_mask is None and not use_cache else None
+        if only_loss and position_ids is not None:
+            check_positions(position_ids, attention_mask)
+        packing = Packing.of_targets(targets) if only_loss and attention_mask is None and not use_cache else None
         output = self.transformer(
             input_ids,
             attention_mask,
@@ -483,8 +489,8 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
         hidden_states = output.last_hidden_state
         output_layer = self.transformer.output_layer
         loss = logits = None
-        if labels is not None:
-            loss = supervised_loss(hidden_states, labels, output_layer, num_items_in_batch, packing)
+        if targets is not None:
+            loss = supervised_loss(hidden_states, targets, output_layer, num_items_in_batch, packing)
         if not only_loss:
             logits = output_layer(hidden_states[:, -logits_to_keep:]).float()
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
