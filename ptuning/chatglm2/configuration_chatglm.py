@@ -7,6 +7,7 @@ a setting that this file does not know: a config.json can name kernels, classes 
 """
 
 import inspect
+import json
 
 from transformers import PretrainedConfig
 
@@ -51,7 +52,7 @@ class ChatGLMConfig(PretrainedConfig):
     def __init__(
         self,
         num_layers=28,
-        padded_vocab_size=65024,
+        padded_vocab_size=None,  # 65024; older checkpoints name it vocab_size, or both
         hidden_size=4096,
         ffn_hidden_size=13696,
         kv_channels=128,
@@ -85,7 +86,9 @@ class ChatGLMConfig(PretrainedConfig):
         tie_word_embeddings=False,
         **kwargs,
     ):
-        kwargs.pop("vocab_size", None)  # older checkpoints repeat padded_vocab_size under this name
+        vocab_size = kwargs.pop("vocab_size", None)
+        if padded_vocab_size is None:
+            padded_vocab_size = 65024 if vocab_size is None else vocab_size
         self._auto_map = kwargs.get("auto_map")  # for whoever loads a saved folder with the official code
         self.num_layers = num_layers
         self.padded_vocab_size = padded_vocab_size
@@ -119,12 +122,15 @@ class ChatGLMConfig(PretrainedConfig):
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
         # Set by hand as well: transformers 5 no longer defines these on every configuration.
+        self.bos_token_id = kwargs.get("bos_token_id")
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
         for name in kwargs.keys() & self.attribute_map.keys():  # the library's names of these fields
             setattr(self, name, kwargs[name])
         self._check(kwargs.get("rope_scaling"))
         settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
+        if kwargs.get("attn_implementation") in ("eager", "sdpa"):  # any other may name code
+            settings["attn_implementation"] = kwargs["attn_implementation"]
         super().__init__(
             eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **settings
         )
@@ -132,7 +138,14 @@ class ChatGLMConfig(PretrainedConfig):
     def to_dict(self):
         settings = super().to_dict()
         auto_map = settings.pop("_auto_map", None)
+        settings["num_key_value_heads"] = self.num_key_value_heads  # PEFT looks here for it
         return settings if auto_map is None else {**settings, "auto_map": auto_map}
+
+    def to_json_string(self, *args, **kwargs):
+        """The text of a config.json, which has the official settings only."""
+        settings = json.loads(super().to_json_string(*args, **kwargs))
+        settings.pop("num_key_value_heads", None)
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def known_settings(cls, settings):

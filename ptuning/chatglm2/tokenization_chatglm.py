@@ -135,8 +135,18 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """The tokenizer of a folder or hub id, loaded by transformers. FileNotFoundError without `tokenizer.model`.
 
         Of a local folder this reads tokenizer.model, tokenizer_config.json and chat_template.jinja, and no file that
-        one of these names.
+        one of these names. bos_token, eos_token, pad_token and unk_token are set, and added where they are new.
         """
+        chosen = {name: kwargs.pop(name) for name in NAMED_TOKENS if kwargs.get(name) is not None}
+        tokenizer = cls._load(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        for name, token in chosen.items():
+            if str(token) not in tokenizer.get_vocab():
+                tokenizer._add_tokens([token], special_tokens=True)
+            setattr(tokenizer, name, token)
+        return tokenizer
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
         folder = Path(pretrained_model_name_or_path)
         file = folder / (kwargs.get("subfolder") or "") / VOCABULARY_FILE
         if folder.is_dir() and not file.is_file():
