@@ -89,6 +89,8 @@ def expect_failures(items, complete):
                 used.add(pattern)
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
     files = {item.path.name for item in items}
+    if not has("transformers", "generation/test_utils.py"):
+        files.discard("test_model_peers.py")
     lost = [pattern for pattern in EXPECTED.keys() - used if pattern.partition("::")[0] in files]
     if complete and lost:
         raise pytest.UsageError(f"EXPECTED names tests that there are not: {', '.join(lost)}")
