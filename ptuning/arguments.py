@@ -224,6 +224,9 @@ def check(model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
     check_precision(training_args)
+    for name, reason in UNSUPPORTED.items():
+        if getattr(training_args, name) not in (None, False):
+            raise ValueError(f"--{name} {reason} Leave it out.")
     check_saving(training_args)
     if not 0 < data_args.top_p:
         raise ValueError(f"--top_p {data_args.top_p}: expected more than 0 and at most 1.")
@@ -244,6 +247,11 @@ def check_precision(training_args):
             "--precision official and --auto_find_batch_size contradict each other: in the official recipe another "
             "batch size is another loss. Leave one of the two out."
         )
+    if training_args.precision == "official" and training_args.label_smoothing_factor:
+        raise ValueError(
+            "--precision official and --label_smoothing_factor contradict each other: the official loss smooths nothing. "
+            "Leave one of the two out."
+        )
     if training_args.precision == "official" and halves:
         raise ValueError(
             f"--precision official and --{halves[0]} contradict each other: the official recipe is float16 weights "
@@ -251,6 +259,11 @@ def check_precision(training_args):
         )
 
 
+# Flags of transformers that would change nothing here, or the loss.
+UNSUPPORTED = {
+    "use_liger_kernel": "has no kernels for ChatGLM2; this project computes the loss in parts in any case.",
+    "parallelism_config": "divides a row over processes, and here each process computes whole rows.",
+}
 EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
 
 

@@ -57,6 +57,12 @@ from common.files import read_json, write_json
 from common.messages import dtype_name, first_line
 from families import model_family
 
+# What PEFT's methods adapt where they are not told, other than query_key_value; as in models of the same shape.
+ADAPTED_MODULES = {
+    "IA3": ["query_key_value", "dense_4h_to_h"],
+    "LNTUNING": ["input_layernorm", "post_attention_layernorm", "final_layernorm"],
+}
+
 # ---- which folder
 
 
@@ -500,10 +506,18 @@ class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGene
 def register_auto_classes():
     """Let transformers' AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM know
     ChatGLM2: their `from_pretrained(folder)` then gives the classes of this project, and runs no code of the folder.
+    PEFT learns which modules its methods adapt where a configuration names none.
 
-    It changes transformers for the whole process; nothing else here does.
+    It changes transformers and PEFT for the whole process; nothing else here does.
     """
     AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
     AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok=True)
+
+    from peft.utils import constants  # takes half a second, which others need not wait
+
+    for name, modules in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
+            modules.setdefault("chatglm", ADAPTED_MODULES.get(name.split("_")[3], ["query_key_value"]))
+    constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.setdefault("chatglm", ["dense_4h_to_h"])

@@ -498,7 +498,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 model,
                 [prompts[index] for index in mine],
                 config.max_length,
-                num_known=self.processing_class.vocab_size,
+                num_known=len(self.processing_class),
                 batch_size=batch_size,
                 rows=[rows[index] for index in mine],
                 seed=self.args.seed,

@@ -29,7 +29,7 @@ STREAM_REPLACEMENTS = {
 
 def unknown_token_ids(tokenizer, config) -> list[int] | None:
     """Ids of the padded vocabulary that the tokenizer has no token for, None where there are none."""
-    return list(range(tokenizer.vocab_size, config.padded_vocab_size)) or None
+    return list(range(len(tokenizer), config.padded_vocab_size)) or None
 
 
 def check_arguments(name, arguments, replacements):

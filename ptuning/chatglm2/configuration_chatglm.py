@@ -6,6 +6,8 @@ a setting that this file does not know: a config.json can name kernels, classes 
 (`_attn_implementation`, `quantization_config`, `per_layer_config`, …), which the library then fetches and runs.
 """
 
+import json
+
 from transformers import PretrainedConfig
 
 from common.values import is_integer
@@ -80,23 +82,35 @@ class ChatGLMConfig(PretrainedConfig):
     }
 
     def __init__(self, **settings):
-        settings.pop("vocab_size", None)  # older checkpoints repeat padded_vocab_size under this name
+        if (vocab_size := settings.pop("vocab_size", None)) is not None:  # older checkpoints have this name, or both
+            settings = {"padded_vocab_size": vocab_size, **settings}
         self._auto_map = settings.get("auto_map")  # for whoever loads a saved folder with the official code
         for name, default in DEFAULTS.items():
             setattr(self, name, settings.get(name, default))
+        self.bos_token_id = settings.get("bos_token_id")
         if self.kv_channels is None:
             self.kv_channels = self.hidden_size // self.num_attention_heads
         self.quantization_bit = self.quantization_bit or 0
         for name in settings.keys() & self.attribute_map.keys():  # the library's names of these fields
             setattr(self, name, settings[name])
         self._check(settings.get("rope_scaling"))
+        library = {name: settings[name] for name in LIBRARY_SETTINGS if name in settings}
+        if settings.get("attn_implementation") in ("eager", "sdpa"):  # any other may name code
+            library["attn_implementation"] = settings["attn_implementation"]
         own = {name: getattr(self, name) for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings")}
-        super().__init__(**own, **{name: settings[name] for name in LIBRARY_SETTINGS if name in settings})
+        super().__init__(**own, **library)
 
     def to_dict(self):
         settings = super().to_dict()
         auto_map = settings.pop("_auto_map", None)
+        settings["num_key_value_heads"] = self.num_key_value_heads  # PEFT looks here for it
         return settings if auto_map is None else {**settings, "auto_map": auto_map}
+
+    def to_json_string(self, *args, **kwargs):
+        """The text of a config.json, which has the official settings only."""
+        settings = json.loads(super().to_json_string(*args, **kwargs))
+        settings.pop("num_key_value_heads", None)
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def known_settings(cls, settings):
