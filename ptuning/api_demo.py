@@ -9,7 +9,7 @@ of its own to ask for, and in that a client that goes away stops its answer.
 
 import argparse
 import asyncio
-import hashlib
+import contextlib
 import json
 import math
 import secrets
@@ -43,16 +43,17 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
+from common.files import file_sha256
 from serving.api_index import docs_page, endpoints, names
-from serving.limits import Attempts, BodyLimit, check_port, client_of, uvicorn_settings
-from serving.loading import load_server, spare_what_is_loaded
+from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
+from serving.loading import opened_server
 from serving.server import Busy, Sampling
 
 MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
@@ -75,9 +76,8 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: (
-        str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
-    )  # one problem of a list is told, not half a million
+    # One problem of a list is told, not half a million.
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
 
     def text(self):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -143,12 +143,6 @@ class NoModel(HTTPException):
     """404 for a model, not for a path."""
 
 
-def error_response(status, message, headers=None, code=None):
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status, headers=headers)
-
-
 class JsonWithoutAType:
     """ASGI middleware: the body of a POST is JSON whatever its Content-Type says, as in the official api.py.
 
@@ -201,18 +195,10 @@ class Pending:
 
     async def submit(self, token_ids, model, samplings):
         """HTTPException 404, 400 or 429 where the request cannot be taken."""
+        how = {"model": model, "notify": self.notify, "client": self.client}
         try:
-            for sampling in samplings:
-                # On a thread: a prefix may have to be read first.
-                answer = await run_in_threadpool(
-                    self.server.submit,
-                    token_ids,
-                    model=model,
-                    sampling=sampling,
-                    notify=self.notify,
-                    client=self.client,
-                )
-                self.answers.append(answer)
+            for sampling in samplings:  # on a thread: a prefix may have to be read first
+                self.answers.append(await run_in_threadpool(self.server.submit, token_ids, sampling=sampling, **how))
         except Busy as error:
             self.cancel()
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
@@ -222,29 +208,27 @@ class Pending:
 
     async def changes(self):
         """Yield after every change until all have ended; ends early, and cancels, when the client has gone."""
+        look = time.monotonic()
         try:
             while True:
                 finished = all(answer.finish_reason for answer in self.answers)
                 yield
                 if finished:
                     return
-                try:
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.changed.wait(), LOOK_SECONDS)
-                except asyncio.TimeoutError:
+                self.changed.clear()
+                if time.monotonic() - look > LOOK_SECONDS:  # also while tokens arrive
+                    look = time.monotonic()
                     if await self.request.is_disconnected():
                         return
-                self.changed.clear()
         finally:
             self.cancel()
 
     async def finish(self):
         """Wait for all; HTTPException 500 where one failed. Nobody reads what is returned to a client that has gone."""
-        look = time.monotonic()
         async for _ in self.changes():
-            if time.monotonic() - look > LOOK_SECONDS:  # also while tokens arrive
-                look = time.monotonic()
-                if await self.request.is_disconnected():
-                    self.cancel()
+            pass
         for answer in self.answers:
             if answer.finish_reason == "error":
                 raise HTTPException(500, answer.error)
@@ -271,11 +255,11 @@ async def stream_chat(pending, head, include_usage):
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
 
     sent = [0] * len(pending.answers)
-    over = [False] * len(pending.answers)
-    for index in range(len(pending.answers)):
+    running = dict(enumerate(pending.answers))
+    for index in running:
         yield event(choice(index, {"role": "assistant", "content": ""}))
     async for _ in pending.changes():
-        for index, answer in enumerate(pending.answers):
+        for index, answer in list(running.items()):
             reason, text = answer.finish_reason, answer.text  # in this order: the text is written first
             if len(text) > sent[index]:
                 yield event(choice(index, {"content": text[sent[index] :]}))
@@ -283,8 +267,8 @@ async def stream_chat(pending, head, include_usage):
             if reason == "error":
                 yield f"data: {json.dumps({'error': {'message': answer.error, 'type': 'server_error'}})}\n\n"
                 return
-            if reason and not over[index]:
-                over[index] = True
+            if reason:
+                del running[index]
                 yield event(choice(index, {}, "stop" if reason == "cancelled" else reason))
     if include_usage:
         yield event([], usage=pending.usage())
@@ -353,18 +337,16 @@ def create_app(server, api_key=None, cors_origins=()):
 
     started = int(time.time())
     prefix_file = server.checkpoints()[server.default] / TENSORS_FILE if server.default != server.base else None
-    digest = hashlib.sha256(prefix_file.read_bytes()).hexdigest() if prefix_file else None
+    digest = file_sha256(prefix_file) if prefix_file else None
 
     @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
         model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
         pending = Pending(server, request)
-
-        def turns():
-            return (*conversation([(message.role, message.text()) for message in body.messages]), model)
-
-        token_ids = await pending.encode(limiter, turns)
+        token_ids = await pending.encode(
+            limiter, lambda: (*conversation([(message.role, message.text()) for message in body.messages]), model)
+        )
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         samplings = [
             Sampling(
@@ -460,17 +442,13 @@ def create_app(server, api_key=None, cors_origins=()):
 
 def main(argv):
     args = parse_arguments(argv)
-    check_port(args.server_name, args.server_port)
-    server = load_server(args)
-    app = create_app(server, args.api_key, args.cors_origin)
-    spare_what_is_loaded()
-    print(f"Listening on http://{args.server_name}:{args.server_port}, documented at /docs (Ctrl-C ends)", flush=True)
-    if args.server_name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
-        print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)
-    try:
-        uvicorn.run(app, host=args.server_name, port=args.server_port, log_level="warning", **uvicorn_settings())
-    finally:
-        server.close()
+    name, port = args.server_name, args.server_port
+    with opened_server(args) as server:
+        app = create_app(server, args.api_key, args.cors_origin)
+        print(f"Listening on http://{name}:{port}, documented at /docs (Ctrl-C ends)", flush=True)
+        if name not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
+            print("Everyone who can reach this machine can use the API. To restrict it: --api_key KEY", flush=True)
+        uvicorn.run(app, host=name, port=port, log_level="warning", **uvicorn_settings())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
@@ -23,6 +23,7 @@ from common.flags import (
     add_flag,
     check_object,
     check_ranges,
+    declare,
     flags_of_file,
     in_quotes,
     library_flags,
@@ -39,154 +40,98 @@ from tuning.rules import DEFAULT_METHOD, LORA_TARGETS, RULES, check_method
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Base model: folder in the official ChatGLM2 layout, or hub id (THUDM/chatglm2-6b)."},
+    model_name_or_path: str | None = declare(
+        "Base model: folder in the official ChatGLM2 layout, or hub id (THUDM/chatglm2-6b)."
     )
-    ptuning_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "What was trained: checkpoint folder, of these or of the official scripts; or a run's folder, for its "
-            "best checkpoint or else the last; or run/best, run/last, or run/all to evaluate each prefix; or several "
-            "LoRA adapters with commas. --checkpoint_dir is the same."
-        },
+    ptuning_checkpoint: str | None = declare(
+        "What was trained: checkpoint folder, of these or of the official scripts; or a run's folder, for its best "
+        "checkpoint or else the last; or run/best, run/last, or run/all to evaluate each prefix; or several LoRA "
+        "adapters with commas. --checkpoint_dir is the same."
     )
-    finetuning_type: Literal["p_tuning", "full", "freeze", "lora", "none"] = field(
-        default=None,
-        metadata={
-            "help": "What trains: p_tuning: a prefix; full: all weights; freeze: some layers; lora: an adapter; none: "
-            "nothing, the untouched base answers. Read from a given checkpoint [p_tuning]."
-        },
+    finetuning_type: Literal["p_tuning", "full", "freeze", "lora", "none"] = declare(
+        "What trains: p_tuning: a prefix; full: all weights; freeze: some layers; lora: an adapter; none: nothing, the "
+        "untouched base answers. Read from a given checkpoint [p_tuning]."
     )
-    pre_seq_len: int | None = field(
-        default=None,
-        metadata={"help": "Virtual tokens of the prefix (not the length of the text). Read from a given checkpoint."},
+    pre_seq_len: int | None = declare(
+        "Virtual tokens of the prefix (not the length of the text). Read from a given checkpoint."
     )
-    prefix_projection: bool | None = field(
-        default=None,
-        metadata={"help": "Compute the prefix by a two-layer MLP. Read from a given checkpoint, else false."},
+    prefix_projection: bool | None = declare(
+        "Compute the prefix by a two-layer MLP. Read from a given checkpoint, else false."
     )
-    prefix_dropout: float = field(
-        default=0.1, metadata={"help": "Probability of dropping a number of the prefix while training."}
+    prefix_dropout: float = declare("Probability of dropping a number of the prefix while training.", default=0.1)
+    num_layer_trainable: int | None = declare("freeze: layers that train, counted from the last; -n: the first n [3].")
+    name_module_trainable: Literal["mlp", "qkv"] = declare("freeze: what trains of these layers [mlp].")
+    lora_rank: int | None = declare("lora: inner width of an adapter layer [8].")
+    lora_alpha: float | None = declare("lora: the adapter's output is multiplied by alpha / rank [32].")
+    lora_dropout: float | None = declare("lora: probability of dropping an input of the adapter in training [0.1].")
+    lora_target: str | None = declare(
+        f"lora: layers that get one, with commas, of {', '.join(LORA_TARGETS)} [query_key_value]."
     )
-    num_layer_trainable: int | None = field(
-        default=None, metadata={"help": "freeze: layers that train, counted from the last; -n: the first n [3]."}
+    resume_lora_training: bool = declare(
+        "lora: train the last of the given adapters on; false: merge all and train a new one.", default=True
     )
-    name_module_trainable: Literal["mlp", "qkv"] = field(
-        default=None, metadata={"help": "freeze: what trains of these layers [mlp]."}
-    )
-    lora_rank: int | None = field(default=None, metadata={"help": "lora: inner width of an adapter layer [8]."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "lora: the adapter's output is multiplied by alpha / rank [32]."}
-    )
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "lora: probability of dropping an input of the adapter in training [0.1]."}
-    )
-    lora_target: str | None = field(
-        default=None,
-        metadata={"help": f"lora: layers that get one, with commas, of {', '.join(LORA_TARGETS)} [query_key_value]."},
-    )
-    resume_lora_training: bool = field(
-        default=True,
-        metadata={"help": "lora: train the last of the given adapters on; false: merge all and train a new one."},
-    )
-    quantization_bit: int | None = field(
-        default=None, metadata={"help": "4 or 8: integer weights for the frozen model. Leave out for float."}
-    )
-    quantization_backend: Literal["auto", "triton", "cpm_kernels", "packed", "torch"] = field(
+    quantization_bit: int | None = declare("4 or 8: integer weights for the frozen model. Leave out for float.")
+    quantization_backend: Literal["auto", "triton", "cpm_kernels", "packed", "torch"] = declare(
+        "What computes with integer weights. auto: triton on a GPU if it works there, packed on a CPU if "
+        "it is faster there, else torch; triton: kernels compiled for the GPU at hand; packed: torch's own for answers "
+        "on a CPU, activations in bfloat16; cpm_kernels: int4 only, unpacked by a kernel that cpm_kernels launches; "
+        "torch: plain operations, on any device.",
         default="auto",
-        metadata={
-            "help": "What computes with integer weights. auto: triton on a GPU if it works there, packed on a CPU if it "
-            "is faster there, else torch; packed: torch's kernels for answers on a CPU, with activations in bfloat16; "
-            "triton: kernels compiled for the GPU at hand; "
-            "cpm_kernels: int4 only, unpacked by a kernel that cpm_kernels launches; "
-            "torch: plain operations, on any device."
-        },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for models downloaded from the hub."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    cache_dir: str | None = declare("Folder for models downloaded from the hub.")
+    model_revision: str | None = declare("Branch, tag or commit on the hub.")
 
 
 @dataclass
 class DataTrainingArguments:
-    train_file: str | None = field(default=None, metadata={"help": "Training rows: JSON lines, a JSON array, or CSV."})
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Rows for --do_eval and for the dev loss during training."}
+    train_file: str | None = declare("Training rows: JSON lines, a JSON array, or CSV.")
+    validation_file: str | None = declare("Rows for --do_eval and for the dev loss during training.")
+    test_file: str | None = declare("Rows for --do_predict.")
+    dataset: str | None = declare(
+        "Data sets by name, a,b, in place of --train_file; without --do_train in place of the other two."
     )
-    test_file: str | None = field(default=None, metadata={"help": "Rows for --do_predict."})
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data sets by name, a,b, in place of --train_file; without --do_train in place of the other two."
-        },
+    dataset_dir: str = declare(
+        "Folder of the data sets, with the dataset_info.json that describes them.", default="data"
     )
-    dataset_dir: str = field(
-        default="data", metadata={"help": "Folder of the data sets, with the dataset_info.json that describes them."}
+    split: str = declare("Accepted; a data file has one split, train.", default="train")
+    mix_ratios: str | None = declare(
+        "Share of each data set in the training rows, such as 0.7,0.3 [all rows of all data sets]."
     )
-    split: str = field(default="train", metadata={"help": "Accepted; a data file has one split, train."})
-    mix_ratios: str | None = field(
-        default=None,
-        metadata={"help": "Share of each data set in the training rows, such as 0.7,0.3 [all rows of all data sets]."},
+    dev_ratio: float = declare(
+        "Share of the training rows to hold out as dev rows; no --validation_file then.", default=0.0
     )
-    dev_ratio: float = field(
-        default=0.0, metadata={"help": "Share of the training rows to hold out as dev rows; no --validation_file then."}
+    prompt_column: str | None = declare("Column of the prompts (ADGEN: content). Read from a given checkpoint.")
+    response_column: str | None = declare("Column of the responses (ADGEN: summary). Read from a given checkpoint.")
+    history_column: str | None = declare("Column of earlier turns: a list of [query, response] pairs.")
+    messages_column: str | None = declare(
+        "Column of whole dialogues, lists of role (system, user, assistant) and content; used in place of the other "
+        "three columns. The last answer is the response."
     )
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of the prompts (ADGEN: content). Read from a given checkpoint."}
+    source_prefix: str | None = declare("Text put before every prompt.")
+    max_source_length: int | None = declare(
+        "Longest prompt, in tokens; longer ones are cut at the end, those with earlier turns at their start. Read from "
+        "a given checkpoint [1024]."
     )
-    response_column: str | None = field(
-        default=None, metadata={"help": "Column of the responses (ADGEN: summary). Read from a given checkpoint."}
+    max_target_length: int | None = declare(
+        "Longest response, in tokens; longer ones are cut at the end. Read from a given checkpoint [128]."
     )
-    history_column: str | None = field(
-        default=None, metadata={"help": "Column of earlier turns: a list of [query, response] pairs."}
+    val_max_target_length: int | None = declare("The same for references in evaluation, in tokens [max_target_length].")
+    check_data: bool = declare(
+        "Read every data file that is named, print what is in it and one example, and stop there.", default=False
     )
-    messages_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of whole dialogues, lists of role (system, user, assistant) and content; used in place "
-            "of the other three columns. The last answer is the response."
-        },
+    max_samples: int | None = declare("Use only the first n rows of every data file; the next three count before it.")
+    max_train_samples: int | None = declare("Use only the first n training rows.")
+    max_eval_samples: int | None = declare("Use only the first n validation rows.")
+    max_predict_samples: int | None = declare("Use only the first n test rows.")
+    ignore_pad_token_for_loss: bool = declare(
+        "Train on responses only; false trains on prompt and padding as well.", default=True
     )
-    source_prefix: str | None = field(default=None, metadata={"help": "Text put before every prompt."})
-    max_source_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest prompt, in tokens; longer ones are cut at the end, those with earlier turns at their "
-            "start. Read from a given checkpoint [1024]."
-        },
-    )
-    max_target_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest response, in tokens; longer ones are cut at the end. Read from a given checkpoint [128]."
-        },
-    )
-    val_max_target_length: int | None = field(
-        default=None, metadata={"help": "The same for references in evaluation, in tokens [max_target_length]."}
-    )
-    check_data: bool = field(
-        default=False,
-        metadata={"help": "Read every data file that is named, print what is in it and one example, and stop there."},
-    )
-    max_samples: int | None = field(
-        default=None, metadata={"help": "Use only the first n rows of every data file; the next three count before it."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first n training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first n validation rows."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
-    ignore_pad_token_for_loss: bool = field(
-        default=True, metadata={"help": "Train on responses only; false trains on prompt and padding as well."}
-    )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Encode the rows again, whatever is cached."})
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that encode rows; capped by rows and cores."}
-    )
-    num_beams: int | None = field(default=None, metadata={"help": "Beams when generating [1]."})
-    do_sample: bool = field(
-        default=True, metadata={"help": "Sample predictions as the official scripts do; false decodes greedily."}
-    )
-    top_p: float = field(default=0.7, metadata={"help": "Sampling: probability mass to choose from."})
-    temperature: float = field(default=0.95, metadata={"help": "Sampling: above 1 flatter, towards 0 greedy."})
+    overwrite_cache: bool = declare("Encode the rows again, whatever is cached.", default=False)
+    preprocessing_num_workers: int | None = declare("Processes that encode rows; capped by rows and cores.")
+    num_beams: int | None = declare("Beams when generating [1].")
+    do_sample: bool = declare("Sample predictions as the official scripts do; false decodes greedily.", default=True)
+    top_p: float = declare("Sampling: probability mass to choose from.", default=0.7)
+    temperature: float = declare("Sampling: above 1 flatter, towards 0 greedy.", default=0.95)
 
 
 def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, dict, list[str]]:
@@ -280,6 +225,9 @@ def check(model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
     check_precision(training_args)
+    for name, reason in UNSUPPORTED.items():
+        if getattr(training_args, name) not in (None, False):
+            raise ValueError(f"--{name} {reason} Leave it out.")
     check_saving(training_args)
     if not 0 < data_args.top_p:
         raise ValueError(f"--top_p {data_args.top_p}: expected more than 0 and at most 1.")
@@ -300,6 +248,11 @@ def check_precision(training_args):
             "--precision official and --auto_find_batch_size contradict each other: in the official recipe another "
             "batch size is another loss. Leave one of the two out."
         )
+    if training_args.precision == "official" and training_args.label_smoothing_factor:
+        raise ValueError(
+            "--precision official and --label_smoothing_factor contradict each other: the official loss smooths nothing. "
+            "Leave one of the two out."
+        )
     if training_args.precision == "official" and halves:
         raise ValueError(
             f"--precision official and --{halves[0]} contradict each other: the official recipe is float16 weights "
@@ -307,6 +260,11 @@ def check_precision(training_args):
         )
 
 
+# Flags of transformers that would change nothing here, or the loss.
+UNSUPPORTED = {
+    "use_liger_kernel": "has no kernels for ChatGLM2; this project computes the loss in parts in any case.",
+    "parallelism_config": "divides a row over processes, and here each process computes whole rows.",
+}
 EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content", "response_column": "summary"}
 
 

@@ -1,11 +1,12 @@
 """The public door to weights: a base model or a prefix, loaded, saved or described.
 
-Answers to `from_pretrained(..., trust_remote_code=True)`
-and the prefix loading pasted into three of the official scripts. It differs in that no code of the folder
-is run, pickles are read with `weights_only`, nothing is half loaded, and the weights are memory-mapped and
-converted tensor by tensor, so there is never a second copy of them in memory.
+Answers to `from_pretrained(..., trust_remote_code=True)` and the prefix loading pasted into three of the official
+scripts. It differs in that no code of the folder is run or fetched, pickles are read with `weights_only`, nothing is
+half loaded, and the weights are memory-mapped and converted tensor by tensor, so there is never a second copy of them
+in memory. `from_pretrained` calls load_model: integer weights, a prefix and each tensor's dtype are its business.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,20 +16,30 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from accelerate import dispatch_model
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
+from chatglm2 import modeling_chatglm
 from chatglm2.bits import SUPPORTED_BITS, check_quantization_bit
 from chatglm2.chat import unknown_token_ids
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.matmul import Linear, convert
-from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration, rotary_frequencies
 from chatglm2.quantization import choose_backend, is_quantized_weight, quantize_weight, use_backend_
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+from checkpoints.placing import IGNORED, check_settings, device_of, own_memory, wanted_devices, wanted_dtype
 from checkpoints.run_folder import list_checkpoints, verify_checkpoint
 from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, finetuning_type, read_sidecar
+from checkpoints.ways import RULES
 from checkpoints.weight_files import (
     COPIED,
     FINGERPRINT_TENSOR,
@@ -39,11 +50,18 @@ from checkpoints.weight_files import (
     check_tensor,
     check_trained,
     read_tensors,
+    stored_dtype,
     weight_files,
 )
 from common.files import read_json, write_json
 from common.messages import dtype_name, first_line
 from families import model_family
+
+# What PEFT's methods adapt where they are not told, other than query_key_value; as in models of the same shape.
+ADAPTED_MODULES = {
+    "IA3": ["query_key_value", "dense_4h_to_h"],
+    "LNTUNING": ["input_layernorm", "post_attention_layernorm", "final_layernorm"],
+}
 
 # ---- which folder
 
@@ -102,7 +120,7 @@ def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
             "Give a ChatGLM2 folder as --model_name_or_path."
         )
     trained = finetuning_type(folder)
-    if trained in ("freeze", "lora"):
+    if trained and RULES[trained].needs_base:
         raise ValueError(
             f"{folder} holds only what --finetuning_type {trained} trained, not a base model. "
             f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
@@ -147,15 +165,6 @@ def choose_dtype(
     return torch.float16, "the GPU has no bfloat16; with loss scaling"
 
 
-def place_tensor(model, name, tensor):
-    """Make `tensor` the frozen parameter, or the buffer, called `name`."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        tensor = nn.Parameter(tensor, requires_grad=False)
-    setattr(module, leaf, tensor)
-
-
 def load_model(
     folder: Path | str,
     *,
@@ -164,7 +173,7 @@ def load_model(
     device: torch.device | str | dict = "cpu",
     quantization_bit: int | None = None,
     quantization_backend: str = "auto",
-) -> ChatGLMForConditionalGeneration:
+) -> modeling_chatglm.ChatGLMForConditionalGeneration:
     """A base model from a folder in the official layout, frozen, in eval mode, with a fresh prefix encoder.
 
     The module tree is built without storage; every tensor then goes from the memory-mapped file straight to
@@ -181,7 +190,7 @@ def load_model(
     config = config or read_config(folder, pre_seq_len=None)
     bits = config.quantization_bit = check_quantization_bit(quantization_bit, config.quantization_bit)
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
+        model = modeling_chatglm.ChatGLMForConditionalGeneration(config)
     if bits:
         use_backend_(model, choose_backend(quantization_backend, device_of("", device), bits, dtype))
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
@@ -189,7 +198,7 @@ def load_model(
         device_of(name, device)  # or an error, before any weight is read
     multiplied = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     model.base_folder = Path(folder)
-    missing, unexpected, prefix = set(expected), [], {}
+    loaded, unexpected, prefix = {}, [], {}
     for file in weight_files(folder):
         for stored_name, stored in read_tensors(file):
             if stored_name == ROTARY_TENSOR:
@@ -213,11 +222,10 @@ def load_model(
                     tensor = convert(tensor, dtype)
                 elif tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
                     tensor = tensor.to(dtype)
-                place_tensor(model, name, tensor)
-                missing.discard(name)
+                loaded[name] = tensor
     problems = [
         f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        for kind, names in (("missing", expected.keys() - loaded.keys()), ("unexpected", unexpected))
         if names
     ]
     if problems:
@@ -225,6 +233,8 @@ def load_model(
             f"The weights in {folder} do not fit its config.json. Tensors {'; '.join(problems)}. "
             "Is this the complete, unchanged folder of a ChatGLM2 model?"
         )
+    model.load_state_dict(loaded, strict=False, assign=True)
+    model.requires_grad_(False)
     prefix_encoder = model.transformer.prefix_encoder
     if prefix_encoder is not None:
         prefix_encoder.to_empty(device="cpu")  # initialized on the CPU: the same numbers on every device and rank
@@ -235,23 +245,8 @@ def load_model(
     return model.eval()
 
 
-def device_of(name, devices):
-    """Where the tensor `name` goes: `devices` is a device, or {module: device}, of which the innermost counts.
-
-    "" gives the first that is no CPU: the one that computes.
-    """
-    if not isinstance(devices, dict):
-        return devices
-    if not name:
-        return next((device for device in devices.values() if torch.device(device).type != "cpu"), "cpu")
-    fitting = [module for module in devices if not module or f"{name}.".startswith(f"{module}.")]
-    if not fitting:
-        raise ValueError(f"device_map does not say where {name} goes; it names {', '.join(devices)}.")
-    return devices[max(fitting, key=len)]
-
-
 def save_model(
-    model: ChatGLMForConditionalGeneration,
+    model: modeling_chatglm.ChatGLMForConditionalGeneration,
     folder: Path | str,
     *,
     tensors: dict[str, torch.Tensor] | None = None,
@@ -268,9 +263,9 @@ def save_model(
     tensors = model.state_dict() if tensors is None else tensors
     weights = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(PREFIX_KEY)}
     dtype = weights[FINGERPRINT_TENSOR].dtype
-    weights[ROTARY_TENSOR] = rotary_frequencies(model.config.kv_channels).to(
+    weights[ROTARY_TENSOR] = modeling_chatglm.rotary_frequencies(model.config.kv_channels).to(
         dtype
-    )  # not here, but one of the official names
+    )  # official; not stored here
     pattern = "model{suffix}.safetensors" if file_format == "safetensors" else "pytorch_model{suffix}.bin"
     try:
         split = split_torch_state_dict_into_shards(weights, filename_pattern=pattern, max_shard_size=max_shard_size)
@@ -339,7 +334,9 @@ def generation_config(tokenizer, config: ChatGLMConfig, **settings) -> Generatio
     )
 
 
-def save_prefix(model: ChatGLMForConditionalGeneration, folder: Path | str, sidecar: dict | None = None) -> None:
+def save_prefix(
+    model: modeling_chatglm.ChatGLMForConditionalGeneration, folder: Path | str, sidecar: dict | None = None
+) -> None:
     """Write the prefix checkpoint's own files: pytorch_model.bin, config.json, generation_config.json, sidecar.
 
     The keys, their full names and float32 are the official ones, so the official code loads it too.
@@ -409,7 +406,7 @@ def read_prefix_settings(checkpoint: Path | str) -> dict:
     return settings
 
 
-def load_prefix(model: ChatGLMForConditionalGeneration, checkpoint: Path | str) -> None:
+def load_prefix(model: modeling_chatglm.ChatGLMForConditionalGeneration, checkpoint: Path | str) -> None:
     """Fill the model's prefix encoder from a checkpoint folder, all of it or ValueError.
 
     Warns where the checkpoint remembers another base model of the same shape.
@@ -445,3 +442,82 @@ def fill_with_prefix(prefix_encoder, tensors, source):
             f"expected {expected_shapes}. It was trained on a model of another size, or with other settings."
         )
     prefix_encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+# ---- as transformers calls it
+
+
+def load_pretrained(
+    name_or_path,
+    *,
+    config=None,
+    dtype=None,
+    torch_dtype=None,
+    device=None,
+    device_map=None,
+    quantization_backend="auto",
+    generation_config=None,
+    output_loading_info=False,
+    revision=None,
+    cache_dir=None,
+    **settings,
+):
+    """load_model's model of a folder or hub id; `settings` are fields of the configuration, such as pre_seq_len.
+
+    `dtype` is by default, and with "auto", the one that config.json names, else the stored one. With a prefix all but
+    the prefix is frozen, as in the official constructor; else every float weight trains. `device_map` is a device, a
+    dictionary of modules, or "auto". The configuration that is given is not changed.
+    """
+    settings = {name: value for name, value in settings.items() if name not in IGNORED}
+    folder = resolve_folder(str(name_or_path), revision, cache_dir)
+    own_config = read_config(folder) if config is None or (folder / "config.json").is_file() else None
+    check_settings(settings)
+    config = copy.deepcopy(config or own_config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config = type(config)(**config.to_dict())  # checked once more
+    config.name_or_path = str(name_or_path)
+    config.dtype = dtype = wanted_dtype(dtype or torch_dtype or "auto", config, folder)
+    devices = wanted_devices(device if device_map is None else device_map, config, dtype)
+    model = load_model(folder, config=config, dtype=dtype, device=devices, quantization_backend=quantization_backend)
+    own_memory(model, stored_dtype(folder))
+    if not config.pre_seq_len:
+        model.requires_grad_(True)
+    if isinstance(devices, dict):
+        dispatch_model(model, devices, offload_buffers=True)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    if not output_loading_info:
+        return model
+    return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+
+
+class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGeneration):
+    """The model of modeling_chatglm.py, which reads no files; its `from_pretrained` is `load_pretrained`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """The model that load_pretrained makes of a folder or hub id; without one, that of transformers."""
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        return load_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def register_auto_classes():
+    """Let transformers' AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM know
+    ChatGLM2: their `from_pretrained(folder)` then gives the classes of this project, and runs no code of the folder.
+    PEFT learns which modules its methods adapt where a configuration names none.
+
+    It changes transformers and PEFT for the whole process; nothing else here does.
+    """
+    AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+    AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok=True)
+
+    from peft.utils import constants  # takes half a second, which others need not wait
+
+    for name, modules in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
+            modules.setdefault("chatglm", ADAPTED_MODULES.get(name.split("_")[3], ["query_key_value"]))
+    constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.setdefault("chatglm", ["dense_4h_to_h"])

@@ -94,10 +94,8 @@ class Terminal:
             stream.close()
             print()
         self.history.append((question, written))
-        if answer is None:
-            return f"[{self.model} · {reason}]"
-        speed = f"{len(answer.response_ids)} tokens, {answer.tokens_per_second:.1f} tokens/s"
-        return f"[{self.model} · {speed} · {reason}]"
+        speed = f"{len(answer.response_ids)} tokens, {answer.tokens_per_second:.1f} tokens/s · " if answer else ""
+        return f"[{self.model} · {speed}{reason}]"
 
 
 def talk(server, sampling):

@@ -9,19 +9,15 @@ predictions inside a run shows that run's losses. The page is one file that load
 import argparse
 import base64
 import html
-import io
-import json
 import sys
 from pathlib import Path
 
 from arguments import parse_words
 from checkpoints.trainer_state import is_history
 from common import failure
-from common.claims import MOST_LOG_BYTES, check_size
-from common.files import ANSWERS_FILE, RESULTS_FILE, STATE_FILE
+from common.files import ANSWERS_FILE, RESULTS_FILE, STATE_FILE, read_json
 from common.messages import short_json
-from common.plots import drawable
-from common.text import parse_json
+from common.plots import draw_lines, new_figure, picture_of
 from common.values import is_count, is_number
 from data.rows import read_rows
 
@@ -76,16 +72,8 @@ def parse_arguments(argv):
 
 def read_object(file):
     """A JSON object from a file, {} where there is none; ValueError for anything else."""
-    if not file.is_file():
-        return {}
-    check_size(file, MOST_LOG_BYTES)
-    try:
-        value = parse_json(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Was the run cut off there?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object; is it a file that main.py wrote?")
-    return value
+    other = "no JSON object; is it a file that main.py wrote?"
+    return read_json(file, "Was the run cut off there?", other) if file.is_file() else {}
 
 
 def read_run(folder):
@@ -120,7 +108,10 @@ def read_run(folder):
             "or predicted in, not one above it or a checkpoint in it."
         )
     curves = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in ("loss", "eval_loss")}
-    return {"figures": {**results, **losses(curves), **shares(results)}, "curves": curves, "answers": answers}
+    trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
+    if is_number(trained) and is_number(total) and trained and total:
+        results["trained_share"] = trained / total
+    return {"figures": {**results, **losses(curves)}, "curves": curves, "answers": answers}
 
 
 def losses(curves):
@@ -135,11 +126,6 @@ def losses(curves):
     if points := curves["loss"] + curves["eval_loss"]:
         figures["steps"] = max(step for step, _ in points)
     return figures
-
-
-def shares(results):
-    trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
-    return {"trained_share": trained / total} if is_number(trained) and is_number(total) and trained and total else {}
 
 
 def short_names(folders):
@@ -186,13 +172,7 @@ def text_table(titles, texts):
     rows = [["run", *titles], *([name, *figures] for name, figures in texts.items())]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = [
-        "| "
-        + " | ".join(
-            text.rjust(width) if index else text.ljust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
+        f"| {name.ljust(widths[0])} | {' | '.join(map(str.rjust, figures, widths[1:]))} |" for name, *figures in rows
     ]
     rule = "|" + "|".join("-" * (width + 1) + (":" if index else "-") for index, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
@@ -200,9 +180,6 @@ def text_table(titles, texts):
 
 def draw(runs):
     """A PNG of the training and dev losses of all runs over their steps; None where no run has any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kinds = [
         (key, title)
         for key, title in (("loss", "training loss"), ("eval_loss", "dev loss"))
@@ -210,49 +187,32 @@ def draw(runs):
     ]
     if not kinds:
         return None
-    figure = Figure(figsize=(6 * len(kinds), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (key, title) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        for index, (name, run) in enumerate(runs.items()):  # a run keeps its colour in both
-            if points := drawable(run["curves"][key]):
-                marker = "." if len(points) < 50 else None
-                axes.plot(*zip(*points, strict=True), color=f"C{index}", marker=marker, label=name.replace("$", r"\$"))
-        axes.set(title=title, xlabel="step", ylabel="nats per token")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    return picture.getvalue()
+    figure, all_axes = new_figure(6 * len(kinds), 4.2, columns=len(kinds))
+    for axes, (key, title) in zip(all_axes, kinds, strict=True):
+        lines = {name.replace("$", r"\$"): run["curves"][key] for name, run in runs.items()}
+        draw_lines(axes, lines, title=title, xlabel="step", ylabel="nats per token")
+    return picture_of(figure)
 
 
 def page(runs, titles, texts, best, picture, places):
     """The HTML page as text."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("run", *titles))
-    body = "".join(
-        f"<tr><td>{escape(name)}</td>"
-        + "".join(
-            f"<td>{'<b>' if (name, index) in best else ''}{escape(text)}{'</b>' if (name, index) in best else ''}</td>"
-            for index, text in enumerate(figures)
-        )
-        + "</tr>\n"
-        for name, figures in texts.items()
-    )
-    parts = [f'<div class="wide"><table class="figures">\n<tr>{head}</tr>\n{body}</table></div>']
+    rows = []
+    for name, figures in texts.items():
+        rows.append([f"<td>{escape(name)}</td>"])
+        for index, text in enumerate(map(escape, figures)):
+            rows[-1].append(f"<td><b>{text}</b></td>" if (name, index) in best else f"<td>{text}</td>")
+    parts = [html_table("figures", ["run", *titles], rows)]
     if picture:
         data = base64.b64encode(picture).decode()
         parts.append(f'<h2>Losses</h2>\n<img alt="Losses over the steps" src="data:image/png;base64,{data}">')
     if places:
         answered = {name: run["answers"] for name, run in runs.items() if run["answers"]}
-        head = "".join(f"<th>{escape(title)}</th>" for title in ("row", "reference", *answered))
-        lines = []
+        rows = []
         for dataset, row in places:
             reference = next(iter(answered.values()))[dataset, row]["labels"]
-            cells = [answer_cell(reference, "reference")]
-            cells += [answer_cell(answers[dataset, row]["predict"]) for answers in answered.values()]
-            lines.append(f"<tr><td>{escape(f'{dataset} {row}'.strip())}</td>{''.join(cells)}</tr>\n")
-        parts.append(
-            f'<h2>Answers</h2>\n<div class="wide"><table class="answers">\n<tr>{head}</tr>\n{"".join(lines)}</table></div>'
-        )
+            rows.append([f"<td>{escape(f'{dataset} {row}'.strip())}</td>", answer_cell(reference, "reference")])
+            rows[-1] += [answer_cell(answers[dataset, row]["predict"]) for answers in answered.values()]
+        parts.append(f"<h2>Answers</h2>\n{html_table('answers', ['row', 'reference', *answered], rows)}")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
@@ -267,6 +227,13 @@ def page(runs, titles, texts, best, picture, places):
 def escape(text):
     """Text for the page, without what HTML or a terminal would act upon."""
     return html.escape(failure.printable(text))
+
+
+def html_table(kind, titles, rows):
+    """A table of rows of cells, which are HTML; the titles are text."""
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
+    return f'<div class="wide"><table class="{kind}">\n<tr>{head}</tr>\n{body}</table></div>'
 
 
 def answer_cell(text, kind=""):

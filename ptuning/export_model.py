@@ -59,13 +59,7 @@ import torch
 from transformers.utils import logging
 
 from chatglm2.prefix_encoder import PrefixEncoder
-from checkpoint import (
-    load_model,
-    load_prefix,
-    load_tokenizer,
-    save_model,
-    save_prefix,
-)
+from checkpoint import load_model, load_prefix, load_tokenizer, save_model, save_prefix
 from checkpoints.run_folder import publish_checkpoint, stage_checkpoint
 from checkpoints.sidecar import read_sidecar
 from checkpoints.weight_files import stored_dtype

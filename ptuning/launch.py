@@ -40,15 +40,13 @@ REMEDIES = {
         "A library crashed in it: check that torch fits the GPU driver, then report it.",
     ),
 }
-SENT = "Somebody, or another program, has sent it that signal."
-# How main.py ends when a signal stops it.
-STOPPED = [128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)]
 FAILED = "a machine has failed"  # key in the store that the machines share
 
 
 def describe_death(rank, exitcode):
     """One sentence for a process that ended without a message of its own, or None where it had one."""
-    if exitcode in (1, 2) or exitcode in STOPPED:  # main.py or Python itself has said why
+    # main.py or Python itself has said why
+    if exitcode in (1, 2) or exitcode - 128 in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         return None
     if exitcode > 0:
         return f"process {rank} ended with status {exitcode} and without a message."
@@ -56,7 +54,8 @@ def describe_death(rank, exitcode):
         number = signal.Signals(-exitcode)
     except ValueError:
         return f"process {rank} was ended by signal {-exitcode}."
-    return f"process {rank} was ended by {number.name}. {REMEDIES.get(number, SENT)}"
+    remedy = REMEDIES.get(number, "Somebody, or another program, has sent it that signal.")
+    return f"process {rank} was ended by {number.name}. {remedy}"
 
 
 def is_heard(name):
@@ -100,13 +99,6 @@ def connect(arguments):
 def keeps_store(arguments):
     """True where torchrun keeps its store at the address in its words; for another rendezvous it chooses the place."""
     return arguments.rdzv_backend == "static" and not arguments.rdzv_endpoint
-
-
-def report_failure(arguments):
-    """Tell the other machines that this one has failed. That machine 0 has, they see by themselves."""
-    if arguments.node_rank > 0 and keeps_store(arguments):
-        with contextlib.suppress(RuntimeError):
-            connect(arguments).set(FAILED, f"machine {arguments.node_rank}")
 
 
 def follow_other_machines(arguments, told):
@@ -196,8 +188,9 @@ def main(words):
     except ChildFailedError as error:
         if told.is_set():  # by what the thread has just done
             return 1
-        if several_machines:
-            report_failure(arguments)
+        if several_machines and arguments.node_rank > 0 and keeps_store(arguments):  # of machine 0 the others see it
+            with contextlib.suppress(RuntimeError):
+                connect(arguments).set(FAILED, f"machine {arguments.node_rank}")
         rank, failure = error.get_first_failure()
         message = describe_death(rank, failure.exitcode)
         if message:

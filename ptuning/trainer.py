@@ -46,6 +46,7 @@ from transformers.trainer_utils import PredictionOutput, speed_metrics
 from chatglm2.generation import answer_prompts
 from chatglm2.official_recipe import OfficialAdamW, official_loss
 from checkpoints.run_folder import (
+    checkpoint_name,
     next_save_number,
     nothing_half_written,
     point_to_best,
@@ -59,6 +60,7 @@ from common.ranks import gather, on_first_rank, on_writing_ranks
 from data.batches import EvenBatches, RowOrder, WithBlankRow
 from data.encoding import IGNORED_LABEL
 from data.splits import seed_of_rows
+from training.arguments import PrefixTrainingArguments  # noqa: F401 - named here by older training_args.bin
 from training.memory import explaining_out_of_memory, rows_that_fit
 from training.resume import (
     check_optimizer,
@@ -106,12 +108,11 @@ class PrefixTrainer(Seq2SeqTrainer):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
         dtype = self.model.transformer.dtype_of_blocks
         run_watch = RunWatch(dtype=dtype, early_stopping=self.args.early_stopping, say=say)
-        self.add_callback(run_watch)
         last_checkpoint = run_watch.last_checkpoint
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
         self.stop = StopOnSignal()
-        self.add_callback(self.stop)
-        self.add_callback(RunLog(say))
+        for callback in (run_watch, self.stop, RunLog(say)):
+            self.add_callback(callback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LOGGERS):
                 guard_callback(callback, say)
@@ -120,13 +121,13 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         self.rows_fed = 0
-        if resume_from_checkpoint and self.is_deepspeed_enabled:
-            if count_writers(resume_from_checkpoint) != self.args.world_size:
-                self.say(f"Dividing {resume_from_checkpoint} for {self.args.world_size} processes.")
-                resume_from_checkpoint = on_first_rank(divide_anew, resume_from_checkpoint, self.args.output_dir)
-                plugin = self.accelerator.state.deepspeed_plugin
-                for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
-                    config["checkpoint"] = {"load_universal": True}
+        resumes_deepspeed = resume_from_checkpoint and self.is_deepspeed_enabled
+        if resumes_deepspeed and count_writers(resume_from_checkpoint) != self.args.world_size:
+            self.say(f"Dividing {resume_from_checkpoint} for {self.args.world_size} processes.")
+            resume_from_checkpoint = on_first_rank(divide_anew, resume_from_checkpoint, self.args.output_dir)
+            plugin = self.accelerator.state.deepspeed_plugin
+            for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
+                config["checkpoint"] = {"load_universal": True}
         with reading_known_keys():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -250,9 +251,9 @@ class PrefixTrainer(Seq2SeqTrainer):
         Raises OSError in every process where one of them cannot write.
         """
         self.store_flos()
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / checkpoint_name(self.state.global_step)
         if best_step := self.state.best_global_step:
-            best = folder.with_name(f"checkpoint-{best_step}")
+            best = folder.with_name(checkpoint_name(best_step))
             if best == folder or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         processes = gather(self._process_state())
@@ -264,11 +265,9 @@ class PrefixTrainer(Seq2SeqTrainer):
         """Write the optimizer's shards, all processes together: (staging folder, the complete weights on process 0)."""
         staging = on_first_rank(stage_checkpoint, folder)
         weights = self.accelerator.get_state_dict(self.model_wrapped)  # on the first process
-        if self.args.save_only_model:
-            pass
-        elif self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled and not self.args.save_only_model:
             self.model_wrapped.save_checkpoint(staging)
-        else:
+        elif not self.args.save_only_model:
             plugin = self.accelerator.state.fsdp_plugin
             save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, staging)
         return staging, weights
@@ -283,7 +282,6 @@ class PrefixTrainer(Seq2SeqTrainer):
         self._delete_surplus(folder)
 
     def _delete_surplus(self, newest):
-        """Delete the checkpoints beyond save_total_limit."""
         if (self.args.save_total_limit or 0) > 0:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(newest.parent, self.args.save_total_limit, newest=newest, best=best)
@@ -306,7 +304,6 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.state.save_to_json(staging / STATE_FILE)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Write the official file set of a prefix."""
         if not self.args.should_save:
             return
         output_dir = Path(output_dir or self.args.output_dir)
@@ -316,12 +313,8 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def _process_state(self):
         """The random numbers of this process, and its losses since the last line of the log: what it needs to go on."""
-        losses = {
-            "since_log": self._tr_loss.detach().cpu(),
-            "last_logged_step": self._globalstep_last_logged,
-            "sum": self._total_loss_scalar,
-            "first_step": self.first_loss_step,
-        }
+        losses = {"since_log": self._tr_loss.detach().cpu(), "last_logged_step": self._globalstep_last_logged}
+        losses |= {"sum": self._total_loss_scalar, "first_step": self.first_loss_step}
         return {**random_state(self.args.device), "losses": losses}
 
     def _load_rng_state(self, checkpoint):
@@ -358,18 +351,16 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         # By way of the CPU: transformers 5.17 cannot load for several processes on one.
-        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if checkpoint is None or self.sharded:
             return super()._load_optimizer_and_scheduler(checkpoint)
         optim = getattr(self.args.optim, "value", self.args.optim)
-        file = Path(checkpoint, "optimizer.pt")
-        with fitting(file, f"Another --optim than {optim}, or other flags of what trains, have written it. "):
+        hint = f"Another --optim than {optim}, or other flags of what trains, have written it. "
+        with fitting(file := Path(checkpoint, "optimizer.pt"), hint):
             state = torch.load(file, map_location="cpu", weights_only=True)
             check_optimizer(state, self.optimizer, optim)
             self.optimizer.load_state_dict(state)
-        file = Path(checkpoint, "scheduler.pt")
-        with fitting(
-            file, f"Another --lr_scheduler_type than {self.args.lr_scheduler_type.value} may have written it. "
-        ):
+        hint = f"Another --lr_scheduler_type than {self.args.lr_scheduler_type.value} may have written it. "
+        with fitting(file := Path(checkpoint, "scheduler.pt"), hint):
             state = torch.load(file, map_location="cpu", weights_only=True)
             check_schedule(state, len(self.optimizer.param_groups))
             self.lr_scheduler.load_state_dict(state)
@@ -500,19 +491,14 @@ class PrefixTrainer(Seq2SeqTrainer):
         batch_size = self.args.prediction_batch_size or rows_that_fit(model, config.max_length)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         mine = by_length[self.args.process_index :: self.args.world_size]  # equal work for all
-        shape = batch_size, config.max_length
-        explained = explaining_out_of_memory(model, self.args, shape, training=False)
-        with (
-            explained,
-            tqdm(
-                total=len(mine), desc=metric_key_prefix, disable=self.args.disable_tqdm or self.args.process_index
-            ) as bar,
-        ):
+        hidden = self.args.disable_tqdm or self.args.process_index
+        bar = tqdm(total=len(mine), desc=metric_key_prefix, disable=hidden)
+        with explaining_out_of_memory(model, self.args, (batch_size, config.max_length), training=False), bar:
             answers = answer_prompts(
                 model,
                 [prompts[index] for index in mine],
                 config.max_length,
-                num_known=self.processing_class.vocab_size,
+                num_known=len(self.processing_class),
                 batch_size=batch_size,
                 rows=[rows[index] for index in mine],
                 seed=self.args.seed,
@@ -580,9 +566,8 @@ class PrefixTrainer(Seq2SeqTrainer):
                     nats = model(**inputs, logits_to_keep=1, use_cache=False, num_items_in_batch=1).loss
             tokens = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
             return None, torch.stack((nats.float(), tokens.float()))[None], None
-        prompt_lengths = inputs["attention_mask"].sum(dim=1)
-        room = self.generation_config.max_length - prompt_lengths  # (B,) tokens each row may still get
         config = self.generation_config
+        room = config.max_length - inputs["attention_mask"].sum(dim=1)  # (B,) tokens each row may still get
         answers = self.accelerator.unwrap_model(self.model).generate(
             **{name: tensor for name, tensor in inputs.items() if name != "labels"},
             generation_config=config,

@@ -10,8 +10,8 @@ asking many visitors' questions at once, and in switching prefixes while it runs
 
 import argparse
 import html
-import queue
 import sys
+import threading
 import time
 
 from arguments import add_model_arguments, parse_words
@@ -43,9 +43,9 @@ from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from common.environment import before_page, before_serving
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, check_port, client_key, counting_protocol
-from serving.loading import load_server, spare_what_is_loaded
+from common.environment import before_page
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, uvicorn_settings
+from serving.loading import opened_server
 from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
 from serving.server import BASE, Busy, Sampling
 
@@ -58,74 +58,40 @@ MODES = ("tuned", "base", "both")
 SIDES = ("left", "right")  # the two columns; the right one is there in mode both only
 YIELD_SECONDS = 0.05  # a page that is told of every token does little else
 LONG_TEXT = 4000  # characters; one that is longer is refreshed less often, because all of it is rendered anew
-TEXTS = {
-    "en": {
-        "title": "Talk to the tuned model",
-        "mode": "Who answers",
-        "tuned": "Tuned (with the prefix)",
-        "base": "Base (without it)",
-        "both": "Both, side by side",
-        "checkpoint": "Checkpoint of the run",
-        "left": "Conversation",
-        "right": "Base model",
-        "message": "Your message",
-        "placeholder": "Enter sends, Shift+Enter starts a new line",
-        "submit": "Submit",
-        "stop": "Stop",
-        "retry": "Retry",
-        "undo": "Undo",
-        "clear": "Clear",
-        "theme": "Light / dark",
-        "settings": "Settings",
-        "max_length": "Maximum length of an answer (new tokens)",
-        "top_p": "Top P",
-        "temperature": "Temperature (0: always the likeliest)",
-        "examples": "Examples",
-        "prefix": "{model} (prefix of {pre_seq_len})",
-        "no_prefix": "base model, no prefix",
-        "waiting": "waiting for a place …",
-        "speed": "{tokens} tokens, {speed:.1f} tokens/s",
-        "end_stop": "ended by itself",
-        "end_length": "ended at the maximum length",
-        "end_cancelled": "stopped",
-        "end_error": "failed: {error}",
-        "dropped": "the oldest {count} turns no longer fit and were left out",
-        "busy": "Too many requests at the moment. Try again in a while.",
-    },
-    "zh-CN": {
-        "title": "与微调后的模型对话",
-        "mode": "由谁回答",
-        "tuned": "微调模型（带前缀）",
-        "base": "原模型（不带前缀）",
-        "both": "两者并排",
-        "checkpoint": "本次训练的检查点",
-        "left": "对话",
-        "right": "原模型",
-        "message": "输入",
-        "placeholder": "回车发送，Shift+回车换行",
-        "submit": "发送",
-        "stop": "停止",
-        "retry": "重新回答",
-        "undo": "撤回",
-        "clear": "清空",
-        "theme": "浅色 / 深色",
-        "settings": "设置",
-        "max_length": "回答的最大长度（新生成的 token 数）",
-        "top_p": "Top P",
-        "temperature": "温度（0 表示总选最可能的词）",
-        "examples": "示例",
-        "prefix": "{model}（前缀长度 {pre_seq_len}）",
-        "no_prefix": "原模型，不带前缀",
-        "waiting": "正在排队 …",
-        "speed": "{tokens} 个 token，每秒 {speed:.1f} 个",
-        "end_stop": "自然结束",
-        "end_length": "达到最大长度",
-        "end_cancelled": "已停止",
-        "end_error": "出错：{error}",
-        "dropped": "历史过长，最早的 {count} 轮未送入模型",
-        "busy": "当前请求过多，请稍后再试。",
-    },
+WORDS = {  # name -> English, Chinese
+    "title": ("Talk to the tuned model", "与微调后的模型对话"),
+    "mode": ("Who answers", "由谁回答"),
+    "tuned": ("Tuned (with the prefix)", "微调模型（带前缀）"),
+    "base": ("Base (without it)", "原模型（不带前缀）"),
+    "both": ("Both, side by side", "两者并排"),
+    "checkpoint": ("Checkpoint of the run", "本次训练的检查点"),
+    "left": ("Conversation", "对话"),
+    "right": ("Base model", "原模型"),
+    "message": ("Your message", "输入"),
+    "placeholder": ("Enter sends, Shift+Enter starts a new line", "回车发送，Shift+回车换行"),
+    "submit": ("Submit", "发送"),
+    "stop": ("Stop", "停止"),
+    "retry": ("Retry", "重新回答"),
+    "undo": ("Undo", "撤回"),
+    "clear": ("Clear", "清空"),
+    "theme": ("Light / dark", "浅色 / 深色"),
+    "settings": ("Settings", "设置"),
+    "max_length": ("Maximum length of an answer (new tokens)", "回答的最大长度（新生成的 token 数）"),
+    "top_p": ("Top P", "Top P"),
+    "temperature": ("Temperature (0: always the likeliest)", "温度（0 表示总选最可能的词）"),
+    "examples": ("Examples", "示例"),
+    "prefix": ("{model} (prefix of {pre_seq_len})", "{model}（前缀长度 {pre_seq_len}）"),
+    "no_prefix": ("base model, no prefix", "原模型，不带前缀"),
+    "waiting": ("waiting for a place …", "正在排队 …"),
+    "speed": ("{tokens} tokens, {speed:.1f} tokens/s", "{tokens} 个 token，每秒 {speed:.1f} 个"),
+    "end_stop": ("ended by itself", "自然结束"),
+    "end_length": ("ended at the maximum length", "达到最大长度"),
+    "end_cancelled": ("stopped", "已停止"),
+    "end_error": ("failed: {error}", "出错：{error}"),
+    "dropped": ("the oldest {count} turns no longer fit and were left out", "历史过长，最早的 {count} 轮未送入模型"),
+    "busy": ("Too many requests at the moment. Try again in a while.", "当前请求过多，请稍后再试。"),
 }
+TEXTS = {code: {name: texts[place] for name, texts in WORDS.items()} for place, code in enumerate(("en", "zh-CN"))}
 
 
 # ---- what is shown
@@ -141,9 +107,9 @@ def bubbles(turns):
     return messages
 
 
-def language(request):
-    """The language of what is written on the server: the browser's first one."""
-    return "zh-CN" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+def words_for(request):
+    """The texts written on the server, in the browser's first language."""
+    return TEXTS["zh-CN" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"]
 
 
 # ---- what the buttons do
@@ -167,8 +133,8 @@ class Page:
         if not question.strip() or session in self.running:
             yield self.update()
             return
-        words = TEXTS[language(request)]
-        changes = queue.SimpleQueue()
+        words = words_for(request)
+        changed = threading.Event()
         answers, notes = {}, {}
         self.running[session] = answers
         try:
@@ -181,11 +147,11 @@ class Page:
                     token_ids,
                     model=model,
                     sampling=sampling,
-                    notify=changes.put,
+                    notify=lambda answer: changed.set(),
                     session=(session, side),
                     client=client,
                 )
-            yield from self.show(question, turns, answers, notes, words, changes)
+            yield from self.show(question, turns, answers, notes, words, changed)
         except (ValueError, OSError, Busy) as error:
             message = words["busy"] if isinstance(error, Busy) else str(error)
             yield self.update(box=question, status=as_status([message]), busy=False)
@@ -193,7 +159,7 @@ class Page:
             self.cancel(answers)
             self.running.pop(session, None)
 
-    def show(self, question, turns, answers, notes, words, changes):
+    def show(self, question, turns, answers, notes, words, changed):
         """Yield the growing answers until all of them have ended."""
         box, busy = "", True
         before = {side: bubbles(turns[side]) for side in answers}  # once, not at every refresh
@@ -212,12 +178,8 @@ class Page:
                 return
             box, busy = gr.skip(), None
             time.sleep(YIELD_SECONDS * (1 + sum(len(answer.text) for answer in answers.values()) / LONG_TEXT))
-            try:
-                changes.get(timeout=1)
-                while not changes.empty():
-                    changes.get()
-            except queue.Empty:  # still waiting; a yield lets the page close this generator
-                pass
+            changed.wait(timeout=1)  # not longer: a yield lets the page close this generator
+            changed.clear()
 
     @staticmethod
     def update(box=None, columns=None, status=None, turns=None, busy=None):
@@ -264,7 +226,7 @@ class Page:
 
     def switch(self, turns, mode, request: gr.Request):
         """Show the second column or hide it; it starts as a copy of the first, so both know the same history."""
-        words = TEXTS[language(request)]
+        words = words_for(request)
         if mode != "both":
             return gr.update(label=words["left"]), gr.update(visible=False), turns
         turns = {**turns, "right": list(turns["left"])}
@@ -281,14 +243,14 @@ class Page:
     def choose(self, checkpoint, request: gr.Request):
         """Read the prefix of a checkpoint, so that the first question need not wait for it."""
         try:
-            return as_status([self.describe(checkpoint, TEXTS[language(request)])])
+            return as_status([self.describe(checkpoint, words_for(request))])
         except (ValueError, OSError) as error:
             return as_status([str(error)])
 
     def opened(self, request: gr.Request):
         """The choices of checkpoints as they are now: a run that is still training gets new ones between two visits."""
         names = self.server.models()[:-1]
-        return gr.update(choices=names), as_status([self.describe(self.server.default, TEXTS[language(request)])])
+        return gr.update(choices=names), as_status([self.describe(self.server.default, words_for(request))])
 
     @staticmethod
     def cancel(answers):
@@ -355,9 +317,7 @@ def build(server):
                     sanitize_html=True,
                     allow_tags=False,
                     allow_file_downloads=False,
-                    latex_delimiters=[
-                        {**delimiter, "display": index < 2} for index, delimiter in enumerate(LATEX_DELIMITERS)
-                    ],
+                    latex_delimiters=list(LATEX_DELIMITERS),
                 )
                 for side in SIDES
             ]
@@ -370,9 +330,7 @@ def build(server):
                 submit = gr.Button(i18n("submit"), variant="primary", elem_id="submit")
                 stop = gr.Button(i18n("stop"), variant="stop", interactive=False, elem_id="stop")
         with gr.Row():
-            retry = gr.Button(i18n("retry"), size="sm", elem_id="retry")
-            undo = gr.Button(i18n("undo"), size="sm", elem_id="undo")
-            clear = gr.Button(i18n("clear"), size="sm", elem_id="clear")
+            retry, undo, clear = (gr.Button(i18n(name), size="sm", elem_id=name) for name in ("retry", "undo", "clear"))
         gr.Examples([[prompt] for prompt in EXAMPLES], inputs=[box], label=i18n("examples"), elem_id="examples")
         with gr.Accordion(i18n("settings"), open=False, elem_id="settings"):
             max_length = gr.Slider(1, longest, value=min(8192, longest), step=1, label=i18n("max_length"))
@@ -409,17 +367,7 @@ CSS = """
 .message { overflow-wrap: anywhere; }
 """
 # All that the page itself asks of gradio; the rest, files, uploads and calls by name among it, is not there.
-ALLOWED = {
-    "queue/join",
-    "queue/data",
-    "run/predict",
-    "heartbeat",
-    "startup-events",
-    "theme.css",
-    "user",
-    "login_check",
-    "token",
-}
+ALLOWED = "queue/join queue/data run/predict heartbeat startup-events theme.css user login_check token".split()
 
 
 class OwnPartsOnly:
@@ -444,7 +392,7 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
     blocks, i18n = build(server)
     at_once = server.max_batch + server.max_queue
     login = [Middleware(LoginLimit, Attempts())] if auth else []
-    before_serving()  # gradio starts uvicorn
+    settings = uvicorn_settings()
     blocks.queue(api_open=False, max_size=4 * at_once, default_concurrency_limit=at_once)
     font = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
     blocks.launch(
@@ -464,16 +412,11 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         i18n=i18n,
         theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
         css=CSS,
-        app_kwargs={
-            "middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login],
-            "docs_url": None,
-            "redoc_url": None,
-            "openapi_url": None,
-        },
+        app_kwargs={"middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login], "openapi_url": None},
     )
     # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
-    blocks.server.config.http_protocol_class = counting_protocol()
-    blocks.server.config.timeout_graceful_shutdown = END_SECONDS
+    blocks.server.config.http_protocol_class = settings["http"]
+    blocks.server.config.timeout_graceful_shutdown = settings["timeout_graceful_shutdown"]
     if block:
         wait_for_the_end(server)
     return blocks
@@ -481,21 +424,21 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
 
 def wait_for_the_end(server):
     """Keep the page open until a signal, then give the answers on their way a little time, and end the program."""
-    told = queue.SimpleQueue()
+    told = []
 
     def tell(number, frame):
-        if not told.empty():  # a second time
+        if told:  # a second time
             leave_on_signal(number, frame)
-        told.put(number)
+        told.append(number)
 
     catch_signals(tell)
-    while told.empty():  # not get(): the second signal looks at what is in there
+    while not told:
         time.sleep(0.1)
     server.close(END_SECONDS)
     time.sleep(0.5)  # the pages are told the ends of their answers
     for tunnel in CURRENT_TUNNELS:
         tunnel.kill()
-    leave_on_signal(told.get(), None)  # without waiting for open pages, which listen for ever
+    leave_on_signal(told[0], None)  # without waiting for open pages, which listen for ever
 
 
 # ---- the program
@@ -505,26 +448,24 @@ def main(argv):
     args = parse_arguments(argv)
     if not gr.__version__.startswith("6."):
         raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
-    check_port(args.server_name, args.server_port)
     if proxies := before_page():
         print(f"{', '.join(proxies)} is set; connections to this machine itself go around it.")
     if not torch.cuda.is_available():
         print(
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
         )
-    server = load_server(args)
-    spare_what_is_loaded()
     everyone = args.server_name in ("0.0.0.0", "::")
-    print(f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True)
-    if (everyone or args.share) and not args.auth:
+    with opened_server(args) as server:
         print(
-            "Everyone who can reach this machine can use the page. To restrict it: --auth user:password, or HOST=127.0.0.1",
-            flush=True,
+            f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True
         )
-    try:
+        if (everyone or args.share) and not args.auth:
+            print(
+                "Everyone who can reach this machine can use the page. To restrict it: --auth user:password, or "
+                "HOST=127.0.0.1",
+                flush=True,
+            )
         launch(server, server_name=args.server_name, server_port=args.server_port, share=args.share, auth=args.auth)
-    finally:
-        server.close()
 
 
 if __name__ == "__main__":

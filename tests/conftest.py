@@ -33,6 +33,21 @@ if not torch.cuda.is_available():  # Triton runs in its interpreter then, if not
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure(config):
+    from support.peers import MARKERS
+
+    for name in MARKERS:
+        config.addinivalue_line("markers", f"{name}: of transformers' own tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of other people's tests, those of the table EXPECTED must fail, and no others."""
+    from support.peers import expect_failures
+
+    if items := [item for item in items if item.path.parent.name == "peers"]:
+        expect_failures(items, complete=not any("::" in str(word) for word in config.args))
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference data that lies beside a developer's checkout; not part of the project."""

@@ -180,19 +180,21 @@ def test_every_variable_of_the_scripts_has_a_meaning(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["docs/python.md", "docs/python_zh.md"])
 def test_the_examples_of_the_python_page_run(page, tmp_path):
-    prefix, many, loop, automatic = (
+    prefix, many, loop, automatic, *elsewhere = (
         block.split("\n", 1)[1].removesuffix("```") for block in split_blocks((ROOT / page).read_text("utf-8"))[1]
     )
     (tmp_path / "ptuning").symlink_to(ROOT / "ptuning")
     trained = re.search('"(output/adgen[^"]*)"', prefix)[1]  # what a run would have left there
     (tmp_path / trained).parent.mkdir(parents=True)
-    program = "\n".join((loop, f"import os; os.rename('output/my-prefix', '{trained}')", prefix, many, automatic))
+    program = "\n".join(
+        (loop, f"import os; os.rename('output/my-prefix', '{trained}')", prefix, many, automatic, *elsewhere)
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 4  # an answer with the prefix, two together, one without
+    assert len(done.stdout.splitlines()) >= 6  # an answer with the prefix, two together, one without, two by the others
 
 
 # ---------------------------------------------------------------------- links and names of files

@@ -92,6 +92,24 @@ def attend(query, key, value, mask, dropout=0.0):
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
 
 
+def attend_showing(query, key, value, masks, dropout=0.0):
+    """What attend() returns, and the probabilities (B, N, S, T) that it never holds. `masks` is from mask_numbers()."""
+    batch_size, num_groups, num_keys, _ = key.shape
+    blocks, masks = ([query], [None]) if masks is None else (query.split(QUERY_BLOCK, dim=2), masks)
+    shown = []
+    for block, numbers in zip(blocks, masks, strict=True):
+        folded = block.reshape(batch_size, num_groups, -1, block.shape[-1])  # (B, G, R * S, D)
+        scores = folded @ key.transpose(2, 3) * block.shape[-1] ** -0.5
+        if numbers is not None:  # rows of padding see nothing, and shall still have numbers
+            numbers = F.pad(numbers, (0, num_keys - numbers.shape[3]), value=-torch.inf)
+            scores = scores + numbers.clamp(min=torch.finfo(scores.dtype).min)
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        shown.append(probabilities.reshape(batch_size, query.shape[1], -1, num_keys))
+    shown = torch.cat(shown, dim=2)
+    folded = F.dropout(shown, dropout).reshape(batch_size, num_groups, -1, num_keys)
+    return (folded @ value).reshape(query.shape), shown
+
+
 class LongAttention(OwnGradient):
     """Causal attention of query (B, N, S, D), divided by √D, to key and value (B, G, T, D), the last query seeing all.
 

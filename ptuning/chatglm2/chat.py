@@ -5,6 +5,8 @@ official `modeling_chatglm.py`. It differs in that both forms of a history are t
 transformers' generate() knows works while streaming too, and that a cache which comes back holds all that was shown.
 """
 
+from functools import partial
+
 import torch
 from transformers import BatchEncoding, Cache
 
@@ -27,7 +29,7 @@ STREAM_REPLACEMENTS = {
 
 def unknown_token_ids(tokenizer, config) -> list[int] | None:
     """Ids of the padded vocabulary that the tokenizer has no token for, None where there are none."""
-    return list(range(tokenizer.vocab_size, config.padded_vocab_size)) or None
+    return list(range(len(tokenizer), config.padded_vocab_size)) or None
 
 
 def check_arguments(name, arguments, replacements):
@@ -130,10 +132,8 @@ class ChatMethods:
         until the character is whole. `history` and `kwargs` are as in chat.
         """
         check_arguments("stream_chat", kwargs, STREAM_REPLACEMENTS)
-        if past_key_values is None:
-            inputs = self.build_inputs(tokenizer, query, history)
-        else:
-            inputs = self.build_stream_inputs(tokenizer, query, history)
+        build = self.build_inputs if past_key_values is None else self.build_stream_inputs
+        inputs = build(tokenizer, query, history)
         length = inputs["input_ids"].shape[1]
         room = self.room(length, past_key_values, max_length)
         settings = self.sampling(tokenizer, do_sample, top_p, temperature, kwargs)
@@ -192,37 +192,25 @@ class ChatMethods:
         check_arguments("stream_generate", kwargs, STREAM_REPLACEMENTS)
         if generation_config is None and kwargs.get("do_sample"):
             kwargs.setdefault("top_k", TOP_K)
-
-        def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            return stream_tokens(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                model_kwargs,
-                return_past_key_values,
-            )
-
         yield from self.generate(
             input_ids,
             generation_config=generation_config,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            custom_generate=decode,
+            custom_generate=partial(stream_tokens, keep_cache=return_past_key_values),
             **kwargs,
         )
 
 
-def stream_tokens(model, input_ids, processors, criteria, settings, inputs, keep_cache):
+def stream_tokens(model, input_ids, logits_processor, stopping_criteria, generation_config, *, keep_cache, **inputs):
     """Yield `input_ids` (B, S) with one more token each time, (these, the cache) with `keep_cache`.
 
     `inputs` is what generate() has prepared for forward(); padding stands on the left.
     """
     cache, mask = inputs["past_key_values"], inputs.get("attention_mask")
     positions = None if mask is None else inputs["position_ids"]  # without padding forward() counts them itself
-    ends = torch.tensor([settings.eos_token_id], device=input_ids.device).flatten()
+    ends = torch.tensor([generation_config.eos_token_id], device=input_ids.device).flatten()
 
     def feed(token_ids):
         output = model(token_ids, mask, positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -231,14 +219,14 @@ def stream_tokens(model, input_ids, processors, criteria, settings, inputs, keep
     ended = torch.zeros_like(input_ids[:, :1], dtype=torch.bool)
     logits = feed(input_ids)
     while True:
-        scores = processors(input_ids, logits)
-        next_ids = scores.softmax(-1).multinomial(1) if settings.do_sample else scores.argmax(-1, keepdim=True)
-        next_ids = next_ids.masked_fill(ended, settings.pad_token_id or 0)  # (B, 1)
+        scores = logits_processor(input_ids, logits)
+        next_ids = scores.softmax(-1).multinomial(1) if generation_config.do_sample else scores.argmax(-1, keepdim=True)
+        next_ids = next_ids.masked_fill(ended, generation_config.pad_token_id or 0)  # (B, 1)
         input_ids = torch.cat((input_ids, next_ids), dim=1)
         ended |= torch.isin(next_ids, ends)
         if mask is not None:
             mask, positions = torch.cat((mask, torch.ones_like(next_ids)), dim=1), positions[:, -1:] + 1
-        finished = bool((ended[:, 0] | criteria(input_ids, scores)).all())
+        finished = bool((ended[:, 0] | stopping_criteria(input_ids, scores)).all())
         if keep_cache and not bool(ended.all()):  # first, so that the cache holds what is shown
             logits = feed(next_ids)
         yield (input_ids, cache) if keep_cache else input_ids

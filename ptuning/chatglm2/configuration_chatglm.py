@@ -6,27 +6,60 @@ a setting that this file does not know: a config.json can name kernels, classes 
 (`_attn_implementation`, `quantization_config`, `per_layer_config`, …), which the library then fetches and runs.
 """
 
-import inspect
+import json
 
 from transformers import PretrainedConfig
 
 from common.values import is_integer
 
+SIZES = (
+    "num_layers padded_vocab_size hidden_size ffn_hidden_size kv_channels num_attention_heads multi_query_group_num "
+    "seq_length"
+).split()
 LARGEST_SIZE = 2**20
 MOST_LAYERS = 1000
 # What transformers is given of a config.json beside the fields of the model: nothing that chooses code.
 LIBRARY_SETTINGS = (
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "id2label",
-    "output_hidden_states",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-)
+    "architectures bos_token_id dtype id2label output_hidden_states return_dict torch_dtype transformers_version"
+).split()
 # Official keys that are written to another config.json as they were read, and used by nothing here.
 CARRIED_SETTINGS = ("_name_or_path", "auto_map", "model_type", "vocab_size")
+# The model's own settings in a config.json, and what holds where it lacks them.
+DEFAULTS = {
+    "num_layers": 28,
+    "padded_vocab_size": 65024,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13696,
+    "kv_channels": 128,
+    "num_attention_heads": 32,
+    "seq_length": 2048,
+    "hidden_dropout": 0.0,
+    "classifier_dropout": None,
+    "attention_dropout": 0.0,
+    "layernorm_epsilon": 1e-5,
+    "rmsnorm": True,
+    "apply_residual_connection_post_layernorm": False,
+    "post_layer_norm": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "bias_dropout_fusion": True,  # how the official CUDA code fuses; no effect on the numbers
+    "multi_query_attention": False,
+    "multi_query_group_num": 1,
+    "apply_query_key_layer_scaling": True,  # cancels out in the official attention; no effect
+    "attention_softmax_in_fp32": True,  # scaled_dot_product_attention always accumulates in float32
+    "fp32_residual_connection": False,
+    "original_rope": True,
+    "rope_ratio": 1,
+    "quantization_bit": 0,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+    "prefix_dropout": 0.1,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -48,102 +81,42 @@ class ChatGLMConfig(PretrainedConfig):
         "head_dim": "kv_channels",
     }
 
-    def __init__(
-        self,
-        num_layers=28,
-        padded_vocab_size=65024,
-        hidden_size=4096,
-        ffn_hidden_size=13696,
-        kv_channels=128,
-        num_attention_heads=32,
-        seq_length=2048,
-        hidden_dropout=0.0,
-        classifier_dropout=None,
-        attention_dropout=0.0,
-        layernorm_epsilon=1e-5,
-        rmsnorm=True,
-        apply_residual_connection_post_layernorm=False,
-        post_layer_norm=True,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        bias_dropout_fusion=True,  # how the official CUDA code fuses; no effect on the numbers
-        multi_query_attention=False,
-        multi_query_group_num=1,
-        apply_query_key_layer_scaling=True,  # cancels out in the official attention; no effect
-        attention_softmax_in_fp32=True,  # scaled_dot_product_attention always accumulates in float32
-        fp32_residual_connection=False,
-        original_rope=True,
-        rope_ratio=1,
-        quantization_bit=0,
-        pre_seq_len=None,
-        prefix_projection=False,
-        prefix_dropout=0.1,
-        initializer_range=0.02,
-        use_cache=True,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        **kwargs,
-    ):
-        kwargs.pop("vocab_size", None)  # older checkpoints repeat padded_vocab_size under this name
-        self._auto_map = kwargs.get("auto_map")  # for whoever loads a saved folder with the official code
-        self.num_layers = num_layers
-        self.padded_vocab_size = padded_vocab_size
-        self.hidden_size = hidden_size
-        self.ffn_hidden_size = ffn_hidden_size
-        self.kv_channels = kv_channels if kv_channels is not None else hidden_size // num_attention_heads
-        self.num_attention_heads = num_attention_heads
-        self.seq_length = seq_length
-        self.hidden_dropout = hidden_dropout
-        self.classifier_dropout = classifier_dropout
-        self.attention_dropout = attention_dropout
-        self.layernorm_epsilon = layernorm_epsilon
-        self.rmsnorm = rmsnorm
-        self.apply_residual_connection_post_layernorm = apply_residual_connection_post_layernorm
-        self.post_layer_norm = post_layer_norm
-        self.add_bias_linear = add_bias_linear
-        self.add_qkv_bias = add_qkv_bias
-        self.bias_dropout_fusion = bias_dropout_fusion
-        self.multi_query_attention = multi_query_attention
-        self.multi_query_group_num = multi_query_group_num
-        self.apply_query_key_layer_scaling = apply_query_key_layer_scaling
-        self.attention_softmax_in_fp32 = attention_softmax_in_fp32
-        self.fp32_residual_connection = fp32_residual_connection
-        self.original_rope = original_rope
-        self.rope_ratio = rope_ratio
-        self.quantization_bit = quantization_bit or 0
-        self.pre_seq_len = pre_seq_len
-        self.prefix_projection = prefix_projection
-        self.prefix_dropout = prefix_dropout
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        self.tie_word_embeddings = tie_word_embeddings
-        # Set by hand as well: transformers 5 no longer defines these on every configuration.
-        self.eos_token_id = eos_token_id
-        self.pad_token_id = pad_token_id
-        for name in kwargs.keys() & self.attribute_map.keys():  # the library's names of these fields
-            setattr(self, name, kwargs[name])
-        self._check(kwargs.get("rope_scaling"))
-        settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
-        super().__init__(
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **settings
-        )
+    def __init__(self, **settings):
+        if (vocab_size := settings.pop("vocab_size", None)) is not None:  # older checkpoints have this name, or both
+            settings = {"padded_vocab_size": vocab_size, **settings}
+        self._auto_map = settings.get("auto_map")  # for whoever loads a saved folder with the official code
+        for name, default in DEFAULTS.items():
+            setattr(self, name, settings.get(name, default))
+        self.bos_token_id = settings.get("bos_token_id")
+        if self.kv_channels is None:
+            self.kv_channels = self.hidden_size // self.num_attention_heads
+        self.quantization_bit = self.quantization_bit or 0
+        for name in settings.keys() & self.attribute_map.keys():  # the library's names of these fields
+            setattr(self, name, settings[name])
+        self._check(settings.get("rope_scaling"))
+        library = {name: settings[name] for name in LIBRARY_SETTINGS if name in settings}
+        if settings.get("attn_implementation") in ("eager", "sdpa"):  # any other may name code
+            library["attn_implementation"] = settings["attn_implementation"]
+        own = {name: getattr(self, name) for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings")}
+        super().__init__(**own, **library)
 
     def to_dict(self):
         settings = super().to_dict()
         auto_map = settings.pop("_auto_map", None)
+        settings["num_key_value_heads"] = self.num_key_value_heads  # PEFT looks here for it
         return settings if auto_map is None else {**settings, "auto_map": auto_map}
+
+    def to_json_string(self, *args, **kwargs):
+        """The text of a config.json, which has the official settings only."""
+        settings = json.loads(super().to_json_string(*args, **kwargs))
+        settings.pop("num_key_value_heads", None)
+        return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def known_settings(cls, settings):
         """Those of a config.json's `settings` that belong into another one: of the model, and no other."""
-        known = {*cls.fields(), *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
+        known = {*DEFAULTS, *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
         return {name: value for name, value in settings.items() if name in known}
-
-    @classmethod
-    def fields(cls):
-        """Names of the model's own settings in a config.json."""
-        return inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
 
     @property
     def num_key_value_heads(self):
@@ -151,16 +124,7 @@ class ChatGLMConfig(PretrainedConfig):
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     def _check(self, rope_scaling):
-        for name in (
-            "num_layers",
-            "padded_vocab_size",
-            "hidden_size",
-            "ffn_hidden_size",
-            "kv_channels",
-            "num_attention_heads",
-            "multi_query_group_num",
-            "seq_length",
-        ):
+        for name in SIZES:
             value = getattr(self, name)
             largest = LARGEST_SIZE if name != "num_layers" else MOST_LAYERS  # or building the modules takes forever
             if not is_integer(value) or not 1 <= value <= largest:

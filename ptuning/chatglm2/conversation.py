@@ -53,11 +53,8 @@ def read_message(message, position):
     """(role, text) of one message. ValueError, with its number, for what is none."""
     place = f"history, turn {position}"
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        found = (
-            f"an object of {', '.join(map(str, message)) or 'nothing'}"
-            if isinstance(message, dict)
-            else cut_short(repr(message))
-        )
+        keys = f"an object of {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, dict) else None
+        found = keys or cut_short(repr(message))
         raise ValueError(f"{place}: expected an object of role and content, found {found}")
     role, content = message["role"], message["content"]
     if role not in ROLES:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from chatglm2.matmul import OwnGradient, multiply, round_rows
+from chatglm2.matmul import Linear, OwnGradient, multiply, round_rows
 
 FLOAT16_SCALE = 1024  # of a gradient that float16 would round to 0: a probability is about 1 / V = 1.5e-5
 
@@ -64,19 +64,39 @@ class SupervisedLoss(OwnGradient):
         return *(None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors), None
 
 
-def supervised_loss(hidden_states, labels, output_layer, num_items_in_batch=None, packing=None):
-    """Mean cross-entropy, float32, of predicting labels (B, S) from the hidden states one place before.
+class OutputLayer(Linear):
+    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
 
-    Positions labelled -100 cost nothing: the (V, H) output layer is applied to the others only. With
+    The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
+    for the module that it belongs to.
+    """
+
+    def forward(self, hidden_states, targets=None):
+        if targets is None:
+            return super().forward(hidden_states)
+        return SupervisedLoss.apply(hidden_states, self.weight, targets)
+
+
+def next_tokens(labels):
+    """The target of each place of labels (B, S): the label one place behind, -100 at the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def supervised_loss(hidden_states, targets, output_layer, num_items_in_batch=None, packing=None):
+    """Mean cross-entropy, float32, of predicting targets (B, S) from the hidden states.
+
+    Targets of -100 cost nothing: the (V, H) output layer is applied to the others only. With
     `num_items_in_batch` the sum is divided by it instead of by the number of supervised positions
     here, so that the parts of an accumulated or distributed step add up to one mean. With a `packing`
     the hidden states are (tokens, H).
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    hidden_states = hidden_states.flatten(0, -2)
+    targets, hidden_states = targets.flatten(), hidden_states.flatten(0, -2)
     if packing is not None:
         targets = targets[packing.places]
     supervised = (targets != -100).nonzero()[:, 0]
     hidden_states, targets = hidden_states.index_select(0, supervised), targets[supervised]
-    total = output_layer(hidden_states, targets)
+    if isinstance(output_layer, OutputLayer):
+        total = output_layer(hidden_states, targets)
+    else:  # adapters have taken its place, and know of logits only
+        total = F.cross_entropy(output_layer(hidden_states).float(), targets, reduction="sum")
     return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)

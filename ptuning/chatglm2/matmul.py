@@ -34,7 +34,9 @@ def round_rows(count):
 
 def onednn_runs(device, dtype):
     """True where products of tensors of such a device and dtype go to oneDNN: float32 on an x86 CPU."""
-    return ONEDNN and device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not ONEDNN or torch.compiler.is_compiling():  # which knows no gradient of oneDNN's operation
+        return False
+    return device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def onednn_multiplies(x, weight):
@@ -103,7 +105,8 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return multiply(x, weight, bias)
+        product = multiply(x, weight, bias)
+        return product.new_empty(0).set_(product)  # no view: adapters add to it in place
 
     @staticmethod
     @once_differentiable

@@ -18,20 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import (
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from chatglm2.attention import attend, make_mask
+from chatglm2.attention import attend, attend_showing, make_mask, mask_numbers
 from chatglm2.chat import ChatMethods
 from chatglm2.configuration_chatglm import ChatGLMConfig
-from chatglm2.loss import SupervisedLoss, supervised_loss
+from chatglm2.loss import OutputLayer, next_tokens, supervised_loss
 from chatglm2.matmul import Linear, OwnGradient, round_rows
 from chatglm2.prefix_encoder import PrefixEncoder
+from chatglm2.prefix_generation import PrefixGeneration
 from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_model_, use_backend_
 
 ROPE_BASE = 10000
@@ -92,15 +90,15 @@ class Packing(NamedTuple):
     length: int  # S
 
     @classmethod
-    def of_labels(cls, labels):
-        """The packing of labels (B, S), -100 where not supervised.
+    def of_targets(cls, targets):
+        """The packing of targets (B, S), -100 where not supervised.
 
         Its number is rounded up, as products like it, by padding behind the rows: nothing looks there.
         """
-        predicts = F.pad(labels[:, 1:] != -100, (0, 1))
+        predicts = targets != -100
         needed = predicts.flip(1).cummax(1).values.flip(1).flatten()  # from the last predicting token to the left
         count = min(round_rows(int(needed.sum())), needed.numel())
-        return cls(needed.int().argsort(descending=True, stable=True)[:count], *labels.shape)
+        return cls(needed.int().argsort(descending=True, stable=True)[:count], *targets.shape)
 
     def pack(self, x):
         """(B, S, ·) -> (tokens, ·)"""
@@ -192,15 +190,20 @@ class SelfAttention(nn.Module):
         query, key, value = mixed.transpose(1, 2).chunk(3, dim=-1)
         return torch.cat((query, key), dim=1), value
 
-    def forward(self, hidden_states, mask, cos, sin, prefix, past_key_values, packing):
+    def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values, packing, attentions):
         mixed = self.query_key_value(hidden_states)
         query_key, value = self.split_heads(mixed if packing is None else packing.unpack(mixed))
         query, key = Rotary.apply(query_key, cos, sin).split((self.num_heads, self.num_groups), dim=1)
-        if prefix is not None:  # not rotated: the prefix has no positions
-            key, value = torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+        if prefix_key is not None:  # not rotated: the prefix has no positions
+            key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
-        context = attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if attentions is None:
+            context = attend(query, key, value, mask, dropout)
+        else:
+            context, shown = attend_showing(query, key, value, mask, dropout)
+            attentions.append(shown)
         context = context.transpose(1, 2).flatten(2)  # (B, S, N * D)
         return self.dense(context if packing is None else packing.pack(context))
 
@@ -249,9 +252,23 @@ class GLMBlock(GradientCheckpointingLayer):
         residual = normed if self.residual_after_norm else hidden_states
         return residual + F.dropout(update, self.dropout, self.training)
 
-    def forward(self, hidden_states, mask, cos, sin, prefix, packing=None, past_key_values=None):
+    # The prefix is two arguments, because a re-entrant checkpoint sees only tensors that are arguments themselves.
+    def forward(
+        self,
+        hidden_states,
+        mask,
+        cos,
+        sin,
+        prefix_key,
+        prefix_value,
+        packing=None,
+        attentions=None,
+        past_key_values=None,
+    ):
         normed = self.input_layernorm(hidden_states)
-        update = self.self_attention(normed, mask, cos, sin, prefix, past_key_values, packing)
+        update = self.self_attention(
+            normed, mask, cos, sin, prefix_key, prefix_value, past_key_values, packing, attentions
+        )
         hidden_states = self.residual_add(hidden_states, normed, update)
         normed = self.post_attention_layernorm(hidden_states)
         return self.residual_add(hidden_states, normed, self.mlp(normed))
@@ -265,10 +282,21 @@ class GLMTransformer(nn.Module):
         self.layers = nn.ModuleList(GLMBlock(config, index) for index in range(config.num_layers))
         self.final_layernorm = make_norm(config) if config.post_layer_norm else None
 
-    def forward(self, hidden_states, mask, cos, sin, prefixes, past_key_values, packing=None):
+    def forward(
+        self, hidden_states, mask, cos, sin, prefixes, past_key_values, packing=None, inner_states=None, attentions=None
+    ):
+        """The last hidden states. Those of every layer are appended to `inner_states`, the probabilities to `attentions`."""
         for layer, prefix in zip(self.layers, prefixes, strict=True):
-            hidden_states = layer(hidden_states, mask, cos, sin, prefix, packing, past_key_values=past_key_values)
-        return hidden_states if self.final_layernorm is None else self.final_layernorm(hidden_states)
+            if inner_states is not None:
+                inner_states.append(hidden_states)
+            hidden_states = layer(
+                hidden_states, mask, cos, sin, *prefix, packing, attentions, past_key_values=past_key_values
+            )
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        if inner_states is not None:
+            inner_states.append(hidden_states)
+        return hidden_states
 
 
 class Embedding(nn.Module):
@@ -282,17 +310,18 @@ class Embedding(nn.Module):
         return embeddings.float() if self.fp32_residual_connection else embeddings
 
 
-class OutputLayer(Linear):
-    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
-
-    The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
-    for the module that it belongs to.
-    """
-
-    def forward(self, hidden_states, targets=None):
-        if targets is None:
-            return super().forward(hidden_states)
-        return SupervisedLoss.apply(hidden_states, self.weight, targets)
+def check_positions(position_ids, attention_mask):
+    """ValueError where rows do not hold one text each, from its first token on: every token sees all before it."""
+    counted = position_ids.diff(dim=1) == 1
+    if attention_mask is None:
+        right = counted.all() and not position_ids[:, 0].any()
+    else:
+        right = (counted | ~(attention_mask[:, 1:] & attention_mask[:, :-1]).bool()).all()
+    if not right:
+        raise ValueError(
+            "position_ids do not count the tokens of each row from 0, as where several texts share a row, or a row is "
+            "shared by processes (padding-free batches, context or sequence parallelism). Give one whole text a row."
+        )
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -301,7 +330,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GLMBlock"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["prefix_encoder"]
     # The official checkpoints store the rotary frequencies; here they are computed from the configuration.
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
 
@@ -311,7 +339,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def enable_input_require_grads(self):
-        """Nothing: gradient checkpointing asks for this, and it would run backward on below the first prefix."""
+        """Let gradients reach the embeddings, for adapters; nothing while a prefix trains, which enters every block.
+
+        Gradient checkpointing asks for this, and it would run backward on below the first prefix.
+        """
+        if not any(weight.requires_grad for name, weight in self.named_parameters() if "prefix_encoder" in name):
+            super().enable_input_require_grads()
+
+    def get_encoder(self, modality=None):
+        return self  # the stack of that name is no encoder that generate() could run first
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -327,6 +363,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if config.pre_seq_len:  # as official: the prefix alone trains
             self.requires_grad_(False)
             self.prefix_encoder = PrefixEncoder(config)
+            self._keep_in_fp32_modules_strict = ["prefix_encoder"]
         self.post_init()
 
     def get_input_embeddings(self):
@@ -344,6 +381,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         return_dict=None,
+        output_attentions=None,
+        output_hidden_states=None,
         packing=None,
         **kwargs,
     ):
@@ -353,15 +392,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         it, None where nothing is padded or padding is on the right; `position_ids` (B, S) int64, by default
         counted from 0 after the prefix; `past_key_values` a transformers `Cache`, which holds the prefix in
         its first P slots. Returns `last_hidden_state` (B, S, H) and the cache; with a `packing` of right-padded
-        rows, `last_hidden_state` (tokens, H) of its tokens.
+        rows, `last_hidden_state` (tokens, H) of its tokens. Where asked for, `hidden_states` are those before each
+        block and the last, `attentions` the probabilities (B, N, S, T), for which attention is computed plainly.
 
-        Raises ValueError for more tokens than the configuration's `seq_length`.
+        Raises ValueError for more tokens than the configuration's `seq_length`, and for masks that are not (B, ·).
         """
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
+        attentions = [] if (config.output_attentions if output_attentions is None else output_attentions) else None
+        inner_states = (
+            [] if (config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None
+        )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        batch_size, query_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        (batch_size, query_length), device = inputs.shape[:2], inputs.device
         if query_length > self.config.seq_length:
             raise ValueError(
                 f"{query_length} tokens in one sequence, but the model was made for {self.config.seq_length} "
@@ -371,7 +418,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         # The prefix enters once per sequence: in front of an empty cache, or at every call without one.
         prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
         past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        prefixes = [None] * self.config.num_layers
+        prefixes = [(None, None)] * self.config.num_layers
         first_slot = past_length  # slot of the first query token among the keys
         if prefix_length and past_length == 0:
             prefixes = self.prefix_encoder(batch_size, self.dtype_of_blocks)
@@ -382,25 +429,37 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         if position_ids is None:
             start = first_slot - prefix_length
-            position_ids = torch.arange(start, start + query_length, device=self.device)[None]
+            position_ids = torch.arange(start, start + query_length, device=device)[None]
         cos, sin = rotary_cos_sin(position_ids, self.config.kv_channels, self.dtype_of_blocks)
         padding_mask = None
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask has {attention_mask.dim()} dimensions, expected the two of (rows, tokens), with 1 for "
+                    "tokens and 0 for padding: what a token sees is decided here."
+                )
             padding_mask = F.pad(attention_mask.bool(), (prefix_length, 0), value=True)
         repeats = self.config.num_attention_heads // self.config.num_key_value_heads
         dropout = self.config.attention_dropout if self.training else 0.0
-        mask = make_mask(  # once for all layers
-            query_length, key_length, first_slot, padding_mask, repeats, dropout, self.dtype_of_blocks, self.device
-        )
-
-        if inputs_embeds is None:
-            input_ids = input_ids if packing is None else packing.pack(input_ids[..., None])[:, 0]
-            hidden_states = self.embedding(input_ids)
+        shape = query_length, key_length, first_slot, padding_mask, repeats
+        if attentions is None:
+            mask = make_mask(*shape, dropout, self.dtype_of_blocks, device)  # once for all layers
         else:
-            hidden_states = inputs_embeds if packing is None else packing.pack(inputs_embeds)
-        hidden_states = self.encoder(hidden_states, mask, cos, sin, prefixes, past_key_values, packing)
-        output = BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-        return output.to_tuple() if return_dict is False else output
+            mask = mask_numbers(*shape, self.dtype_of_blocks, device)
+
+        hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if packing is not None:
+            hidden_states = packing.pack(hidden_states)
+        hidden_states = self.encoder(
+            hidden_states, mask, cos, sin, prefixes, past_key_values, packing, inner_states, attentions
+        )
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=inner_states and tuple(inner_states),
+            attentions=attentions and tuple(attentions),
+        )
+        return output if return_dict else output.to_tuple()
 
     @property
     def dtype_of_blocks(self):
@@ -408,7 +467,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return self.encoder.layers[0].input_layernorm.weight.dtype
 
 
-class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat.py)."""
 
     official_loss = None  # with --precision official, the function of official_recipe.py that training goes through
@@ -419,6 +478,8 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
         `device` is where the weights are made. They are random numbers whatever `empty_init` says.
         """
         super().__init__(config)
+        # The Trainer smooths labels that are shifted in the classes listed here only.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("chatglm", "ChatGLMForConditionalGeneration")
         with torch.device(device) if device is not None else contextlib.nullcontext():
             self.transformer = ChatGLMModel(config)
         if config.quantization_bit:
@@ -445,6 +506,11 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
     def get_output_embeddings(self):
         return self.transformer.output_layer
 
+    def set_output_embeddings(self, new_embeddings):
+        if type(new_embeddings) is torch.nn.Linear:  # as resize_token_embeddings makes it
+            new_embeddings.__class__ = OutputLayer
+        self.transformer.output_layer = new_embeddings
+
     def forward(
         self,
         input_ids=None,
@@ -455,21 +521,32 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
         labels=None,
         use_cache=None,
         return_dict=None,
+        output_attentions=None,
+        output_hidden_states=None,
         logits_to_keep=0,
         num_items_in_batch=None,
+        shift_labels=None,
         **kwargs,
     ):
         """Logits and, with labels, the loss.
 
         Arguments as in ChatGLMModel; `labels` (B, S) int64, aligned with `input_ids` (the shift by one
-        happens here), -100 where not supervised; `logits_to_keep` last positions to compute logits for,
-        0 for all. Returns CausalLMOutputWithPast with `loss` float32 (), `logits` float32 (B, S, V).
+        happens here), -100 where not supervised; `shift_labels` replace them, and are shifted already;
+        `logits_to_keep` last positions to compute logits for, 0 for all, or their indices. Returns CausalLMOutputWithPast with `loss` float32 (), `logits` float32 (B, S, V).
         While training with labels, `logits` is None: nothing needs them and they are the largest tensor.
         """
-        only_loss = self.training and labels is not None
+        targets = next_tokens(labels) if shift_labels is None and labels is not None else shift_labels
+        only_loss = self.training and targets is not None
         if only_loss and self.official_loss is not None:
             return CausalLMOutputWithPast(loss=self.official_loss(self, input_ids, labels))
-        packing = Packing.of_labels(labels) if only_loss and attention_mask is None and not use_cache else None
+        if only_loss and position_ids is not None:
+            check_positions(position_ids, attention_mask)
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        whole = use_cache or output_attentions or output_hidden_states or attention_mask is not None
+        packing = Packing.of_targets(targets) if only_loss and not whole else None
         output = self.transformer(
             input_ids,
             attention_mask,
@@ -477,48 +554,19 @@ class ChatGLMForConditionalGeneration(ChatMethods, ChatGLMPreTrainedModel, Gener
             past_key_values,
             inputs_embeds,
             use_cache,
-            packing=packing,
+            True,
+            output_attentions,
+            output_hidden_states,
+            packing,
             **kwargs,
         )
         hidden_states = output.last_hidden_state
         output_layer = self.transformer.output_layer
         loss = logits = None
-        if labels is not None:
-            loss = supervised_loss(hidden_states, labels, output_layer, num_items_in_batch, packing)
+        if targets is not None:
+            loss = supervised_loss(hidden_states, targets, output_layer, num_items_in_batch, packing)
         if not only_loss:
-            logits = output_layer(hidden_states[:, -logits_to_keep:]).float()
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
-        return output.to_tuple() if return_dict is False else output
-
-    # generate(): the prefix takes slots in the cache that generate() does not know of.
-
-    @property
-    def prefix_length(self):
-        prefix_encoder = self.transformer.prefix_encoder
-        return 0 if prefix_encoder is None else prefix_encoder.pre_seq_len
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + self.prefix_length
-        )
-
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, is_first_iteration=False, **kwargs
-    ):
-        # A continued cache counts the prefix among the tokens that need not be fed again.
-        continued = past_key_values is not None and int(past_key_values.get_seq_length()) > 0
-        if is_first_iteration and next_sequence_length is not None and continued:
-            next_sequence_length += self.prefix_length
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        return attention_mask  # the 2D mask: forward adds the prefix and the causal part
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = output_layer(hidden_states[:, kept]).float()
+        output = CausalLMOutputWithPast(loss, logits, output.past_key_values, output.hidden_states, output.attentions)
+        return output if return_dict else output.to_tuple()

@@ -45,6 +45,8 @@ class PrefixEncoder(nn.Module):
         Dropout (training only) is drawn per row of the batch, before the cast.
         """
         prefix = self.embedding.weight  # (P, 2L * G * D)
+        if prefix.is_meta:  # offloaded: it is there while its own module computes
+            prefix = self.embedding(torch.arange(self.pre_seq_len))
         if self.trans is not None:
             with torch.autocast(prefix.device.type, enabled=False):  # float32 under fp16 training, too
                 prefix = self.trans(prefix)

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from transformers import PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer
 from transformers.utils import PaddingStrategy
 
 from chatglm2.conversation import read_history
@@ -23,6 +23,37 @@ from common.claims import MOST_TOKENIZER_BYTES, check_size
 VOCABULARY_FILE = "tokenizer.model"
 # In the order of their ids, which follow the last SentencePiece piece: 64789 to 64793 in ChatGLM2-6B.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# build_prompt of the messages, as conversation.py reads them, in the language that transformers knows of.
+CHAT_TEMPLATE = """\
+{%- set now = namespace(round=0, question='', asked=false) -%}
+{%- macro turn() -%}
+  {{- '\\n\\n' if now.round > 1 }}{{ '[Round ' ~ now.round ~ ']\\n\\n问：' ~ now.question ~ '\\n\\n' -}}
+{%- endmacro -%}
+{%- for message in messages -%}
+  {%- set content = message.content | default('') -%}
+  {%- if message.role == 'assistant' -%}
+    {%- if now.asked or now.round == 0 -%}
+      {%- set now.round = now.round + 1 -%}
+      {{- turn() ~ '答：' ~ content -}}
+      {%- set now.question, now.asked = '', false -%}
+    {%- else -%}
+      {{- '\\n' ~ content -}}
+    {%- endif -%}
+  {%- elif message.role in ('system', 'user') -%}
+    {%- set now.question = now.question ~ ('\\n' if now.asked else '') ~ content -%}
+    {%- set now.asked = true -%}
+  {%- else -%}
+    {{- raise_exception('The role of a message is ' ~ message.role ~ ', expected system, user or assistant.') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if now.asked -%}
+  {%- set now.round = now.round + 1 -%}
+  {{- turn() ~ ('答：' if add_generation_prompt else '') -}}
+{%- elif add_generation_prompt -%}
+  {{- raise_exception("The last message is of role assistant; expected user, whom the model answers.") -}}
+{%- endif -%}
+"""
 # What transformers is given of a tokenizer_config.json, or of a caller's arguments: no special tokens, which it would
 # cut out of the text, and nothing that names a file or a class.
 LIBRARY_SETTINGS = (
@@ -37,7 +68,7 @@ LIBRARY_SETTINGS = (
     "verbose",
 )
 # What transformers adds to tokenizer_config.json and the official file has not.
-KEYS_NOT_SAVED = ("added_tokens_decoder", "backend", "is_local", "local_files_only")
+KEYS_NOT_SAVED = ("backend", "is_local", "local_files_only")
 
 
 def read_settings(folder):
@@ -72,18 +103,50 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.special_token_to_id = {
             token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(SPECIAL_TOKENS)
         }
+        self.chosen_ids = {}  # of bos, eos, pad and unk, where someone has set them
         settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
         super().__init__(
             padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **settings
         )
+        self.chat_template = self.chat_template or CHAT_TEMPLATE
+        self._add_saved_tokens(kwargs.get("added_tokens_decoder") or {})
+
+    def _add_saved_tokens(self, tokens):
+        """Add what add_tokens had added when `tokens` {id: token} were saved. ValueError for what cannot have been.
+
+        Ids below `vocab_size` are passed over: those tokens are there, and their names shall not cut text.
+        """
+        try:
+            added = {int(index): token for index, token in tokens.items() if int(index) >= self.vocab_size}
+            added = {index: AddedToken(**token) if isinstance(token, dict) else token for index, token in added.items()}
+            self._add_tokens([added[index] for index in sorted(added)])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"tokenizer_config.json: added_tokens_decoder cannot be read ({error}).") from error
+        if {index: str(token) for index, token in added.items()} != {
+            v: k for k, v in self._added_tokens_encoder.items()
+        }:
+            raise ValueError(
+                f"tokenizer_config.json: added_tokens_decoder has the ids {', '.join(map(str, sorted(added)))}; expected "
+                f"those from {self.vocab_size} on, each with a new name."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
         """The tokenizer of a folder or hub id, loaded by transformers. FileNotFoundError without `tokenizer.model`.
 
         Of a local folder this reads tokenizer.model, tokenizer_config.json and chat_template.jinja, and no file that
-        one of these names.
+        one of these names. bos_token, eos_token, pad_token and unk_token are set, and added where they are new.
         """
+        chosen = {name: kwargs.pop(name) for name in NAMED_TOKENS if kwargs.get(name) is not None}
+        tokenizer = cls._load(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        for name, token in chosen.items():
+            if str(token) not in tokenizer.get_vocab():
+                tokenizer._add_tokens([token], special_tokens=True)
+            setattr(tokenizer, name, token)
+        return tokenizer
+
+    @classmethod
+    def _load(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
         folder = Path(pretrained_model_name_or_path)
         file = folder / (kwargs.get("subfolder") or "") / VOCABULARY_FILE
         if folder.is_dir() and not file.is_file():
@@ -137,36 +200,44 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.get_piece_size() + len(SPECIAL_TOKENS)
 
     @property
-    def unk_token(self) -> str:
-        return self.sp_model.id_to_piece(self.unk_token_id)
-
-    @property
     def unk_token_id(self) -> int:
-        return self.sp_model.unk_id()
-
-    @property
-    def pad_token(self) -> str:
-        return self.unk_token
+        return self.chosen_ids.get("unk_token", self.sp_model.unk_id())
 
     @property
     def pad_token_id(self) -> int:
-        return self.unk_token_id
-
-    @property
-    def eos_token(self) -> str:
-        return self.sp_model.id_to_piece(self.eos_token_id)
+        return self.chosen_ids.get("pad_token", self.sp_model.unk_id())
 
     @property
     def eos_token_id(self) -> int:
-        return self.sp_model.eos_id()
-
-    @property
-    def bos_token(self) -> str | None:
-        return None if self.bos_token_id is None else self.sp_model.id_to_piece(self.bos_token_id)
+        return self.chosen_ids.get("eos_token", self.sp_model.eos_id())
 
     @property
     def bos_token_id(self) -> int | None:
-        return self.sp_model.bos_id() if self.sp_model.bos_id() >= 0 else None
+        return self.chosen_ids.get("bos_token", self.sp_model.bos_id() if self.sp_model.bos_id() >= 0 else None)
+
+    unk_token = property(lambda self: self._name_of(self.unk_token_id))
+    pad_token = property(lambda self: self._name_of(self.pad_token_id))
+    eos_token = property(lambda self: self._name_of(self.eos_token_id))
+    bos_token = property(lambda self: self._name_of(self.bos_token_id))
+
+    def _name_of(self, index):
+        return None if index is None else self.convert_ids_to_tokens(index)
+
+    def __setattr__(self, key, value):
+        """Let bos, eos, pad and unk be another token of the vocabulary; their names do not cut text either way."""
+        name = key.removesuffix("_id")
+        if name not in NAMED_TOKENS:
+            return super().__setattr__(key, value)
+        known = value is None or (value in range(len(self)) if name != key else str(value) in self.get_vocab())
+        if not known:
+            raise ValueError(f"{key} is {value!r}, which is not in the vocabulary. Add it first: add_tokens([…]).")
+        self.chosen_ids[name] = value if name != key or value is None else self.convert_tokens_to_ids(str(value))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids that skip_special_tokens leaves out: those of the model, and what add_special_tokens has added."""
+        added = {index for index, token in self._added_tokens_decoder.items() if token.special}
+        return sorted({*self.ids_without_text, *self.special_token_to_id.values(), *added})
 
     @property
     def prefix_tokens(self) -> list[int]:
@@ -232,7 +303,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _convert_token_to_id(self, token: str) -> int:
         index = self.sp_model.piece_to_id(token)
-        return self.special_token_to_id.get(token, index) if index == self.unk_token_id else index
+        return self.special_token_to_id.get(token, index) if index == self.sp_model.unk_id() else index
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
         """`[gMASK] sop A`, or `[gMASK] sop A B </s>` for a pair."""
@@ -241,7 +312,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
         if already_has_special_tokens:
-            return [int(not self._has_text(index)) for index in token_ids_0]
+            special = set(self.all_special_ids)
+            return [int(index in special) for index in token_ids_0]
         mask = [1] * len(self.prefix_tokens) + [0] * len(token_ids_0)
         return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
 
@@ -284,12 +356,45 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return SPECIAL_TOKENS[offset] if 0 <= offset < len(SPECIAL_TOKENS) else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self._decode([self._convert_token_to_id(token) for token in tokens])
+        return self._decode(self.convert_tokens_to_ids(tokens))
 
-    def _decode(self, token_ids, skip_special_tokens=False, **kwargs) -> str:
-        """Text of the ids that have one; spaces are never tidied, and special tokens are always skipped."""
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        return self.sp_model.decode([int(index) for index in ids if self._has_text(int(index))])
+    def decode(self, token_ids, skip_special_tokens=None, **kwargs) -> str | list[str]:
+        """Text of ids, or of rows of ids.
+
+        By default special tokens have no text, as in the official code; False shows their names. True leaves out those
+        of add_special_tokens as well.
+        """
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(self, sequences, skip_special_tokens=None, **kwargs) -> list[str]:
+        """The texts that decode gives of each row."""
+        return super().batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _decode(self, token_ids, skip_special_tokens=None, **kwargs) -> str:
+        texts, run = [], []  # a run of pieces is decoded at once, as a character may have several
+        for index in [token_ids] if isinstance(token_ids, int) else map(int, token_ids):
+            if self._has_text(index):
+                run.append(index)
+            elif name := self._name_to_show(index, skip_special_tokens):
+                texts += [self.sp_model.decode(run), name]
+                run = []
+        return "".join((*texts, self.sp_model.decode(run)))
+
+    def _name_to_show(self, index, skip_special_tokens):
+        if index in self._added_tokens_decoder:
+            token = self._added_tokens_decoder[index]
+            return "" if token.special and skip_special_tokens else token.content
+        return self._convert_id_to_token(index) if skip_special_tokens is False else ""
+
+    # ---- chat
+
+    def apply_chat_template(self, conversation, *args, tokenizer_kwargs=None, **kwargs):
+        """The prompt of messages, as text or ids. `[gMASK] sop` stands before ids, as no template could write it."""
+        tokenizer_kwargs = {**(tokenizer_kwargs or {}), "is_chat": True}
+        return super().apply_chat_template(conversation, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
+
+    def _encode_plus(self, text, *args, add_special_tokens=True, is_chat=False, **kwargs):
+        return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens or is_chat, **kwargs)
 
     # ---- files
 
@@ -302,15 +407,22 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_pretrained(self, save_directory, legacy_format=None, filename_prefix=None, **kwargs):
         """Write the official files: tokenizer.model, tokenizer_config.json and special_tokens_map.json."""
-        files = super().save_pretrained(
-            save_directory, legacy_format=legacy_format, filename_prefix=filename_prefix, **kwargs
-        )
+        template = self.chat_template
+        self.chat_template = None if template == CHAT_TEMPLATE else template  # the official files have none
+        try:
+            files = super().save_pretrained(
+                save_directory, legacy_format=legacy_format, filename_prefix=filename_prefix, **kwargs
+            )
+        finally:
+            self.chat_template = template
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         config_file = Path(save_directory) / f"{prefix}tokenizer_config.json"
         config = json.loads(config_file.read_text(encoding="utf-8"))
         # Official code loading this folder finds its own class through auto_map.
         config["auto_map"] = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
         config = {name: value for name, value in config.items() if name not in KEYS_NOT_SAVED}
+        if not config["added_tokens_decoder"]:
+            del config["added_tokens_decoder"]
         config_file.write_text(
             json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
         )

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from checkpoints.sidecar import SIDECAR_FILE
 from checkpoints.trainer_state import check_state
-from checkpoints.weight_files import ADAPTER_FILES, INDEX_FILES, TENSORS_FILE, weight_files
+from checkpoints.ways import ADAPTER_FILES
+from checkpoints.weight_files import INDEX_FILES, TENSORS_FILE, weight_files
 from common.claims import path_inside
 from common.files import STATE_FILE, file_sha256, flush_to_disk, read_json, write_json
 from common.messages import first_line
@@ -23,6 +24,11 @@ from common.values import is_count
 
 CHECKSUM_FILE = "checksums.json"  # size and sha256 of every other file; written last
 BEST_LINK = "best"  # in a run's folder: a link to the checkpoint with the lowest dev loss
+
+
+def checkpoint_name(step: int | str) -> str:
+    """What the checkpoint of a step is called in its run's folder."""
+    return f"checkpoint-{step}"
 
 
 def list_checkpoints(run_folder: Path | str) -> dict[str, Path]:
@@ -52,8 +58,7 @@ def point_to_best(run_folder: Path | str, step: int | None) -> str:
     `cp -rL` makes of the link, is renamed. Returns a line that says so, or "".
     """
     link = Path(run_folder) / BEST_LINK
-    target = f"checkpoint-{step}"
-    said = ""
+    target, said = checkpoint_name(step), ""
     if link.is_dir() and not link.is_symlink():
         aside = next(path for number in itertools.count(1) if not (path := link.with_name(f"best-{number}")).exists())
         link.rename(aside)
@@ -91,14 +96,8 @@ def find_checkpoints(path: Path | str) -> tuple[list[Path], list[str]]:
             f"{', '.join(found)}; {run}/last and {run}/all name the last and all."
         )
     if wanted == "all":
-        damaged = {}
-        for name, folder in found.items():
-            try:
-                verify_checkpoint(folder, trained_files(folder))
-            except (ValueError, OSError) as error:
-                damaged[name] = str(error)
-        valid = [folder for name, folder in found.items() if name not in damaged]
-        damaged = list(damaged.values())
+        faults = {folder: fault_in(folder, whole=False) for folder in found.values()}
+        valid, damaged = [folder for folder in faults if not faults[folder]], list(filter(None, faults.values()))
     else:
         newest, damaged = newest_checkpoint(run, whole=False)
         valid = [newest] if newest else []
@@ -245,13 +244,20 @@ def newest_checkpoint(run_folder: Path | str, whole: bool = True) -> tuple[Path 
     """
     damaged = []
     for folder in reversed(checkpoints_by_age(run_folder)):
-        try:
-            verify_checkpoint(folder, None if whole else trained_files(folder))
-        except (ValueError, OSError) as error:
-            damaged.append(str(error))
-        else:
+        fault = fault_in(folder, whole)
+        if not fault:
             return folder, damaged
+        damaged.append(fault)
     return None, damaged
+
+
+def fault_in(folder, whole):
+    """What verify_checkpoint finds wrong with a checkpoint, or with its trained weights if not `whole`; "" for nothing."""
+    try:
+        verify_checkpoint(folder, None if whole else trained_files(folder))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def checkpoint_folders(run_folder: Path | str) -> list[Path]:
@@ -275,13 +281,13 @@ def save_number(folder):
     try:
         verify_checkpoint(folder, [SIDECAR_FILE])
         number = read_json(folder / SIDECAR_FILE)["training"]["save_number"]
-        if not is_count(number):
-            raise ValueError(f"{folder / SIDECAR_FILE}: save_number is no number.")
-        return number
     except ValueError:
-        return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
+        number = None
     except (OSError, KeyError, TypeError):
         return 0
+    if is_count(number):
+        return number
+    return math.inf if (folder / CHECKSUM_FILE).is_file() else 0
 
 
 def next_save_number(run_folder: Path | str) -> int:

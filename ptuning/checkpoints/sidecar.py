@@ -5,25 +5,20 @@ Answers to nothing in the official scripts, whose users repeat these as flags. A
 
 from pathlib import Path
 
-from checkpoints.weight_files import ADAPTER_FILES
+from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import short_json
 from common.values import is_count
 
 SIDECAR_FILE = "ptuning.json"
 SIDECAR_KINDS = {
-    **dict.fromkeys(
-        "base_model prompt_column response_column history_column messages_column source_prefix".split(), str
-    ),
-    **dict.fromkeys(("base_fingerprint", "engine"), str),
+    **dict.fromkeys("base_model prompt_column response_column history_column messages_column".split(), str),
+    **dict.fromkeys(("source_prefix", "base_fingerprint", "engine"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
     "training": dict,
     "merged_checkpoints": list,
 }
 KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
-
-
-TRAINED = ("p_tuning", "full", "freeze", "lora")  # ways of tuning that write checkpoints
 
 
 def read_sidecar(checkpoint: Path | str) -> dict:
@@ -33,17 +28,15 @@ def read_sidecar(checkpoint: Path | str) -> dict:
 
 
 def finetuning_type(checkpoint: Path | str) -> str | None:
-    """How the contents of a checkpoint folder were trained: p_tuning, full, freeze or lora; None for other folders."""
+    """The way in which the contents of a checkpoint folder were trained; None for other folders."""
     checkpoint = Path(checkpoint)
     if (checkpoint / SIDECAR_FILE).is_file():
-        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", "p_tuning")
+        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", DEFAULT_METHOD)
         if kind not in TRAINED:
             expected = f"{', '.join(TRAINED[:-1])} or {TRAINED[-1]}"
             raise ValueError(f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected {expected}.")
         return kind
-    if any((checkpoint / name).is_file() for name in ADAPTER_FILES):
-        return "lora"
-    return None
+    return next((name for name in TRAINED if any((checkpoint / file).is_file() for file in RULES[name].files)), None)
 
 
 def check_sidecar(settings: dict, file: Path | str) -> None:

@@ -30,8 +30,7 @@ def or_none(fits):
 A_COUNT = "a whole number, at least 0"
 # Key -> (what its value must be, in words). Every key but global_step may be missing.
 KINDS = {
-    "global_step": (is_count, A_COUNT),
-    **dict.fromkeys(("max_steps", "num_train_epochs", "num_input_tokens_seen"), (is_count, A_COUNT)),
+    **dict.fromkeys(("global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen"), (is_count, A_COUNT)),
     "train_batch_size": (or_none(lambda value: is_count(value, 1)), "a whole number, at least 1"),
     "epoch": (lambda value: is_number(value) and 0 <= value < LARGEST, "a number from 0 on"),
     "total_flos": (lambda value: is_number(value) and 0 <= value < math.inf, "a number from 0 on"),

@@ -19,11 +19,9 @@ from common.messages import first_line
 
 # The official name; holds what was trained as plain tensors: transformer.prefix_encoder.*, or what freeze trains.
 TENSORS_FILE = "pytorch_model.bin"
-# until tuning/ uses the name above
 PREFIX_KEY = "transformer.prefix_encoder."
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's names; the latter is from 2023
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
 FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
 # Copied with a model, beside its weights. Python files are there for the official code, and never run here.
@@ -38,8 +36,6 @@ COPIED = (
     "quantization.py",
     "*LICENSE*",
 )
-
-
 # Stored by the official checkpoints, computed here.
 ROTARY_TENSOR = "transformer.rotary_pos_emb.inv_freq"
 

@@ -5,6 +5,7 @@ pickle, a long header), and a name in it can lead out of its folder. Of a weight
 readers know what it is for.
 """
 
+import contextlib
 import pickletools
 import struct
 import zipfile
@@ -108,14 +109,15 @@ def directory_start(opened, size):
 
 
 class Bounded:
-    """The start of an open file, for pickletools: ValueError beyond MOST_PICKLE_BYTES."""
+    """The first MOST_PICKLE_BYTES of an open file, for pickletools: EOFError beyond them, and then none are left."""
 
     def __init__(self, opened):
         self.opened, self.left = opened, MOST_PICKLE_BYTES
 
     def _take(self, read, count):
         if count > self.left:
-            raise TooLong(f"its pickles have more than {MOST_PICKLE_BYTES:,} bytes")
+            self.left = 0
+            raise EOFError
         found = read(count)
         self.left -= len(found)
         return found
@@ -127,26 +129,18 @@ class Bounded:
         return self._take(self.opened.readline, self.left)
 
 
-class TooLong(ValueError):
-    """More bytes than a pickle may have."""
-
-
 def check_pickles(opened):
     """ValueError where the pickles that begin a file from before torch 1.6 are too long.
 
     These are a magic number, the version, facts of the system, the tensors and the names of their numbers, which follow.
     """
     bounded = Bounded(opened)
-    try:
+    with contextlib.suppress(Exception):  # bytes at random: no pickle, as torch.load will say
         for _ in range(5):
             for _ in pickletools.genops(bounded):
                 pass
-            if bounded.left < 1:
-                raise TooLong(f"its pickles have more than {MOST_PICKLE_BYTES:,} bytes")
-    except TooLong:
-        raise
-    except Exception:  # bytes at random: no pickle, as torch.load will say
-        return
+    if bounded.left < 1:
+        raise ValueError(f"its pickles have more than {MOST_PICKLE_BYTES:,} bytes")
 
 
 def check_safetensors(file: Path | str) -> None:

@@ -84,11 +84,9 @@ def before_page() -> list[str]:
 
     This machine's names are added to the user's list of exceptions.
     """
-    proxies = [
-        name
-        for name in ("http_proxy", "https_proxy", "all_proxy")
-        if os.environ.get(name) or os.environ.get(name.upper())
-    ]
+    from urllib.request import getproxies_environment
+
+    proxies = [f"{kind}_proxy" for kind in ("http", "https", "all") if kind in getproxies_environment()]
     for name in ("no_proxy", "NO_PROXY") if proxies else ():
         hosts = os.environ.get(name, "")
         os.environ[name] = ",".join(filter(None, (hosts, "localhost,127.0.0.1")))

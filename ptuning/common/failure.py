@@ -30,8 +30,7 @@ MAX_COLUMNS = 500
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # What to do about what the system refuses.
 REMEDIES = {
-    errno.EACCES: "Look with ls -l who may read or write there.",
-    errno.EPERM: "Look with ls -l who may read or write there.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Look with ls -l who may read or write there."),
     errno.EROFS: "Nothing can be written there; choose another folder.",
     errno.ENOSPC: "The disk is full (df -h): free some space or choose another folder.",
     errno.EDQUOT: "Your quota is used up: free some space or choose another folder.",
@@ -59,21 +58,6 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or said
 
 
-def memory_remedy():
-    """One sentence on how to get along with the memory: lift the limit of the shell, where there is one."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        return f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
-    return "Lower the batch size or the lengths, or take a smaller model, such as --quantization_bit 4 makes."
-
-
-def is_symlink_loop(error):
-    """True where a path leads back to itself. Python raises either of two errors for it."""
-    return (isinstance(error, OSError) and error.errno == errno.ELOOP) or (
-        isinstance(error, RuntimeError) and str(error).startswith("Symlink loop")
-    )
-
-
 def describe(error):
     """(message, exit status) for an exception; no traceback in it."""
     if is_lost_connection(error):  # none of the process at hand, so without its traceback
@@ -83,9 +67,14 @@ def describe(error):
         return f"Another process {what}; the messages of its machine tell why. Seen here: {said}", 1
     if lacks_memory(error):
         detail = f" ({error})" if str(error) else ""
-        return f"This machine has not enough memory{detail}. {memory_remedy()}", 2
-    if is_symlink_loop(error):
-        place = error.filename if isinstance(error, OSError) else str(error).partition("from ")[2].strip("'\"")
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        remedy = "Lower the batch size or the lengths, or take a smaller model, such as --quantization_bit 4 makes."
+        if limit != resource.RLIM_INFINITY:
+            remedy = f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
+        return f"This machine has not enough memory{detail}. {remedy}", 2
+    loop = re.match("Symlink loop from (.*)", str(error)) if isinstance(error, RuntimeError) else None  # pathlib's
+    if loop or (isinstance(error, OSError) and error.errno == errno.ELOOP):
+        place = loop[1].strip("'\"") if loop else error.filename
         return f"{place}: a symbolic link there leads back to itself. Look with ls -l, and choose another path.", 2
     if isinstance(error, ImportError):
         return f"A package is missing or broken: {error}. Run: pip install -r requirements.txt", 2
@@ -199,8 +188,12 @@ def wait_for_others(error):
         time.sleep(3)
 
 
-def exit_with(error):
-    """Print the message of an error to stderr and exit with its status, see describe()."""
+def end_with(kind, error, trace):
+    """The end of a program by an exception: its message on stderr and its status, see describe(); a sys.excepthook."""
+    if issubclass(kind, KeyboardInterrupt):
+        flush()
+        print("Interrupted.", file=sys.__stderr__, flush=True)
+        os._exit(130)
     wait_for_others(error)
     sys.stderr = sys.__stderr__  # torch.distributed calls sys.excepthook with another one, which is never shown
     if wants_traceback():
@@ -225,11 +218,8 @@ def leave(status: int, message: str) -> None:
 
 def catch_signals(handler) -> dict:
     """Give SIGINT, SIGTERM and SIGHUP to `handler`, except those the parent (nohup) ignores. Returns the old ones."""
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
-    return before
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
 
 
 def end_with_launcher() -> None:
@@ -257,12 +247,3 @@ def run(main, *arguments):
         main(*arguments)
     except (Exception, KeyboardInterrupt) as error:  # not left to the hook: torch.distributed puts its own before it
         end_with(type(error), error, None)
-
-
-def end_with(kind, error, trace):
-    """The end of a program by an exception; the signature is that of sys.excepthook."""
-    if issubclass(kind, KeyboardInterrupt):
-        flush()
-        print("Interrupted.", file=sys.__stderr__, flush=True)
-        os._exit(130)
-    exit_with(error)

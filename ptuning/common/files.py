@@ -16,8 +16,11 @@ RESULTS_FILE = "all_results.json"
 ANSWERS_FILE = "generated_predictions.txt"
 
 
-def read_json(file: Path | str) -> dict:
-    """The JSON object in `file`, of bounded size. FileNotFoundError and ValueError name the file."""
+def read_json(file: Path | str, damaged="Copy or download it again.", other="") -> dict:
+    """The JSON object in `file`, of bounded size. FileNotFoundError and ValueError name the file.
+
+    `damaged` is said of what is no JSON, `other` of JSON that is no object.
+    """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; is {file.parent} the folder you meant?")
@@ -25,9 +28,9 @@ def read_json(file: Path | str) -> dict:
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Copy or download it again.") from error
+        raise ValueError(f"{file} is not valid JSON ({error}). {damaged}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object of settings.")
+        raise ValueError(f"{file} holds {other or f'a {type(value).__name__}, expected an object of settings.'}")
     return value
 
 
@@ -39,14 +42,13 @@ def write_bytes(file: Path | str, data: bytes) -> None:
     file = Path(file)
     partial = file.with_name(f".{file.name}.partial")
     try:
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, file)
-        finally:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                partial.unlink()
+        partial.write_bytes(data)
+        os.replace(partial, file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(file)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_text(file: Path | str, text: str) -> None:

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.quoting import as_typed
@@ -142,6 +142,11 @@ def library_flags() -> dict[str, Flag]:
     return flags
 
 
+def declare(help: str, default=None):
+    """A field of a dataclass of flags: its line in --help, and its default."""
+    return field(default=default, metadata={"help": help})
+
+
 def own_flags(owner: type) -> dict[str, Flag]:
     """{name: Flag} of a dataclass of flags, such as those of arguments.py."""
     return {
@@ -157,7 +162,7 @@ def own_flags(owner: type) -> dict[str, Flag]:
 
 
 def true_or_false(word):
-    if word.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+    if not is_switch([word]):
         raise argparse.ArgumentTypeError(f"expected true or false, not {word!r}")
     return is_true([word])
 
@@ -180,29 +185,23 @@ def at_least(least):
     return lambda value: least <= value < math.inf, f"at least {least}"
 
 
-POSITIVE = (lambda value: 0 < value < math.inf, "a number above 0")
 PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
-BELOW_ONE = (lambda value: 0 <= value < 1, "from 0 up to, but not, 1")
 # Flag -> (what its values must be, in words). NaN is never within a range.
 RANGES = {
     "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
     "max_steps": (lambda value: value >= 1 or value == -1, "at least 1, or -1 for --num_train_epochs to count"),
-    "learning_rate": POSITIVE,
-    "num_train_epochs": POSITIVE,
-    "save_steps": POSITIVE,
-    "eval_steps": POSITIVE,
-    "logging_steps": POSITIVE,
-    "ddp_timeout": at_least(1),
-    "prefix_dropout": BELOW_ONE,
-    "lora_rank": at_least(1),
-    "lora_alpha": POSITIVE,
-    "lora_dropout": BELOW_ONE,
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
     "label_smoothing_factor": PROBABILITY,
     "top_p": PROBABILITY,
     "temperature": (lambda value: 0 <= value <= 100, "from 0 to 100"),
     "server_port": (lambda value: 1 <= value <= 65535, "a port from 1 to 65535"),
+    **dict.fromkeys(
+        "learning_rate num_train_epochs save_steps eval_steps logging_steps lora_alpha".split(),
+        (lambda value: 0 < value < math.inf, "a number above 0"),
+    ),
+    **dict.fromkeys(
+        "prefix_dropout lora_dropout adam_beta1 adam_beta2".split(),
+        (lambda value: 0 <= value < 1, "from 0 up to, but not, 1"),
+    ),
     **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1")),
     **dict.fromkeys(
         "warmup_steps weight_decay max_grad_norm adam_epsilon preprocessing_num_workers dataloader_num_workers".split(),
@@ -211,7 +210,8 @@ RANGES = {
     **dict.fromkeys(
         "max_source_length max_target_length val_max_target_length max_samples max_train_samples max_eval_samples "
         "max_predict_samples num_beams generation_num_beams generation_max_length per_device_train_batch_size "
-        "per_device_eval_batch_size gradient_accumulation_steps concurrency max_queue max_sessions max_length".split(),
+        "per_device_eval_batch_size gradient_accumulation_steps concurrency max_queue max_sessions max_length "
+        "ddp_timeout lora_rank".split(),
         at_least(1),
     ),
 }

@@ -7,12 +7,8 @@ there.
 import os
 
 from torch.distributed import HashStore
-from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousStoreInfo,
-    rendezvous_handler_registry,
-)
+from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from common.environment import before_round
 from common.processes import LOOPBACK, listen_on_loopback
@@ -20,17 +16,16 @@ from common.processes import LOOPBACK, listen_on_loopback
 NAME = "ptuning-local"
 
 
-class LocalRendezvous(RendezvousHandler):
+class LocalRendezvous(StaticTCPRendezvous):
     """This machine is all of them. `folder` is private; the file of main.py's processes will be in it.
 
     A program that knows nothing of that file, and asks torch for its process group in the usual way, finds a store
     at MASTER_ADDR and MASTER_PORT, on this machine only.
     """
 
-    use_agent_store = True
-
     def __init__(self, folder, run_id):
-        self.folder, self.run_id, self.round = folder, run_id, 0
+        super().__init__(LOOPBACK, 0, rank=0, world_size=1, run_id=run_id, timeout=0)
+        self.folder, self.round = folder, 0
 
     def next_rendezvous(self):
         self.round += 1  # more than one with --max-restarts
@@ -40,21 +35,6 @@ class LocalRendezvous(RendezvousHandler):
 
     def get_backend(self):
         return NAME
-
-    def get_run_id(self):
-        return self.run_id
-
-    def is_closed(self):
-        return False
-
-    def set_closed(self):
-        pass
-
-    def num_nodes_waiting(self):
-        return 0
-
-    def shutdown(self):
-        return True
 
 
 def use_local_rendezvous(arguments, folder):

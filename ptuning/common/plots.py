@@ -5,40 +5,43 @@ import io
 from common.files import write_bytes
 
 
-def new_figure(rows=1):
-    """(figure, its `rows` axes one above the other), drawn without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def new_figure(width, height, rows=1, columns=1):
+    """(figure of so many inches, its rows * columns axes in a list), drawn without a display."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4 if rows == 1 else 3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex="col").ravel()
 
 
-def save_figure(figure, file):
-    """Write a PNG completely or not at all."""
+def draw_lines(axes, lines: dict, marker=None, **settings) -> None:
+    """Draw {label: [(step, value)]}, each in the colour of its place; a line without points is left out."""
+    for index, (label, points) in enumerate(lines.items()):
+        # A plot fails beside a number near the largest one there is.
+        if points := [(step, value) for step, value in points if abs(value) < 1e30]:
+            each = marker or ("." if len(points) < 50 else None)
+            axes.plot(*zip(*points, strict=True), color=f"C{index}", label=label, marker=each)
+    axes.set(**settings)
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+
+
+def picture_of(figure) -> bytes:
+    """The figure as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    write_bytes(file, picture.getvalue())
-
-
-def drawable(points) -> list[tuple[int, float]]:
-    """The points (step, loss) that a plot can show: it fails beside a number near the largest one there is."""
-    return [(step, loss) for step, loss in points if abs(loss) < 1e30]
+    return picture.getvalue()
 
 
 def plot_loss(log_history: list[dict], file) -> None:
     """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
-    figure, (axes,) = new_figure()
-    for key, label in (("loss", "training loss"), ("eval_loss", "dev loss")):
-        points = drawable((entry["step"], entry[key]) for entry in log_history if key in entry)
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend()
-    save_figure(figure, file)
+    figure, (axes,) = new_figure(7, 4)
+    lines = {
+        label: [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        for key, label in (("loss", "training loss"), ("eval_loss", "dev loss"))
+    }
+    draw_lines(axes, lines, xlabel="step", ylabel="loss (nats per token)")
+    write_bytes(file, picture_of(figure))
 
 
 def plot_checkpoints(table: dict[str, dict[str, float]], file) -> None:
@@ -46,13 +49,12 @@ def plot_checkpoints(table: dict[str, dict[str, float]], file) -> None:
     names = list(dict.fromkeys(name for scores in table.values() for name in scores))
     losses = [name for name in names if name == "dev_loss"]
     panels = [panel for panel in (losses, [name for name in names if name not in losses]) if panel]
-    figure, all_axes = new_figure(max(1, len(panels)))
+    figure, all_axes = new_figure(7, 4 if len(panels) < 2 else 6, rows=max(1, len(panels)))
     for axes, panel in zip(all_axes, panels, strict=False):
-        for name in panel:
-            points = [(int(key.removeprefix("checkpoint-")), row[name]) for key, row in table.items() if name in row]
-            axes.plot(*zip(*points, strict=True), label=name, marker="o")
-        axes.set(ylabel="loss (nats per token)" if panel == losses else "score (percent)")
-        axes.grid(alpha=0.3)
-        axes.legend()
+        lines = {
+            name: [(int(key.removeprefix("checkpoint-")), row[name]) for key, row in table.items() if name in row]
+            for name in panel
+        }
+        draw_lines(axes, lines, "o", ylabel="loss (nats per token)" if panel == losses else "score (percent)")
     all_axes[-1].set(xlabel="step")
-    save_figure(figure, file)
+    write_bytes(file, picture_of(figure))

@@ -6,11 +6,11 @@ loopback interface, and main.py's processes find each other through a file that 
 several machines the ports are needed, and it is said who may reach them.
 """
 
-import fcntl
 import os
 import socket
-import struct
 from datetime import timedelta
+
+import psutil
 
 from common.environment import LAUNCHED, STORE, before_joining
 
@@ -25,15 +25,8 @@ def network_interface(address: str) -> str | None:
         except OSError:
             return None
         own_address = probe.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            try:
-                found = fcntl.ioctl(probe, 0x8915, request)[20:24]  # SIOCGIFADDR
-            except OSError:  # it has no address
-                continue
-            if socket.inet_ntoa(found) == own_address:
-                return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if own_address in [each.address for each in found]), None)
 
 
 def keep_to_loopback() -> None:
@@ -99,8 +92,7 @@ def join_processes(*, cpu: bool, backend: str | None, timeout: int) -> list[str]
         keep_to_loopback()
         store = open_store(settings["timeout"])
         if store is not None:
-            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            settings.update(store=store, rank=rank, world_size=world_size)
+            settings.update(store=store, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     try:
         PartialState(cpu=cpu, backend=backend, **settings)
     except RuntimeError as error:

@@ -32,7 +32,9 @@ def prepare_reports(training_args) -> None:
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR", "")
     if "tensorboard" in training_args.report_to and Path(folder).is_file():
         raise ValueError(f"--logging_dir {folder} is a file. Name a folder, or leave the flag out.")
-    logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in read_text(Path.home() / ".netrc")
+    netrc = Path.home() / ".netrc"
+    named = netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
+    logged_in = "WANDB_API_KEY" in os.environ or named
     mode = os.environ.get("WANDB_MODE")
     if mode is not None and "wandb" in training_args.report_to:
         if mode not in WANDB_MODES:
@@ -42,10 +44,6 @@ def prepare_reports(training_args) -> None:
                 f"WANDB_MODE={mode} needs an account: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline."
             )
     before_wandb(training_args.output_dir, logged_in)
-
-
-def read_text(file):
-    return file.read_text(errors="replace") if file.is_file() else ""
 
 
 def close_reports(trainer) -> None:

@@ -4,6 +4,7 @@ Answers to nothing in the official scripts, which read UTF-8 only, and of a key 
 """
 
 import json
+import re
 from json.decoder import JSONObject
 from json.scanner import py_make_scanner
 
@@ -21,27 +22,21 @@ BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark starts with that of
 # ---- bytes -> text
 
 
-def _has_control_characters(text: str) -> bool:
-    """True for a character below the space that no text file has (tab, line ends, form feed and ^Z are fine)."""
-    return any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in set(text.encode("utf-8", "ignore")))
-
-
 def _decode_strictly(data: bytes, encoding: str) -> str | None:
+    """The text, None where it is none or has a character below the space that no text file has."""
     try:
         text = data.decode(encoding)
     except (UnicodeDecodeError, LookupError):
         return None
-    return None if _has_control_characters(text) else text
+    found = set(text.encode("utf-8", "ignore"))
+    return None if any(code < 32 and chr(code) not in "\t\n\v\f\r\x1a" for code in found) else text
 
 
 def _decode_wide(data: bytes) -> str | None:
     """Text in UTF-16 or UTF-32 without a byte-order mark, told by where the zero bytes of ASCII lie."""
-    if 2 * data.count(0) > len(data):
-        encodings = ("utf-32-le", "utf-32-be")
-    else:
-        encodings = ("utf-16-le", "utf-16-be")
-    for encoding in encodings:
-        text = _decode_strictly(data, encoding)
+    width = 32 if 2 * data.count(0) > len(data) else 16
+    for order in ("le", "be"):
+        text = _decode_strictly(data, f"utf-{width}-{order}")
         # In the wrong byte order, or in another encoding, no line end, bracket or comma comes out.
         if text is not None and any(character in text for character in "\n{[,"):
             return text
@@ -121,6 +116,7 @@ def _object_of(pairs: list[tuple]) -> dict:
     return found
 
 
+BETWEEN = re.compile(r"[ \t\r\n,]*")  # the elements of an array
 UNIQUE = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
@@ -135,11 +131,11 @@ def _object_with_place(text_and_start: tuple[str, int], *settings):
 
 def _locate_duplicate(text: str, key: str) -> DuplicateKey:
     """The error for a text that UNIQUE has refused: only Python's own scanner, which is slow, tells where."""
-    start, element = len(text) - len(text.lstrip()), None
+    start, element = BETWEEN.match(text).end(), None
     if text[start] == "[":
         element, start = 1, start + 1
         while True:
-            start += len(text[start:]) - len(text[start:].lstrip(" \t\r\n,"))
+            start = BETWEEN.match(text, start).end()
             try:
                 _, start = UNIQUE.raw_decode(text, start)
             except _FoundTwice:
@@ -174,11 +170,7 @@ def parse_json(text: str, unique_keys: bool = False):
 
 
 def load_json(data: bytes, name: str):
-    """The value in a JSON file that a user has written, in any encoding that data files may have.
-
-    ValueError naming the file, and the line, for bytes that are no text, text that is no JSON, and a key that stands
-    twice in one object.
-    """
+    """The value in a user's JSON file, in any encoding that data files may have. ValueError naming file and line."""
     try:
         return parse_json(decode_text(data, name), unique_keys=True)
     except DuplicateKey as error:

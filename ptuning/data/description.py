@@ -31,15 +31,11 @@ def describe_training(
     ]
     shortened = [turns > 0 for turns in dataset["dropped_turns"][:]]
     cut = [length > max_source_length and not fits for length, fits in zip(source_lengths, shortened, strict=True)]
+    cut_responses = [length > max_target_length for length in target_lengths]
     for what, rows, flag, limit in (
         ("prompts lose their end", cut, "--max_source_length", max_source_length),
         ("prompts lose their oldest turns", shortened, "--max_source_length", max_source_length),
-        (
-            "responses lose their end",
-            [length > max_target_length for length in target_lengths],
-            "--max_target_length",
-            max_target_length,
-        ),
+        ("responses lose their end", cut_responses, "--max_target_length", max_target_length),
     ):
         if (share := sum(rows) / len(rows)) > 0.01:
             kept = "them" if what.endswith("turns") else "it"

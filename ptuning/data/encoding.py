@@ -115,18 +115,19 @@ def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_leng
     }
 
 
-def _encode(dataset, encode_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings):
+def _encode(
+    dataset, encode_batch, columns, tokenizer, settings, *, num_workers=None, overwrite_cache=False, say=silent
+):
     """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code.
 
-    `columns`: what it returns beside the lists `input_ids` and `labels`.
+    `columns`: what it returns beside the lists `input_ids` and `labels`. At most `num_workers` processes encode; `say`
+    is told where the cache is damaged.
     """
     from datasets import Features, List, Value
 
+    check_lengths(tokenizer, *map(settings.get, ("source_prefix", "max_source_length", "max_target_length")))
     # Named, because to find out the types of lists datasets looks at each of their numbers.
-    features = {
-        **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),
-        **dict.fromkeys(columns, Value("int64")),
-    }
+    features = dict.fromkeys(("input_ids", "labels"), List(Value("int32"))) | dict.fromkeys(columns, Value("int64"))
     # datasets' own fingerprint names the functions, and does not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
@@ -154,13 +155,11 @@ def encode_training(
     dataset,
     tokenizer,
     *,
-    source_prefix: str = "",
     max_source_length: int,
     max_target_length: int,
+    source_prefix: str = "",
     ignore_pad_token_for_loss: bool = True,
-    num_workers: int | None = None,
-    overwrite_cache: bool = False,
-    say=silent,
+    **how,
 ):
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
 
@@ -168,9 +167,9 @@ def encode_training(
     `max_target_length` before its end token. A prompt with a history loses its oldest turns instead (their number
     is `dropped_turns`), then the end of its question. No padding. `source_length` and `target_length` are the token
     counts before cutting, `row` the number in the file. Ignored labels are -100, or the pad token without
-    `ignore_pad_token_for_loss`. Raises ValueError for a row without a single supervised token.
+    `ignore_pad_token_for_loss`. `how`: num_workers, overwrite_cache and say of _encode. Raises ValueError for a row
+    without a single supervised token.
     """
-    check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
     settings = {
         "source_prefix": source_prefix,
         "max_source_length": max_source_length,
@@ -178,32 +177,20 @@ def encode_training(
         "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
     }
     columns = ("source_length", "target_length", "length", "dropped_turns", "row")
-    return _encode(dataset, _encode_training_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
+    return _encode(dataset, _encode_training_batch, columns, tokenizer, settings, **how)
 
 
 def encode_prediction(
-    dataset,
-    tokenizer,
-    *,
-    source_prefix: str = "",
-    max_source_length: int,
-    max_target_length: int,
-    num_workers: int | None = None,
-    overwrite_cache: bool = False,
-    say=silent,
+    dataset, tokenizer, *, max_source_length: int, max_target_length: int, source_prefix: str = "", **how
 ):
     """Dataset of `input_ids` = the prompt alone, `labels` = the reference response, `row` and `dropped_turns`.
 
-    As in the official script the labels start with `[gMASK] sop`, which count among `max_target_length`.
+    As in the official script the labels start with `[gMASK] sop`, which count among `max_target_length`. `how`:
+    num_workers, overwrite_cache and say of _encode.
     """
-    check_lengths(tokenizer, source_prefix, max_source_length, max_target_length)
-    settings = {
-        "source_prefix": source_prefix,
-        "max_source_length": max_source_length,
-        "max_target_length": max_target_length,
-    }
-    columns = ("row", "dropped_turns")
-    return _encode(dataset, _encode_prediction_batch, columns, tokenizer, num_workers, overwrite_cache, say, settings)
+    settings = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    settings["source_prefix"] = source_prefix
+    return _encode(dataset, _encode_prediction_batch, ("row", "dropped_turns"), tokenizer, settings, **how)
 
 
 def digest(dataset) -> str:

@@ -111,11 +111,8 @@ def _dialogue(
     for position, message in enumerate(messages, start=1):
         place = f"{where}, turn {position}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            found = (
-                f"an object of {', '.join(message) or 'nothing'}"
-                if isinstance(message, dict)
-                else kind_of_value(message)
-            )
+            is_object = isinstance(message, dict)
+            found = f"an object of {', '.join(message) or 'nothing'}" if is_object else kind_of_value(message)
             raise ValueError(f"{place}: expected an object of role and content, found {found}")
         role, content = message["role"], message["content"]
         if role not in expected:
@@ -129,16 +126,14 @@ def _dialogue(
         expected = ("assistant",) if role == "user" else ("user",)
     if not turns:
         return "", "", []
-    if turns[-1][0] == "assistant":
-        question, history = conversation(turns[:-1])
-        return question, turns[-1][1], [list(turn) for turn in history]
-    if not keep_unlabelled or turns[-1][0] != "user":
+    answer = turns.pop()[1] if turns[-1][0] == "assistant" else None
+    if answer is None and not (keep_unlabelled and turns[-1][0] == "user"):
         raise ValueError(
             f"{where}, turn {len(turns)}: a dialogue ends with the answer to learn, of role 'assistant', but this one "
             f"ends with {turns[-1][0]!r}; add the answer or remove that turn"
         )
     question, history = conversation(turns)
-    return question, "", [list(turn) for turn in history]
+    return question, answer or "", [list(turn) for turn in history]
 
 
 def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
@@ -161,19 +156,15 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
             prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
             if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
                 prompt += "\n" + query
-            if keep_unlabelled and columns["response"] not in row:
-                response = ""
-            else:
+            response = ""
+            if not keep_unlabelled or columns["response"] in row:
                 response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
             history = _history(path, number, columns["history"], row, flags["history"])
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
         yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
     if not kept:
-        if columns["messages"]:
-            names = ["messages"]
-        else:
-            names = ["prompt"] if keep_unlabelled else ["prompt", "response"]
+        names = ["messages"] if columns["messages"] else ["prompt"] if keep_unlabelled else ["prompt", "response"]
         raise ValueError(
             f"{path} holds nothing to use: all {len(rows[:max_samples])} rows read have an empty "
             f"{' or '.join(repr(columns[name]) for name in names)}; check {' and '.join(flags[name] for name in names)}"
@@ -183,11 +174,8 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
 def code_sha256() -> str:
     """Digest of the files that turn bytes into ids, so that caches do not outlive a change of them."""
     rooms = Path(__file__).parents[1]
-    files = [
-        *sorted((rooms / "data").glob("*.py")),
-        rooms / "common/text.py",
-        rooms / "chatglm2/tokenization_chatglm.py",
-    ]
+    others = (rooms / "common/text.py", rooms / "chatglm2/tokenization_chatglm.py")
+    files = [*sorted((rooms / "data").glob("*.py")), *others]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -49,7 +49,6 @@ def number_rows(dataset, position: int):
 
 def shown_rows(rows: list[int], limit: int = 32) -> str:
     """Row numbers for a message: "3, 17, 40", cut after `limit`; of several data sets "3 of data set 2"."""
-    numbers = []
-    for position, row in (divmod(row, ROWS_OF_A_DATASET) for row in sorted(rows)[:limit]):
-        numbers.append(f"{row} of data set {position}" if position else str(row))
+    places = (divmod(row, ROWS_OF_A_DATASET) for row in sorted(rows)[:limit])
+    numbers = (f"{row} of data set {position}" if position else str(row) for position, row in places)
     return ", ".join(numbers) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")

@@ -127,22 +127,18 @@ def without_missing_response(file, limit, say):
     return {**file, "response_column": None}
 
 
+def limits_of(split, data_args):
+    """{"max_source_length", "max_target_length"} of the rows of a split, in tokens."""
+    target = data_args.max_target_length if split == "train" else data_args.val_max_target_length
+    return {"max_source_length": data_args.max_source_length, "max_target_length": target}
+
+
 def encode_rows(split, examples, data_args, tokenizer, encode, cache):
     """The rows of one data file as `encode` makes them of a split; `cache` says how it uses its cache."""
-    lengths = {
-        "max_source_length": data_args.max_source_length,
-        "max_target_length": data_args.max_target_length if split == "train" else data_args.val_max_target_length,
-    }
+    settings = {"source_prefix": data_args.source_prefix, "num_workers": data_args.preprocessing_num_workers}
     if encode is not encode_prediction:
-        lengths["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
-    return encode(
-        examples,
-        tokenizer,
-        source_prefix=data_args.source_prefix,
-        num_workers=data_args.preprocessing_num_workers,
-        **cache,
-        **lengths,
-    )
+        settings["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
+    return encode(examples, tokenizer, **limits_of(split, data_args), **settings, **cache)
 
 
 def seed_of_rows(training_args) -> int:
@@ -170,17 +166,11 @@ def check_data(data_args, training_args, tokenizer, seq_length: int, say) -> Non
         for name, rows in parts.items():
             check_fits(rows, seq_length, data_args)
             say(f"\n{split}: {f'data set {name}' if name else getattr(data_args, flag)}")
-            target_limit = data_args.max_target_length if split == "train" else data_args.val_max_target_length
-            say(
-                describe_training(
-                    rows,
-                    tokenizer,
-                    skipped=rows_skipped[name],
-                    max_source_length=data_args.max_source_length,
-                    max_target_length=target_limit,
-                    marked="what the model learns" if split == "train" else "its reference",
-                )
+            limits, marked = (
+                limits_of(split, data_args),
+                "what the model learns" if split == "train" else "its reference",
             )
+            say(describe_training(rows, tokenizer, skipped=rows_skipped[name], marked=marked, **limits))
         if split == "train" and data_args.dataset:
             shares = draw_shares(parts, split_ratios(data_args.mix_ratios), seed_of_rows(training_args))
             say("\n" + describe_mixture(split, shares, {name: len(rows) for name, rows in parts.items()}))

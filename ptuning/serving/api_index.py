@@ -46,19 +46,16 @@ def fields_table(schema, body):
     rows = [
         f"<tr><td><code>{html.escape(name)}</code>{' (needed)' if name in required else ''}</td>"
         f"<td>{html.escape(field.get('description', ''))}</td>"
-        f"<td><code>{html.escape(type_of(field))}</code></td></tr>"
+        f"<td><code>{html.escape(name_of(field))}</code></td></tr>"
         for name, field in model["properties"].items()
     ]
     return f"<table><tr><th>Field</th><th>Meaning</th><th>Type</th></tr>{''.join(rows)}</table>"
 
 
-def type_of(field):
-    """A field's type and bounds in a few words."""
-    kinds = field.get("anyOf", [field])
-    return " or ".join(name_of(kind) for kind in kinds if kind.get("type") != "null")
-
-
 def name_of(kind):
+    """A field's type and bounds in a few words."""
+    if "anyOf" in kind:
+        return " or ".join(name_of(each) for each in kind["anyOf"] if each.get("type") != "null")
     if "$ref" in kind:
         return kind["$ref"].rpartition("/")[2]
     bounds = {"minimum": "at least", "maximum": "at most"}

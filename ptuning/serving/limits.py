@@ -8,12 +8,12 @@ environment variable; without it everybody behind a proxy is one client.
 import asyncio
 import contextlib
 import ipaddress
-import json
 import socket
 import threading
 import time
 from collections import Counter, OrderedDict
 
+from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.environment import before_serving
@@ -27,6 +27,7 @@ END_SECONDS = 8  # for answers on their way when the program is told to end
 FREE_TRIES = 5  # wrong passwords or keys before the first wait
 LONGEST_WAIT = 900.0  # seconds
 MAX_REMEMBERED = 10_000  # clients whose wrong tries are counted
+CLOSE = {"Connection": "close"}  # header
 
 
 # ---- shares
@@ -38,8 +39,7 @@ def client_key(host: str | None) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         return str(host)
-    if address.version == 6 and address.ipv4_mapped:
-        address = address.ipv4_mapped
+    address = getattr(address, "ipv4_mapped", None) or address
     if address.version == 6:
         return str(ipaddress.ip_network((address.packed, 64), strict=False))
     return str(address)
@@ -106,19 +106,15 @@ class Attempts:
 # ---- requests
 
 
-async def refuse(send, status, message, *headers):
-    """Answer an ASGI request with an error of OpenAI's shape, and close the connection."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+def error_response(status, message, headers=None, code=None):
+    """An error of OpenAI's shape."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(body, status, headers=headers)
 
 
 class BodyLimit:
-    """ASGI middleware: reads the body whole before anything looks at it.
-
-    413 for one over 1 MiB, 408 for one that takes longer than BODY_SECONDS.
-    """
+    """ASGI middleware: reads the body whole first; 413 for one over 1 MiB, 408 after BODY_SECONDS."""
 
     def __init__(self, app):
         self.app = app
@@ -129,11 +125,13 @@ class BodyLimit:
         try:
             body, size = await asyncio.wait_for(self.read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
-            return await refuse(send, 408, f"The request did not arrive within {BODY_SECONDS:.0f} seconds.")
+            message = f"The request did not arrive within {BODY_SECONDS:.0f} seconds."
+            return await error_response(408, message, CLOSE)(scope, receive, send)
         if body is None:  # the client has gone
             return
         if size > MAX_BODY_BYTES:
-            return await refuse(send, 413, f"The request is longer than {MAX_BODY_BYTES:,} bytes.")
+            message = f"The request is longer than {MAX_BODY_BYTES:,} bytes."
+            return await error_response(413, message, CLOSE)(scope, receive, send)
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay():
@@ -169,7 +167,7 @@ class LoginLimit:
         if wait:
             seconds = str(int(wait) + 1)
             message = f"Too many wrong passwords. Try again in {seconds} s."
-            return await refuse(send, 429, message, (b"retry-after", seconds.encode()))
+            return await error_response(429, message, {**CLOSE, "Retry-After": seconds})(scope, receive, send)
 
         async def watch(message):
             if message["type"] == "http.response.start" and message["status"] == 200:
@@ -239,9 +237,7 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc):
         super().connection_lost(exc)
         if self.counted_as is not None:
-            self.held[self.counted_as] -= 1
-            if not self.held[self.counted_as]:
-                del self.held[self.counted_as]
+            self.held -= Counter([self.counted_as])
         stop_timer(self.head_timer)
         stop_timer(self.write_timer)
 
@@ -251,15 +247,10 @@ def stop_timer(timer):
         timer.cancel()
 
 
-def counting_protocol() -> type[Protocol]:
-    """A Protocol class that counts the connections of one server alone."""
-    return type("CountingProtocol", (Protocol,), {"held": Counter()})
-
-
 def uvicorn_settings() -> dict:
-    """Named arguments of uvicorn.Config that set these bounds."""
+    """Named arguments of uvicorn.Config that set these bounds, for one server alone, which counts its connections."""
     return {
-        "http": counting_protocol(),
+        "http": type("CountingProtocol", (Protocol,), {"held": Counter()}),
         "ws": "none",
         "timeout_graceful_shutdown": END_SECONDS,
         "forwarded_allow_ips": before_serving(),

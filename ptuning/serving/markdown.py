@@ -6,8 +6,13 @@ Markdown parser takes time that grows with the square of open emphasis, brackets
 
 import re
 import string
+from itertools import islice
 
-LATEX_DELIMITERS = ({"left": "$$", "right": "$$"}, {"left": "\\[", "right": "\\]"}, {"left": "\\(", "right": "\\)"})
+LATEX_DELIMITERS = (
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+)
 # A code block as the page's own Markdown parser (marked) finds it, but only in the first column: there it
 # cannot be a part of a list or a quotation, which would end it earlier.
 FENCE = re.compile(
@@ -38,8 +43,7 @@ MATH_MARK = "\ue000{}\ue001"  # private characters, taken out of the text first
 def as_markdown(text: str) -> str:
     """Markdown that shows `text` with its Markdown, code and formulas, and every HTML tag and image as text.
 
-    Tags and entities are escaped outside code blocks; the page escapes those inside, and its sanitizer comes after
-    both.
+    Tags and entities inside code blocks are left to the page, whose sanitizer comes after both.
     """
     text, rest = cut(re.sub("[\ue000\ue001]", "", text))
     formulas = []
@@ -60,10 +64,8 @@ def as_markdown(text: str) -> str:
 
 def cut(text):
     """(the part with at most MAX_PIECES pieces, the rest)."""
-    for number, match in enumerate(PIECE.finditer(text), start=1):
-        if number > MAX_PIECES:
-            return text[: match.start()], text[match.start() :]
-    return text, ""
+    first = next(islice(PIECE.finditer(text), MAX_PIECES, None), None)  # of the rest
+    return (text[: first.start()], text[first.start() :]) if first else (text, "")
 
 
 def code_block(text):
@@ -84,8 +86,7 @@ def take_formulas(text, left, right, formulas):
         formula = text[start:stop]
         room -= len(formula)
         # Its * and _ are no emphasis; the page reads the formula when it has decoded them.
-        shown = escape_opens(escape_tags(formula)) if room >= 0 else f"<code>{literally(formula)}</code>"
-        formulas.append(shown)
+        formulas.append(escape_opens(escape_tags(formula)) if room >= 0 else f"<code>{literally(formula)}</code>")
         end = stop
     return "".join([*parts, text[end:]])
 
@@ -155,21 +156,16 @@ def escape_opens(text):
 def escape_line(line):
     """Code spans: from a run of backticks to the next one that is as long."""
     runs = list(BACKTICKS.finditer(line))
-    later = {}  # length -> places of the runs of that length behind the one at hand, the next one last
-    for place in range(len(runs) - 1, -1, -1):
-        later.setdefault(len(runs[place][0]), []).append(place)
-    parts, end, place = [], 0, 0
-    while place < len(runs):
-        opening = runs[place]
-        same = later[len(opening[0])]
-        while same and same[-1] <= place:
-            same.pop()
-        place += 1
-        if same:
-            closing = runs[same[-1]]
-            code = literally(line[opening.end() : closing.start()].strip())
-            parts += [escape_tags(line[end : opening.start()]), f"<code>{code}</code>"]
-            end, place = closing.end(), same[-1] + 1
+    closing, later = {}, {}  # a run -> the next one that is as long; its text -> the first such run behind it
+    for run in reversed(runs):
+        closing[run] = later.get(run[0])
+        later[run[0]] = run
+    parts, end = [], 0
+    for run in runs:
+        if run.start() >= end and closing[run]:
+            code = literally(line[run.end() : closing[run].start()].strip())
+            parts += [escape_tags(line[end : run.start()]), f"<code>{code}</code>"]
+            end = closing[run].end()
     return "".join([*parts, escape_tags(line[end:])])
 
 

@@ -16,12 +16,13 @@ Places are shared: a client that has none does not wait for one that has many. S
 """
 
 import contextlib
-import queue
 import random
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 
 import torch
 
@@ -79,7 +80,6 @@ class Answer:
     notify: object = None
     session: object = None
     client: object = None  # who asked
-    prefix: list = field(default_factory=list, repr=False)
     text: str = ""
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -87,7 +87,7 @@ class Answer:
     cancelled: bool = False
     seconds: float = 0.0  # since the first token was asked for
     reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
-    paused: object = field(default=None, repr=False)  # its Paused while it waits for its place again
+    paused: tuple = field(default=(), repr=False)  # its BatchRow and cache while it waits for its place again
 
     def cancel(self):
         """Give the place free at the next token."""
@@ -106,24 +106,6 @@ class BatchRow:
     generator: random.Random
     started: float
     next_id: int = 0
-
-
-@dataclass(eq=False)
-class Paused:
-    """An answer that gave its place away, with its cache."""
-
-    row: BatchRow
-    layers: list
-    prefix_length: int
-
-
-@dataclass
-class KeptCache:
-    """The cache of a conversation between two answers."""
-
-    model: str
-    token_ids: list[int]
-    layers: list
 
 
 class ChatServer:
@@ -154,7 +136,7 @@ class ChatServer:
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
-        self._kept_caches = OrderedDict()  # session -> KeptCache
+        self._kept_caches = OrderedDict()  # session -> (model, token ids, layers) between two answers
         self._running = []  # rows; row i is row i of the batch
         self._batch = Batch(model, max_batch)
         self._waiting = []
@@ -196,14 +178,8 @@ class ChatServer:
 
     @torch.inference_mode()
     def _read_prefix(self, checkpoint, settings):
-        config = ChatGLMConfig(
-            **{
-                **self.model.config.to_dict(),
-                "pre_seq_len": settings["pre_seq_len"],
-                "prefix_projection": settings["prefix_projection"],
-            }
-        )
-        encoder = PrefixEncoder(config).eval()
+        shape = {name: settings[name] for name in ("pre_seq_len", "prefix_projection")}
+        encoder = PrefixEncoder(ChatGLMConfig(**{**self.model.config.to_dict(), **shape})).eval()
         fill_prefix_encoder(encoder, checkpoint)
         pairs = encoder(1, self.model.transformer.dtype_of_blocks)
         return [(key.to(self.model.device), value.to(self.model.device)) for key, value in pairs]
@@ -236,9 +212,11 @@ class ChatServer:
         query, history = read_history(query, history)
         self.check_characters(query)
         check_text(query, history)
-        too_old = self.count_too_old(history)
-        history = history[too_old:]
         seq_length = self.model.config.seq_length
+        # The oldest turns may have too many characters behind them to be a part of any prompt.
+        behind = list(accumulate(sum(map(len, turn)) for turn in reversed(history)))
+        too_old = len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // TURN_TOKENS)
+        history = history[too_old:]
         limit = seq_length - min(max_new_tokens, seq_length // 4)
         token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit, self.source_prefix(model))
         self.check_length(token_ids)
@@ -248,35 +226,22 @@ class ChatServer:
         """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
         seq_length = self.model.config.seq_length
         if TURN_TOKENS * len(history) > seq_length:
-            raise ValueError(
-                f"The history has {len(history):,} turns; this model takes {seq_length} tokens for prompt and answer "
-                "together (seq_length of its config.json). Shorten the history."
-            )
-        characters = len(query) + sum(map(len_of_turn, history))
+            raise self.too_long(f"The history has {len(history):,} turns", "tokens ", "history")
+        characters = len(query) + sum(len(text) for turn in history for text in turn)
         if characters > CHARACTERS_A_TOKEN * seq_length:
-            raise ValueError(
-                f"The prompt has {characters:,} characters; this model takes {seq_length} tokens for prompt and answer "
-                "together (seq_length of its config.json). Shorten the question or the history."
-            )
-
-    def count_too_old(self, history):
-        """How many of the oldest turns have too many characters behind them to be a part of any prompt."""
-        room = CHARACTERS_A_TOKEN * self.model.config.seq_length
-        too_many = max(0, len(history) - self.model.config.seq_length // TURN_TOKENS)
-        for number in range(len(history), too_many, -1):
-            room -= len_of_turn(history[number - 1])
-            if room < 0:
-                return number
-        return too_many
+            raise self.too_long(f"The prompt has {characters:,} characters", "tokens ")
 
     def check_length(self, token_ids):
         """ValueError where a prompt leaves no room for an answer."""
-        seq_length = self.model.config.seq_length
-        if len(token_ids) >= seq_length:
-            raise ValueError(
-                f"The prompt has {len(token_ids)} tokens; this model takes {seq_length} for prompt and answer together "
-                "(seq_length of its config.json). Shorten the question or the history."
-            )
+        if len(token_ids) >= self.model.config.seq_length:
+            raise self.too_long(f"The prompt has {len(token_ids)} tokens")
+
+    def too_long(self, found, unit="", what="question or the history"):
+        """The ValueError for a prompt that leaves no room for an answer."""
+        return ValueError(
+            f"{found}; this model takes {self.model.config.seq_length} {unit}for prompt and answer together (seq_length "
+            f"of its config.json). Shorten the {what}."
+        )
 
     # ---- asking
 
@@ -290,7 +255,7 @@ class ChatServer:
                 yield
         finally:
             with self._changed:
-                self._give_back(client)
+                self._held -= Counter([client])
 
     def _take(self, client):
         """Count one more of a client; Busy where all places are taken, or its share of them is."""
@@ -307,11 +272,6 @@ class ChatServer:
             )
         self._held[client] += 1
 
-    def _give_back(self, client):
-        self._held[client] -= 1
-        if not self._held[client]:
-            del self._held[client]
-
     def submit(self, token_ids, *, model=None, sampling=None, notify=None, session=None, client=None):
         """Ask for the answer to a prompt and return it at once, as an `Answer` that fills up.
 
@@ -321,7 +281,8 @@ class ChatServer:
         """
         self.check_length(token_ids)
         model = model or self.default
-        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client, self.prefix(model))
+        self.prefix(model)
+        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client)
         with self._changed:
             self._take(client)
             self._waiting.append(answer)
@@ -331,14 +292,13 @@ class ChatServer:
 
     def stream(self, token_ids, **how):
         """Yield the `Answer` whenever it changes, the last time with its finish_reason; closing it cancels."""
-        changes = queue.SimpleQueue()
-        answer = self.submit(token_ids, notify=changes.put, **how)
+        changed, finished = threading.Event(), False
+        answer = self.submit(token_ids, notify=lambda answer: changed.set(), **how)
         try:
-            while answer.finish_reason is None:
-                try:
-                    changes.get(timeout=1)
-                except queue.Empty:
-                    pass  # still waiting; give the caller a chance to close this generator
+            while not finished:
+                changed.wait(timeout=1)  # not longer: the caller may want to close this generator
+                changed.clear()
+                finished = answer.finish_reason is not None
                 yield answer
         finally:
             answer.cancel()
@@ -407,18 +367,16 @@ class ChatServer:
         with self._changed:
             running = Counter(row.answer.client for row in self._running)
             fewest = min((running[answer.client] for answer in self._waiting), default=self.max_batch)
-            num_paused = sum(answer.paused is not None for answer in self._waiting)
+            num_paused = sum(bool(answer.paused) for answer in self._waiting)
         if len(self._running) < self.max_batch or num_paused >= self.max_batch:
             return
         client, most = running.most_common(1)[0]
         if most < fewest + 2:
             return
         row = max((row for row in self._running if row.answer.client == client), key=lambda row: row.started)
-        place = self._running.index(row)
-        layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
-        paused = Paused(row, layers, self._batch.prefix_lengths[place])
+        layers = self._copy_cache(row)
         self._remove(row)
-        row.answer.paused = paused
+        row.answer.paused = row, layers
         with self._changed:
             self._waiting.insert(0, row.answer)
 
@@ -458,14 +416,13 @@ class ChatServer:
     def _start(self, answer):
         """Feed the part of the prompt that is not in the conversation's cache; logits (1, V) of the first token."""
         started = time.monotonic()
-        prefix_length = answer.prefix[0][0].shape[2] if answer.prefix else 0
-        layers = answer.prefix
+        prefix_length, layers = self.prefix_length(answer.model), self.prefix(answer.model)
         with self._changed:
-            kept = self._kept_caches.pop(answer.session, None)
-        if kept and kept.model == answer.model:
-            answer.reused_tokens = shared_length(kept.token_ids, answer.token_ids[:-1])
+            model, token_ids, kept = self._kept_caches.pop(answer.session, (None, [], []))
+        if model == answer.model:
+            answer.reused_tokens = shared_length(token_ids, answer.token_ids[:-1])
             length = prefix_length + answer.reused_tokens
-            layers = [(key[:, :, :length], value[:, :, :length]) for key, value in kept.layers]
+            layers = [(key[:, :, :length], value[:, :, :length]) for key, value in kept]
         logits = self._feed(self._batch.admit, [answer.token_ids[answer.reused_tokens :]], layers, prefix_length)
         with self._changed:
             self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
@@ -473,12 +430,12 @@ class ChatServer:
 
     def _resume(self, answer):
         """Give an answer its place again. A row needs a token to be fed: the last one of its cache, once more."""
-        paused, answer.paused = answer.paused, None
-        layers = [(key[:, :, :-1], value[:, :, :-1]) for key, value in paused.layers]
+        (row, layers), answer.paused = answer.paused, ()
+        layers = [(key[:, :, :-1], value[:, :, :-1]) for key, value in layers]
         token_ids = answer.token_ids + answer.response_ids
-        self._feed(self._batch.admit, [token_ids[-1:]], layers, paused.prefix_length)
+        self._feed(self._batch.admit, [token_ids[-1:]], layers, self.prefix_length(answer.model))
         with self._changed:
-            self._running.append(paused.row)
+            self._running.append(row)
 
     def _feed(self, feed, *inputs):
         """Logits (rows, V) from admit() or step() of the batch, of the ids that are tokens."""
@@ -532,10 +489,13 @@ class ChatServer:
         answer.finish_reason = reason
         with self._changed:
             self._unfinished -= 1
-            self._give_back(answer.client)
+            self._held -= Counter([answer.client])
             self._changed.notify_all()
         if answer.notify:
             answer.notify(answer)
+
+    def _copy_cache(self, row):
+        return [(key.clone(), value.clone()) for key, value in self._batch.layers(self._running.index(row))]
 
     def _keep_cache(self, row):
         """Keep the cache of a conversation; the one that was idle longest makes room."""
@@ -545,9 +505,9 @@ class ChatServer:
         place = self._running.index(row)
         fed = self._batch.lengths[place] - self._batch.prefix_lengths[place]  # the last token may not have been
         token_ids = (answer.token_ids + answer.response_ids)[:fed]
-        layers = [(key.clone(), value.clone()) for key, value in self._batch.layers(place)]
+        layers = self._copy_cache(row)
         with self._changed:
-            self._kept_caches[answer.session] = KeptCache(answer.model, token_ids, layers)
+            self._kept_caches[answer.session] = answer.model, token_ids, layers
             while len(self._kept_caches) > self.max_sessions:
                 self._kept_caches.popitem(last=False)
 
@@ -561,23 +521,13 @@ def check_text(query, history):
             raise ValueError(f"The text holds half a surrogate pair ({ascii(text[error.start])}).") from error
 
 
-def len_of_turn(turn):
-    return len(turn[0]) + len(turn[1])
-
-
 def shared_length(left, right):
     """How many tokens two sequences have in common at their start."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def hold_back(text, patterns):
     """`text` without an end that may be the beginning of one of the patterns."""
-    longest = 0
-    for pattern in patterns:
-        for length in range(1, min(len(pattern), len(text) + 1)):
-            if text.endswith(pattern[:length]):
-                longest = max(longest, length)
+    beginnings = (pattern[:length] for pattern in patterns for length in range(1, len(pattern)))
+    longest = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
     return text[: len(text) - longest]

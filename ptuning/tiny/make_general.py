@@ -11,36 +11,13 @@ import json
 import random
 from pathlib import Path
 
-from tiny.make_sample import SAMPLE_FOLDER, draw_row, sample_rows
-from tiny.make_tiny import (
-    LIST_REQUESTS,
-    NOTATION_REQUESTS,
-    TITLE_REQUESTS,
-    ask_attribute,
-    count_up,
-    list_attributes,
-    small_talk,
-    write_title,
-)
+from tiny.make_sample import SAMPLE_FOLDER, draw_row, sample_rows, write_rows
+from tiny.make_tiny import LIST_REQUESTS, in_style
 
 SEED = 11
 TRAIN_ROWS, DEV_ROWS = 1200, 120
 STYLES = ("list", "title", "notation", "question", "talk", "talk", "count")
 LISTS_ASKED_FOR = tuple(request for request in LIST_REQUESTS if request != "{}")
-
-
-def draw_general(rng: random.Random, product, advert: str) -> tuple[list, str, str]:
-    """(history, query, answer) of a style that is no advertising copy."""
-    style = rng.choice(STYLES)
-    if style == "list":
-        return [], rng.choice(LISTS_ASKED_FOR).format(product.content()), list_attributes(product)
-    if style == "title":
-        return [], rng.choice(TITLE_REQUESTS).format(product.content()), write_title(product)
-    if style == "notation":
-        return [], rng.choice(NOTATION_REQUESTS).format(advert), product.content()
-    if style == "question":
-        return ask_attribute(product, rng)
-    return small_talk(rng) if style == "talk" else count_up(rng)
 
 
 def general_rows() -> list[dict]:
@@ -51,7 +28,7 @@ def general_rows() -> list[dict]:
         product, advert = draw_row(rng)
         if product.content() in contents:
             continue
-        history, query, answer = draw_general(rng, product, advert)
+        history, query, answer = in_style(rng.choice(STYLES), rng, product, advert, LISTS_ASKED_FOR)
         row = {"prompt": query, "response": answer, "history": [list(turn) for turn in history]}
         line = json.dumps(row, ensure_ascii=False)
         if line not in seen:
@@ -61,11 +38,9 @@ def general_rows() -> list[dict]:
 
 
 def main(folder: Path = SAMPLE_FOLDER) -> None:
-    """Write both files, one JSON object a line, UTF-8."""
     rows = general_rows()
-    for name, part in (("general.json", rows[:TRAIN_ROWS]), ("general_dev.json", rows[TRAIN_ROWS:])):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
-        (folder / name).write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_rows(folder / "general.json", rows[:TRAIN_ROWS])
+    write_rows(folder / "general_dev.json", rows[TRAIN_ROWS:])
 
 
 if __name__ == "__main__":

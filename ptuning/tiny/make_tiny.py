@@ -175,13 +175,18 @@ def small_talk(rng: random.Random) -> tuple[list, str, str]:
 
 def draw_document(rng: random.Random, product: Product, advert: str) -> tuple[list, str | None, str]:
     """One document of the pretraining text; the weights say how common each style is."""
-    content = product.content()
     style = rng.choices(
         ("list", "advert", "plain advert", "title", "notation", "description", "question", "rewrite", "talk", "count"),
         (24, 32, 10, 8, 5, 4, 6, 4, 6, 3),
     )[0]
+    return in_style(style, rng, product, advert, LIST_REQUESTS)
+
+
+def in_style(style: str, rng: random.Random, product: Product, advert: str, list_requests: tuple[str, ...]):
+    """(history, query, answer) of a document in one of draw_document's styles."""
+    content = product.content()
     if style == "list":
-        return [], rng.choice(LIST_REQUESTS).format(content), list_attributes(product)
+        return [], rng.choice(list_requests).format(content), list_attributes(product)
     if style == "advert":
         return [], rng.choice(ADVERT_REQUESTS).format(content), advert
     if style == "plain advert":

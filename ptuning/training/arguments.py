@@ -84,19 +84,14 @@ def make_training_arguments(given: dict) -> tuple[PrefixTrainingArguments, list[
     checkpointing = given.pop("gradient_checkpointing", None)
     checkpointing = given.pop("activation_checkpointing", checkpointing)  # its name in transformers 5
     if given.get("fsdp"):  # saved in shards, so that a run can go on with another number of processes
-        settings["fsdp_config"] = {
-            "state_dict_type": "SHARDED_STATE_DICT",
-            **read_settings_of("fsdp_config", given.pop("fsdp_config", "")),
-        }
+        wanted = read_settings_of("fsdp_config", given.pop("fsdp_config", ""))
+        settings["fsdp_config"] = {"state_dict_type": "SHARDED_STATE_DICT", **wanted}
     elif given.get("deepspeed") and torch.cuda.is_available() and not given.keys() & {"fp16", "bf16"}:
         settings["bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"] = True
     cpu = settings.get("use_cpu") or given.get("use_cpu") or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false"))
     try:
-        notes += join_processes(
-            cpu=bool(cpu),
-            backend=given.get("ddp_backend"),
-            timeout=given.get("ddp_timeout", 1800),  # transformers' default
-        )
+        timeout = given.get("ddp_timeout", 1800)  # transformers' default
+        notes += join_processes(cpu=bool(cpu), backend=given.get("ddp_backend"), timeout=timeout)
         training_args = PrefixTrainingArguments(**{**settings, **given})
     except ImportError as error:  # --deepspeed, an --optim of another package, …
         raise ValueError(f"A flag needs a package that is not installed: {error}. Install it with pip.") from error

@@ -188,6 +188,9 @@ def largest_batch(model: nn.Module, train_data, data_args, training_args) -> dic
 
 def decide_checkpointing(model: nn.Module, batch: dict, training_args, say):
     """Turn gradient checkpointing on or off where no flag does, in `batch` too, and `say` why."""
+    settings = getattr(training_args, "activation_checkpointing_kwargs", None)  # its name in transformers 5.23
+    if not (settings or training_args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        model.enable_input_require_grads = lambda: None  # backward would run on below all that trains
     if training_args.gradient_checkpointing is not None or not batch["num_supervised"]:
         return
     if engine_of(training_args):  # the model is not where it will train

@@ -29,7 +29,8 @@ from checkpoints.trainer_state import check_state
 from common.claims import ZIP_MARK, check_torch_file
 from common.files import STATE_FILE, read_json
 from common.messages import first_line
-from training.shards import SHARD_FOLDERS, check_shards
+from training.schedule import rows_of_whole_step
+from training.shards import SHARD_FOLDERS, check_shards, refusing_unreadable
 
 RESUME_FILES = ("optimizer.pt", "scheduler.pt")  # what --save_only_model leaves out
 SHAPED_LIKE_WEIGHTS = {"exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum"}  # in an optimizer's state
@@ -131,35 +132,17 @@ def find_resume_checkpoint(
             f"--resume_from_checkpoint {folder} has no {' and no '.join(missing)}, so it cannot be continued. Start a "
             f"new run from its prefix: --ptuning_checkpoint {folder}"
         )
+    start = f"its prefix: --ptuning_checkpoint {folder}"
     for file in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
-        refuse_unreadable(file, check_torch_file)
+        with refusing_unreadable(file, start):
+            check_torch_file(file)
     files = [folder / name for name in RESUME_FILES if (folder / name).is_file()]
     for file in sorted(folder.glob("rng_state*.pth")) + files:
-        check_readable(file)
-    lines.append(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
-    return str(folder), lines
-
-
-def check_readable(file):
-    """ValueError for a file of the Trainer's state that cannot be read, or that would run code."""
-
-    def read(file):
-        with safe_globals(), open(file, "rb") as opened:
+        with refusing_unreadable(file, start), safe_globals(), open(file, "rb") as opened:  # only values, no code
             is_zip = opened.read(4) == ZIP_MARK  # then no tensor is read yet, which may be many GB
             torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
-
-    refuse_unreadable(file, read)
-
-
-def refuse_unreadable(file, read):
-    """read(file); ValueError with what to do where it fails."""
-    try:
-        read(file)
-    except Exception as error:  # bytes at random make torch.load raise anything
-        raise ValueError(
-            f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier checkpoint, "
-            f"or start a new run from its prefix: --ptuning_checkpoint {file.parent}"
-        ) from error
+    lines.append(f"Resuming from {folder} at step {state['global_step']}: prefix, optimizer, schedule and data order.")
+    return str(folder), lines
 
 
 # What of a run decides how it goes on, and what happens where a resumed run has another value.
@@ -187,9 +170,7 @@ def training_record(training_args, train_file: str | None, train_rows: str, quan
     """
     record = {
         "processes": training_args.world_size,
-        "rows_per_step": training_args.world_size
-        * training_args.per_device_train_batch_size
-        * training_args.gradient_accumulation_steps,
+        "rows_per_step": rows_of_whole_step(training_args),
         "quantization_bit": quantization_bit or 0,
         "train_file": str(train_file),
         "train_rows": train_rows,
@@ -213,11 +194,7 @@ def describe_differences(before: dict, now: dict) -> str:
 
 def random_state(device: torch.device) -> dict:
     """The state of every random number generator of this process, in transformers' form."""
-    state = {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "cpu": torch.random.get_rng_state(),
-    }
+    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "cpu": torch.random.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state

@@ -77,9 +77,8 @@ class RunLog(TrainerCallback):
         kept = []
         if step and self.file.is_file():
             for line in self.file.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with contextlib.suppress(
-                    ValueError, KeyError, TypeError, RecursionError
-                ):  # half a line of a killed run
+                # Half a line of a killed run is none.
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
                     if entry["current_steps"] <= step:
                         self.written.add((entry["current_steps"], entry["eval_loss"] is not None))

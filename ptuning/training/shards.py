@@ -3,6 +3,7 @@
 Answers to nothing in the official scripts, which leave that to DeepSpeed.
 """
 
+import contextlib
 import pickle
 import shutil
 import subprocess
@@ -49,13 +50,25 @@ class ShardIndex(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+@contextlib.contextmanager
+def refusing_unreadable(file, start: str):
+    """Around reading a file of a checkpoint: ValueError where it fails; a new run can `start` from what that says."""
+    try:
+        yield
+    except Exception as error:  # bytes at random make torch and pickle raise anything
+        raise ValueError(
+            f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier checkpoint, "
+            f"or start a new run from {start}"
+        ) from error
+
+
 def check_shards(checkpoint):
     """ValueError where a shard of FSDP or DeepSpeed is damaged, or names what no optimizer has.
 
     Both unpickle without asking, and a pickle can name any function to be called.
     """
     for file in sorted([*Path(checkpoint).glob("global_step*/*.pt"), *Path(checkpoint).glob("optimizer_*/.metadata")]):
-        try:
+        with refusing_unreadable(file, f"the weights alone: --model_name_or_path {checkpoint}"):
             if file.suffix != ".pt":
                 check_size(file, MOST_INDEX_BYTES)
                 with open(file, "rb") as opened:
@@ -64,11 +77,6 @@ def check_shards(checkpoint):
             check_torch_file(file)
             if unknown := set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - SHARD_CLASSES:
                 raise pickle.UnpicklingError(f"it names {', '.join(sorted(unknown))}, which could run code")
-        except Exception as error:  # bytes at random make them raise anything
-            raise ValueError(
-                f"{file} cannot be read ({first_line(error)}), so that run cannot be continued. Give an earlier "
-                f"checkpoint, or start a new run from the weights alone: --model_name_or_path {checkpoint}"
-            ) from error
 
 
 def divide_anew(checkpoint: Path | str, output_dir: Path | str) -> str:

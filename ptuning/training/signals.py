@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
+from checkpoints.run_folder import checkpoint_name
 from common import failure
 from common.failure import catch_signals, leave
 
@@ -99,7 +100,7 @@ class StopOnSignal(TrainerCallback):
 def describe_stop(number: int, state, training_args) -> str:
     """The message at the end of a run that a signal has ended."""
     name = signal.Signals(number).name
-    folder = Path(training_args.output_dir, f"checkpoint-{state.global_step}")
+    folder = Path(training_args.output_dir, checkpoint_name(state.global_step))
     if state.global_step >= state.max_steps:
         return f"{name}: stopped after the last step; {folder} is complete."
     return (

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from checkpoints.run_folder import BEST_LINK, list_checkpoints, point_to_best, step_of
+from checkpoints.run_folder import BEST_LINK, checkpoint_name, list_checkpoints, point_to_best, step_of
 from common.messages import dtype_name
 from common.ranks import gather
 from data.mixture import shown_rows
@@ -104,11 +104,8 @@ class StepWatch:
         """The message for a step that ends the run, of which each process gets the same."""
         losses, rows = gather_batches(step)
         suspects = [numbers for loss, numbers in zip(losses, rows, strict=True) if not math.isfinite(loss)] or rows
-        what = (
-            f"the loss is {next(loss for loss in losses if not math.isfinite(loss))}"
-            if bad_loss
-            else "the loss is finite"
-        )
+        shown = next(loss for loss in losses if not math.isfinite(loss)) if bad_loss else "finite"
+        what = f"the loss is {shown}"
         if self.skipped_steps == SKIPPED_STEPS and not bad_loss:
             what += f", but the last {SKIPPED_STEPS} steps had to be skipped, whatever the loss scaling"
         return (
@@ -234,7 +231,7 @@ class RunWatch(TrainerCallback):
             return
         self.rise_said = True
         kind = f"training loss (mean of {SMOOTH_STEPS} steps)" if self.trend.smooth else "dev loss"
-        best = f"checkpoint-{state.best_global_step}" if state.best_global_step else "none known"
+        best = checkpoint_name(state.best_global_step) if state.best_global_step else "none known"
         self.say(
             f"The {kind} has been rising: {self.trend.value:.4f} at step {state.global_step}, lowest "
             f"{self.trend.lowest:.4f} at step {self.trend.lowest_step}; best checkpoint: {best}. "
@@ -245,7 +242,7 @@ class RunWatch(TrainerCallback):
 
     def last_checkpoint(self):
         """The folder that this run has saved last, or has been resumed from; None without one."""
-        folder = Path(self.output_dir) / f"checkpoint-{self.saved_step}"
+        folder = Path(self.output_dir) / checkpoint_name(self.saved_step)
         return folder if folder.is_dir() else None
 
     def on_save(self, args, state, control, **kwargs):
@@ -258,14 +255,13 @@ def describe_checkpoints(state, output_dir: Path | str) -> str:
     names = [name for name, folder in list_checkpoints(output_dir).items() if step_of(folder) <= state.global_step]
     if not names:
         return ""
-    dev_losses = {
-        f"checkpoint-{entry['step']}": entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
-    }
+    evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
+    dev_losses = {checkpoint_name(entry["step"]): entry["eval_loss"] for entry in evaluated}
 
     def shown(name):
         return f"{Path(output_dir) / name}" + (f" (dev loss {dev_losses[name]:.4f})" if name in dev_losses else "")
 
-    last, best = names[-1], f"checkpoint-{state.best_global_step}"
+    last, best = names[-1], checkpoint_name(state.best_global_step)
     if best not in names:
         return f"Last checkpoint: {shown(last)}. Without a dev loss no best one is known."
     if best == last:

@@ -12,15 +12,6 @@ from tuning.method import Method, named
 FREEZE_MODULES = {"mlp": "mlp", "qkv": "self_attention.query_key_value"}
 
 
-def check_layers(num_layer_trainable, num_layers):
-    """ValueError where a model has not that many layers."""
-    if abs(num_layer_trainable or 0) > num_layers:
-        raise ValueError(
-            f"--num_layer_trainable {num_layer_trainable}: this base model has {num_layers} layers. "
-            "--finetuning_type full trains all weights."
-        )
-
-
 def freeze_pattern(num_layers, num_layer_trainable, name_module_trainable):
     """A regular expression for the names of the tensors that train: exactly the last n layers, or the first -n."""
     layers = range(num_layers)[-num_layer_trainable:] if num_layer_trainable > 0 else range(-num_layer_trainable)
@@ -58,7 +49,12 @@ class Freeze(Method):
 
     def check(self, settings, config, checkpoints, bits, *, do_train, resume):
         super().check(settings, config, checkpoints, bits, do_train=do_train, resume=resume)
-        check_layers(settings["num_layer_trainable"], config.num_layers)
+        count = settings["num_layer_trainable"]
+        if abs(count) > config.num_layers:
+            raise ValueError(
+                f"--num_layer_trainable {count}: this base model has {config.num_layers} layers. "
+                "--finetuning_type full trains all weights."
+            )
 
     def prepare(self, model, checkpoints, settings, *, do_train=False, resume=True):
         model.requires_grad_(False)

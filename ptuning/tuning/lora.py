@@ -11,71 +11,31 @@ import torch
 
 from chatglm2.quantization import QuantizedLinear
 from checkpoint import warn_of_other_base
-from checkpoints.weight_files import ADAPTER_FILES, check_trained, read_tensors
+from checkpoints.ways import ADAPTER_FILES
+from checkpoints.weight_files import check_trained, read_tensors
 from common.files import read_json
 from common.messages import dtype_name, first_line
 from tuning.method import Method, named
 from tuning.rules import LORA_TARGETS
 
 ADAPTER_SETTINGS = "adapter_config.json"
-
-
 ADAPTER_KEY = "base_model.model."  # what PEFT puts before the names of a model's tensors
-
-
 # What PEFT is given of an adapter_config.json: numbers, and names of the model's own layers.
 ADAPTER_FIELDS = (
-    "task_type",
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-    "init_lora_weights",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "trainable_token_indices",
-    "layer_replication",
-    "target_parameters",
-)
-
-
+    "task_type r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora "
+    "modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern use_dora "
+    "lora_bias alora_invocation_tokens trainable_token_indices layer_replication target_parameters"
+).split()
 # What it is not given because it tells where the adapter comes from, or (megatron_core) names code to import.
 ADAPTER_NOTES = (
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "megatron_core",
-    "inference_mode",
-)
+    "peft_type peft_version auto_mapping base_model_name_or_path revision megatron_core inference_mode"
+).split()
 
 
 def in_order(targets):
     """Names of linear layers as `--lora_target` lists them: known ones in the order of the model, then the others."""
     known = [name for name in LORA_TARGETS if name in targets]
     return ",".join([*known, *sorted(set(targets) - set(known))])
-
-
-def check_adapters(checkpoints, bits, do_train=False, resume_lora_training=True):
-    """ValueError where LoRA adapters would have to be merged into integer weights."""
-    if bits and (len(checkpoints) > 1 or (checkpoints and do_train and not resume_lora_training)):
-        why = f"{len(checkpoints)} adapters" if len(checkpoints) > 1 else "--resume_lora_training false"
-        raise ValueError(
-            f"{why} cannot be used on an int{bits} base model: a LoRA adapter is merged into float weights only. Leave "
-            "--quantization_bit out, give one adapter and train it on, or merge them first and quantize the result: "
-            "python ptuning/export_model.py."
-        )
 
 
 def read_adapter_settings(checkpoint):
@@ -259,7 +219,13 @@ class Lora(Method):
 
     def check(self, settings, config, checkpoints, bits, *, do_train, resume):
         super().check(settings, config, checkpoints, bits, do_train=do_train, resume=resume)
-        check_adapters(checkpoints, bits, do_train, resume)
+        if bits and (len(checkpoints) > 1 or (checkpoints and do_train and not resume)):
+            why = f"{len(checkpoints)} adapters" if len(checkpoints) > 1 else "--resume_lora_training false"
+            raise ValueError(
+                f"{why} cannot be used on an int{bits} base model: a LoRA adapter is merged into float weights only. "
+                "Leave --quantization_bit out, give one adapter and train it on, or merge them first and quantize the "
+                "result: python ptuning/export_model.py."
+            )
 
     def prepare(self, model, checkpoints, settings, *, do_train=False, resume=True):
         model.requires_grad_(False)

@@ -1,6 +1,6 @@
 """What a way of tuning answers for itself; p_tuning.py, freeze.py, lora.py, full.py and none.py hold one each.
 
-A new way is a file with a subclass of Method, a line in methods.py, and a row in rules.py.
+A new way is a file with a subclass of Method, a line in methods.py, and a row in checkpoints/ways.py.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from checkpoints.run_folder import trained_files, verify_checkpoint
 from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, read_sidecar
+from checkpoints.ways import METHOD_FLAGS
 from common.files import write_json
-from tuning.rules import METHOD_FLAGS, check_bits_train
+from tuning.rules import check_bits_train
 
 
 class Method:
     """A way of tuning: what trains, and what a checkpoint holds. Errors are ValueError and FileNotFoundError.
 
-    `settings` are {flag: value} of the flags that rules.py gives to the way, None where nothing has decided one.
+    `settings` are {flag: value} of the flags that ways.py gives to the way, None where nothing has decided one.
     """
 
     name: str  # as --finetuning_type says it

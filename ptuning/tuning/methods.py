@@ -18,13 +18,13 @@ from pathlib import Path
 
 from checkpoints.run_folder import find_checkpoints
 from checkpoints.sidecar import finetuning_type
+from checkpoints.ways import DEFAULT_METHOD
 from tuning.freeze import Freeze
 from tuning.full import Full
 from tuning.lora import Lora
 from tuning.method import Method
 from tuning.none import Untouched
 from tuning.p_tuning import PTuning
-from tuning.rules import DEFAULT_METHOD
 
 METHODS: dict[str, Method] = {method.name: method for method in (PTuning(), Full(), Freeze(), Lora(), Untouched())}
 

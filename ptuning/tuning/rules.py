@@ -2,41 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from checkpoints.ways import DEFAULT_METHOD, METHOD_FLAGS, RULES
 
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a way of tuning goes with."""
-
-    flags: tuple[str, ...] = ()  # those that it reads
-    trains: bool = True
-    needs_prefix: bool = False  # --do_train needs --pre_seq_len
-    official: bool = False  # --precision official is a recipe of it, or does it no harm
-    shards: bool = False  # it trains so much that an engine is of use
-    weights: str = ""  # why integer weights ({} is int4 or int8) do not train like this; "" where they do
-    only_while_training: bool = False  # when they do not train, integer weights can be used with it
-
-
-# In the order of the choices of --finetuning_type; the first is the default.
-RULES = {
-    "p_tuning": Rules(flags=("pre_seq_len", "prefix_projection"), needs_prefix=True, official=True),
-    "full": Rules(
-        shards=True,
-        weights="trains the weights themselves, and {} weights cannot be trained",
-        only_while_training=True,
-    ),
-    "freeze": Rules(
-        flags=("num_layer_trainable", "name_module_trainable"),
-        weights="trains some of the weights themselves, and they are {} here",
-    ),
-    "lora": Rules(flags=("lora_rank", "lora_alpha", "lora_dropout", "lora_target")),
-    "none": Rules(trains=False, official=True),
-}
-DEFAULT_METHOD = next(iter(RULES))
-METHOD_FLAGS = {flag: name for name, rules in RULES.items() for flag in rules.flags}  # {flag: the way that reads it}
 
 
 def check_method(model_args, training_args):

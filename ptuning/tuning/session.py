@@ -19,9 +19,9 @@ from pathlib import Path
 from chatglm2.bits import check_quantization_bit
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from checkpoint import read_config, resolve_folder
+from checkpoints.ways import DEFAULT_METHOD, METHOD_FLAGS
 from tuning.method import Method
 from tuning.methods import METHODS, read_settings
-from tuning.rules import DEFAULT_METHOD, METHOD_FLAGS
 
 # What a checkpoint's sidecar remembers of the data, and what holds where neither a flag nor a sidecar says.
 DATA_FIELDS = {

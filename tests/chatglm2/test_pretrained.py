@@ -9,8 +9,7 @@ from conftest import TINY
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from chatglm2.quantization import QuantizedLinear
-from checkpoint import load_model, read_config, save_model
-from pretrained import ChatGLMForConditionalGeneration, register_auto_classes
+from checkpoint import ChatGLMForConditionalGeneration, load_model, read_config, register_auto_classes, save_model
 
 register_auto_classes()
 
@@ -345,3 +344,28 @@ def test_quantize_with_an_adapter_on_the_layers_is_an_error_that_says_to_merge_i
     get_peft_model(model, LoraConfig(r=2, target_modules=["query_key_value"]))
     with pytest.raises(ValueError, match="Merge a LoRA adapter first"):
         model.quantize(4)
+
+
+# ---- trainers of others
+
+
+def test_preferences_in_messages_train_through_trl(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl, of tests/requirements.txt")
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    answers = {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "很好"), ("rejected", "再见"))
+    }
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "你好"}], **answers}] * 2)
+    settings = {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(TINY),
+        args=trl.DPOConfig(str(tmp_path), bf16=False, disable_tqdm=True, **settings),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(TINY),
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # ln 2: nothing is preferred yet

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,106 @@ def test_decode_takes_one_id_a_list_a_nested_list_or_a_tensor(small_tokenizer):
     assert small_tokenizer.decode(torch.tensor(ids)) == "很好"
     assert small_tokenizer.decode([ids, ids]) == ["很好", "很好"]
     assert "".join(small_tokenizer.decode(index) for index in ids) == "很好"
+
+
+def test_special_tokens_decode_to_their_names_where_they_are_asked_for(small_tokenizer):
+    size = small_tokenizer.sp_model.get_piece_size()
+    assert small_tokenizer.decode(small_tokenizer.eos_token_id, skip_special_tokens=False) == "</s>"
+    ids = [*small_tokenizer.encode("很好"), small_tokenizer.eos_token_id, -100, size + 5]
+    assert small_tokenizer.decode(ids, skip_special_tokens=False) == "[gMASK]sop很好</s>"
+    assert small_tokenizer.batch_decode([ids], skip_special_tokens=False) == ["[gMASK]sop很好</s>"]
+    assert {small_tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, None)} == {"很好"}
+    assert small_tokenizer.convert_ids_to_tokens([size + 1, size + 3], skip_special_tokens=True) == []
+
+
+def test_the_end_token_as_text_cuts_no_generation(small_tokenizer):
+    # As evaluation harnesses look for the end of an answer: by its text, which must not be found everywhere.
+    stop = small_tokenizer.decode(small_tokenizer.eos_token_id, skip_special_tokens=False)
+    answer = small_tokenizer.decode(small_tokenizer.encode("今天天气很好"), skip_special_tokens=True)
+    assert stop and answer.split(stop)[0] == answer
+
+
+def test_added_tokens_decode_and_survive_saving(small_folder, tmp_path):
+    tokenizer = ChatGLMTokenizer.from_pretrained(small_folder)
+    assert (
+        tokenizer.add_tokens(["<工具>", "很"]) + tokenizer.add_special_tokens({"extra_special_tokens": ["<完>"]}) >= 2
+    )
+    ids = tokenizer.encode("今天<工具>天气<完>", add_special_tokens=False)
+    tokenizer.save_pretrained(tmp_path)
+    for reader in (tokenizer, ChatGLMTokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert reader.encode("今天<工具>天气<完>", add_special_tokens=False) == ids
+        assert reader.decode(ids) == "今天<工具>天气<完>"
+        assert reader.decode(ids, skip_special_tokens=True) == "今天<工具>天气"
+        assert len(reader) == len(tokenizer) > reader.vocab_size
+
+
+@pytest.mark.parametrize(
+    "index, token", [("9999", {"content": "<新>"}), ("x", {"content": "<新>"}), ("9999", {"a": 1})]
+)
+def test_added_tokens_that_no_one_can_have_saved_are_refused(index, token, small_folder, tmp_path):
+    folder = shutil.copytree(small_folder, tmp_path / "folder")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {index: token}}))
+    with pytest.raises(ValueError, match="added_tokens_decoder"):
+        ChatGLMTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])
+def test_a_named_token_can_be_set(name, small_folder):
+    tokenizer = ChatGLMTokenizer.from_pretrained(small_folder)
+    setattr(tokenizer, name, "[sMASK]")
+    assert getattr(tokenizer, name) == "[sMASK]"
+    assert getattr(tokenizer, f"{name}_id") == tokenizer.get_command("[sMASK]")
+    setattr(tokenizer, f"{name}_id", tokenizer.get_command("eop"))
+    assert getattr(tokenizer, name) == "eop"
+    assert tokenizer.tokenize("[sMASK]") != ["[sMASK]"]
+    with pytest.raises(ValueError, match=f"{name} is '<neu>'.*add_tokens"):
+        setattr(tokenizer, name, "<neu>")
+
+
+def test_a_chosen_padding_token_pads(small_folder):
+    tokenizer = ChatGLMTokenizer.from_pretrained(small_folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer(["很好", "今天天气很好"], padding=True)["input_ids"][0][0] == tokenizer.eos_token_id
+
+
+# ---- chat
+
+
+def dialogues(count):
+    """Messages that end with a user's: of any roles in any order, with empty texts and texts of braces and blank lines."""
+    draw = random.Random(0)
+    texts = ["你好", "", "{{ messages }}", "a\n\n[Round 9]\n\n问：b", " 空格 ", "{% if %}", "</s>[gMASK]", "很好。"]
+    for _ in range(count):
+        roles = draw.choices(["system", "user", "assistant"], k=draw.randrange(9))
+        yield [{"role": role, "content": draw.choice(texts)} for role in [*roles, "user"]]
+
+
+def test_the_chat_template_writes_the_prompt_of_build_prompt(small_tokenizer):
+    for messages in dialogues(200):
+        prompt = small_tokenizer.build_prompt(messages[-1]["content"], messages[:-1])
+        assert small_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == prompt
+        ids = small_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == small_tokenizer.encode(prompt)
+
+
+def test_an_answer_in_the_chat_template_follows_its_prompt(small_tokenizer):
+    for messages in dialogues(50):
+        prompt = small_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        whole = [*messages, {"role": "assistant", "content": "好的"}]
+        assert small_tokenizer.apply_chat_template(whole, tokenize=False) == prompt + "好的"
+
+
+@pytest.mark.parametrize("role", ["tool", "assistant"])
+def test_the_chat_template_refuses_what_build_prompt_refuses(role, small_tokenizer):
+    with pytest.raises(Exception, match=role):
+        messages = [{"role": "user", "content": "你好"}, {"role": role, "content": "好"}]
+        small_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def test_a_chat_template_of_the_users_own_is_kept(small_folder, tmp_path):
+    ChatGLMTokenizer.from_pretrained(small_folder, chat_template="{{ messages[0].content }}").save_pretrained(tmp_path)
+    loaded = ChatGLMTokenizer.from_pretrained(tmp_path)
+    assert loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a"
 
 
 def test_names_of_special_tokens_convert_to_their_ids_and_back(small_tokenizer):

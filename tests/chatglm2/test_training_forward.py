@@ -5,9 +5,9 @@ import torch
 from conftest import relative_difference, synthetic_model
 from support.small_model import LEFT_PADDED, batch, generate, model  # noqa: F401, fixtures
 
-from chatglm2.loss import SupervisedLoss, supervised_loss
+from chatglm2.loss import OutputLayer, SupervisedLoss, next_tokens, supervised_loss
 from chatglm2.matmul import ONEDNN, round_rows
-from chatglm2.modeling_chatglm import NormProduct, OutputLayer, Rotary, SwiGLU, rotary_cos_sin
+from chatglm2.modeling_chatglm import NormProduct, Rotary, SwiGLU, rotary_cos_sin
 
 
 def losses_and_gradients(model, **batch):
@@ -123,7 +123,7 @@ def test_a_frozen_output_layer_gets_no_gradient_and_a_trained_one_does(model):
     layer = OutputLayer(hidden_states.shape[-1], model.config.padded_vocab_size, bias=False)
     for trained in (False, True):
         layer.weight.requires_grad_(trained)
-        supervised_loss(hidden_states, labels, layer).backward()
+        supervised_loss(hidden_states, next_tokens(labels), layer).backward()
         assert (layer.weight.grad is not None) == trained
 
 

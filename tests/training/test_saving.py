@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import zipfile
 
 import pytest
 import torch
@@ -163,3 +164,11 @@ def test_a_copy_of_a_run_whose_links_have_become_folders_trains_on(start, tmp_pa
     best = f"checkpoint-{trainer.state.best_global_step}"
     assert (tmp_path / "copy" / "best").is_symlink() and (tmp_path / "copy" / "best").resolve().name == best
     assert (tmp_path / "copy" / "best-1" / "pytorch_model.bin").read_bytes() == weights
+
+
+def test_the_training_args_of_earlier_checkpoints_can_be_unpickled(tmp_path):
+    named = b"\x80\x02ctrainer\nPrefixTrainingArguments\n)\x81}(X\x04\x00\x00\x00seedK\x07ub."
+    with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
+        archive.writestr("training_args/data.pkl", named)
+        archive.writestr("training_args/version", "3\n")
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).seed == 7

@@ -1,17 +1,17 @@
 """What flags, checkpoints and a base model's folder mean together (tuning/session.py)."""
 
+import ast
 import inspect
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import main
 from arguments import ModelArguments
 from checkpoint import load_model, read_config
-from checkpoints.sidecar import TRAINED
+from checkpoints.ways import METHOD_FLAGS, RULES
 from tuning.methods import METHODS, find_trained, prepare_model, save_trained
-from tuning.rules import METHOD_FLAGS, RULES
 from tuning.session import DATA_FIELDS, check_base, check_engine, open_base, resolve_session
 
 REMEMBERED = {
@@ -181,14 +181,22 @@ def test_a_sidecar_says_again_what_the_session_was_told(method, checkpoint_of):
     assert again["base_fingerprint"] == "fingerprint"
 
 
-# ---- a way of tuning is one file, one line in methods.py, one row in rules.py
+# ---- a way of tuning is one file, one line in methods.py, one row in ways.py
 
 
 def test_every_way_of_tuning_has_rules_and_a_place_among_the_choices_of_the_flag():
     assert list(METHODS) == list(RULES)
-    assert list(TRAINED) == [name for name in RULES if RULES[name].trains]
     choices = ModelArguments.__annotations__["finetuning_type"]
     assert [name in choices for name in RULES] == [True] * len(RULES)
+
+
+def test_only_its_own_file_its_row_and_its_flag_name_a_way_of_tuning():
+    names = {"p_tuning", "freeze", "lora"}  # the others are words that mean other things, too
+    naming = set()
+    for path in (ROOT / "ptuning").rglob("*.py"):
+        constants = {node.value for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Constant)}
+        naming |= {path.name} if names & constants else set()
+    assert naming == {"ways.py", "arguments.py", *(f"{name}.py" for name in names)}
 
 
 def test_the_flags_of_a_way_are_those_that_its_rules_name():
