@@ -15,6 +15,7 @@ from support.integer_layers import both_bits, layer_pair, random_weight
 from chatglm2 import quantization, quantization_cpm
 from chatglm2.quantization import (
     BACKENDS,
+    PACKED,
     TORCH,
     Backend,
     choose_backend,
@@ -65,11 +66,13 @@ def test_an_input_without_rows_gives_an_output_without_rows():
         assert layer(torch.randn(2, 0, 32)).shape == (2, 0, 48)
 
 
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_on_a_cpu_plain_torch_is_chosen_without_a_warning(name):
+@pytest.mark.parametrize("faster, expected", [(True, PACKED), (False, TORCH)])
+def test_on_a_cpu_what_is_faster_there_is_chosen_without_a_warning(faster, expected, monkeypatch):
+    monkeypatch.setattr(quantization, "packed_is_faster", lambda *arguments: faster)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_backend(name, "cpu", 4, torch.float32) is TORCH
+        assert choose_backend("auto", "cpu", 8, torch.float32) is expected
+        assert choose_backend("torch", "cpu", 8, torch.float32) is TORCH
 
 
 @pytest.mark.parametrize("name", ["triton", "cpm_kernels"])

@@ -51,14 +51,14 @@ def test_the_layout_is_that_of_torchs_own_packing(shape):
 @both_bits
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_differs_by_the_rounding_to_bfloat16_alone(shape, bits, rows, dtype):
+@pytest.mark.parametrize("dtype, roundings", [(torch.float32, 1), (torch.bfloat16, 3)])  # product, and scale and bias
+def test_the_product_differs_by_the_rounding_to_bfloat16_alone(shape, bits, rows, dtype, roundings):
     exact, layer = (layer_of(bits, shape, backend).to(dtype) for backend in (TORCH, PACKED))
     input = torch.randn(1, rows, shape[1]).to(torch.bfloat16).to(dtype)  # nothing is lost on the way in
     with torch.no_grad():
         result, expected = layer(input), exact.float()(input.float())
     assert result.dtype == dtype and result.shape == (1, rows, shape[0])
-    assert relative_difference(result.float(), expected) < 3e-3
+    assert relative_difference(result.float(), expected) < roundings * 2**-9
 
 
 @needs_packed
@@ -106,13 +106,6 @@ def test_a_weight_the_int4_kernel_does_not_take_is_dequantized():
     with torch.no_grad():
         assert torch.equal(layer(row), exact(row))
     assert not quantization_cpu.is_packed(layer.weight)
-
-
-@both_bits
-def test_on_a_cpu_auto_takes_what_is_faster_there(bits, monkeypatch):
-    for faster, expected in ((True, PACKED), (False, TORCH)):
-        monkeypatch.setattr("chatglm2.quantization.packed_is_faster", lambda *arguments, faster=faster: faster)
-        assert choose_backend("auto", "cpu", bits, torch.float32) is expected
 
 
 def test_the_packed_kernels_are_refused_where_they_do_not_work(monkeypatch):
