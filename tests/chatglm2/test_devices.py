@@ -6,6 +6,7 @@ from conftest import TINY
 from support.pretended_gpu import GPU, GPUTensor, PretendedGPU, transfers
 
 from chatglm2.generation import Batch, answer_prompts, choose
+from chatglm2.official_recipe import official_loss
 from checkpoint import load_model, read_config
 from data.batches import collate_training
 from tuning.methods import prepare_model
@@ -107,9 +108,17 @@ def test_rows_come_and_go_on_the_gpu(gpu, temperature):
     assert [len(answer) for answer in answers] == [60 - len(prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("prefix", [16, 0])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_left_padded_prompts_are_answered_on_the_gpu(gpu, cache):
+def test_left_padded_prompts_are_answered_on_the_gpu(gpu, cache, prefix):
     inputs = {"input_ids": [[0, 0, 5, 6], [7, 8, 9, 10]], "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 1]]}
     inputs = {name: torch.tensor(numbers, device=GPU) for name, numbers in inputs.items()}
-    tokens = load().generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1, cache_implementation=cache)
+    model = load(prefix=prefix)
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1, cache_implementation=cache)
     assert tokens.shape == (2, 8) and isinstance(tokens, GPUTensor)
+    assert model(**inputs).logits.content.isfinite().all()  # those of padding, too
+
+
+def test_the_official_recipe_leaves_cudnn_out_too(gpu):
+    model, batch = load().train(), training_batch()
+    assert official_loss(model, **batch).content.isfinite()

@@ -124,11 +124,14 @@ class PretendedGPU(TorchDispatchMode):
         transfers.clear()
 
     def __enter__(self):
+        self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as on a real GPU
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") comes by here, too
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: a new parameter, of another class
         return super().__enter__()
 
     def __exit__(self, *error):
+        torch.backends.cuda.enable_cudnn_sdp(self.cudnn)
         torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         return super().__exit__(*error)
@@ -153,6 +156,8 @@ def causal_lower_right(queries, keys):
 
 def plain_attention(query, key, value, mask=None, dropout=0.0, *, enable_gqa=False):
     assert query.device == key.device == value.device and query.dtype == key.dtype == value.dtype
+    if query.is_cuda:
+        assert not torch.backends.cuda.cudnn_sdp_enabled(), "torch would take cuDNN's attention"
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
