@@ -1,8 +1,9 @@
 """Attention of queries to the keys up to their own, by the fastest kernel at hand.
 
 Answers to the official `CoreAttention`, which expands the KV groups to all heads and adds a mask of every query and
-key. The shape legend is that of modeling_chatglm.py. There are three ways, which agree in their numbers:
+key. The shape legend is that of modeling_chatglm.py. There are four ways, which agree in their numbers:
 
+- on a GPU, for a step of decoding many rows at once: `DecodeStep`, by a kernel that knows each row's length;
 - on a GPU, in half precision and without left padding: the flash kernel, which knows what causal means;
 - on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, by matmul.py;
 - else: torch's `scaled_dot_product_attention` with a mask of numbers, QUERY_BLOCK queries at a time.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from chatglm2.kernels import kernels_for, num_splits
 from chatglm2.matmul import OwnGradient, multiply, onednn_runs
 
 QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
@@ -125,6 +127,31 @@ def attend_showing(query, key, value, masks, dropout=0.0):
     shown = torch.cat(shown, dim=2)
     folded = F.dropout(shown, dropout).reshape(batch_size, num_groups, -1, num_keys)
     return (folded @ value).reshape(query.shape), shown
+
+
+class DecodeStep:
+    """One token for each of the first rows of a cache, in a slot of the row's own, on a GPU; stands for a mask.
+
+    `store` is (L, 2, rows, G, slots, D), the last slot that of rows which are not in use; `slots` (B,) are the tokens'.
+    No row has more than `width` slots in use.
+    """
+
+    def __init__(self, store, slots, width):
+        self.store, self.slots = store, slots
+        self.splits = num_splits(len(slots) * store.shape[3], width, store.device)
+
+    @staticmethod
+    def runs(store, config):
+        """True where the kernels do, for a model that lays all queries before all keys and values."""
+        kernels = kernels_for(store)
+        return config.multi_query_attention and None not in (kernels.rotate_into_cache, kernels.attend_step)
+
+    def attend(self, mixed, cos, sin, layer_index):
+        """The context (B, 1, N D) of queries, keys and values (B, 1, (N + 2 G) D); writes the two latter."""
+        kernels, (keys, values) = kernels_for(mixed), self.store[layer_index]
+        mixed = mixed[:, 0].to(keys.dtype)
+        query = kernels.rotate_into_cache(mixed, cos, sin, keys, values, self.slots)
+        return kernels.attend_step(query, keys, values, self.slots, self.splits)[:, None]
 
 
 class LongAttention(OwnGradient):

@@ -25,6 +25,7 @@ import random
 
 import torch
 
+from chatglm2.attention import DecodeStep
 from chatglm2.chat import TOP_K
 from common.slowness import runs_slower
 
@@ -170,18 +171,21 @@ class Batch:
             keys[rows, :, self._slots], values[rows, :, self._slots] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, :end], values[:, :, :end]
 
-    def _forward(self, token_ids, mask, position_ids):
-        return self.model.transformer(token_ids, mask, position_ids, self, use_cache=True).last_hidden_state
+    def _forward(self, token_ids, mask, position_ids, step=None):
+        output = self.model.transformer(token_ids, mask, position_ids, self, use_cache=True, step=step)
+        return output.last_hidden_state
 
     def _decode(self, rows, slots, padded):
         """Logits (rows, V) after the tokens in self._inputs, where no row has more than `slots` slots in use."""
         token_ids, lengths, prefix_lengths = self._inputs[:, :rows, None]  # (rows, 1) each
         self._past, self._rows, self._slots = slots - 1, slice(rows), lengths[:, 0]
-        mask = None
-        if padded:
+        mask = step = None
+        if DecodeStep.runs(self._store, self.model.config):
+            step = DecodeStep(self._store, self._slots, slots)
+        elif padded:
             mask = torch.arange(slots, device=lengths.device) <= lengths  # (rows, slots)
             mask = mask[:, self.model.prefix_length :]  # forward adds the part of the model's own prefix
-        hidden = self._forward(token_ids, mask, lengths - prefix_lengths)
+        hidden = self._forward(token_ids, mask, lengths - prefix_lengths, step)
         return self.model.transformer.output_layer(hidden[:, -1])
 
     # ---- CUDA graphs

@@ -1,9 +1,11 @@
 """On a GPU: nothing stays behind on the CPU, and nothing makes the GPU wait that need not. With a pretended GPU."""
 
+from collections import Counter
+
 import pytest
 import torch
-from conftest import TINY
-from support.pretended_gpu import GPU, GPUTensor, PretendedGPU, transfers
+from conftest import TINY, synthetic_model
+from support.pretended_gpu import GPU, GPUTensor, PretendedGPU, as_a_gpu_launches, launches, transfers
 
 from chatglm2.generation import Batch, answer_prompts, choose
 from chatglm2.official_recipe import official_loss
@@ -122,3 +124,39 @@ def test_left_padded_prompts_are_answered_on_the_gpu(gpu, cache, prefix):
 def test_the_official_recipe_leaves_cudnn_out_too(gpu):
     model, batch = load().train(), training_batch()
     assert official_loss(model, **batch).content.isfinite()
+
+
+# ---- how many kernels
+
+
+def launched_a_layer(work):
+    """Kernels that work(model) launches for each layer, by name, and how many."""
+    counts = []
+    for num_layers in (1, 2):
+        model = synthetic_model(num_layers=num_layers).bfloat16()
+        model.transformer.prefix_encoder.float()
+        model.to("cuda")
+        counts.append(Counter(work(model)))
+    return counts[1] - counts[0], counts[1].total() - counts[0].total()
+
+
+def launched_by_training(model):
+    launches.clear()
+    model.train()(**training_batch((20, 33, 41))).loss.backward()
+    return launches
+
+
+def launched_by_a_step(model):
+    batch = Batch(model, len(PROMPTS), 80)
+    batch.graphs = None
+    batch.admit(PROMPTS, model.transformer.prefix_encoder(1, torch.bfloat16))
+    launches.clear()
+    batch.step([5] * len(PROMPTS))
+    return launches
+
+
+@pytest.mark.parametrize("work, most", [(launched_by_training, 45), (launched_by_a_step, 12)])
+def test_a_layer_launches_few_kernels(gpu, work, most, monkeypatch):
+    as_a_gpu_launches(monkeypatch)
+    names, count = launched_a_layer(work)
+    assert count <= most, names
