@@ -440,14 +440,15 @@ def attend_step(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, spli
     return output
 
 
-# Each kernel with the constants and options of ChatGLM2-6B, for whoever compiles it without a GPU.
-LAUNCHES = (
-    (_swiglu_kernel, {"BLOCK": SWIGLU_COLUMNS}, {}),
-    (_swiglu_backward_kernel, {"BLOCK": SWIGLU_COLUMNS}, {}),
-    (_rotate_kernel, {"BACK": True, "D": 128, "BLOCK_HEADS": ROTATE_HEADS, "BLOCK_D": 128}, {}),
-    (_add_norm_kernel, {"BLOCK": 4096}, NORM),
-    (_add_norm_backward_kernel, {"BLOCK": 4096}, NORM),
-    (_rotate_into_cache_kernel, {"D": 128, "BLOCK_D": 128}, ONE_HEAD),
-    (_attend_kernel, {"R": 16, "D": 128, "SPLITS": 8, "BLOCK_R": 16, "BLOCK_D": 128, "BLOCK_KEYS": KEYS}, ATTEND),
-    (_combine_kernel, {"R": 16, "D": 128, "SPLITS": MOST_SPLITS, "BLOCK_D": 128}, COMBINE),
-)
+def launches(dtype, capability):
+    """Each kernel with the constants and options of ChatGLM2-6B, for whoever compiles it without a GPU."""
+    return (
+        (_swiglu_kernel, {"BLOCK": SWIGLU_COLUMNS}, {}),
+        (_swiglu_backward_kernel, {"BLOCK": SWIGLU_COLUMNS}, {}),
+        (_rotate_kernel, {"BACK": True, "D": 128, "BLOCK_HEADS": ROTATE_HEADS, "BLOCK_D": 128}, {}),
+        (_add_norm_kernel, {"BLOCK": 4096}, NORM),
+        (_add_norm_backward_kernel, {"BLOCK": 4096}, NORM),
+        (_rotate_into_cache_kernel, {"D": 128, "BLOCK_D": 128}, ONE_HEAD),
+        (_attend_kernel, {"R": 16, "D": 128, "SPLITS": 8, "BLOCK_R": 16, "BLOCK_D": 128, "BLOCK_KEYS": KEYS}, ATTEND),
+        (_combine_kernel, {"R": 16, "D": 128, "SPLITS": MOST_SPLITS, "BLOCK_D": 128}, COMBINE),
+    )

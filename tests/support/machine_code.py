@@ -1,7 +1,6 @@
 """Triton kernels as machine code for GPUs that are not here, and what it says of them.
 
-As a program, `machine_code.py MODULE DTYPE CAPABILITY …` prints a line of JSON for each kernel of MODULE.LAUNCHES: its
-name, registers, bytes of stack (a spill), bytes of shared memory, and whether it uses the tensor cores.
+As a program, `machine_code.py MODULE DTYPE CAPABILITY …` prints a line of JSON for each of MODULE.launches(): its name, registers, bytes of stack (a spill), bytes of shared memory, and whether it uses the tensor cores.
 """
 
 import importlib
@@ -33,18 +32,21 @@ def type_of(name, module, dtype):
 
 
 def compile_all(module, dtype, capability):
-    """{"name", "registers", "stack", "shared", "tensor cores"} of each kernel of a module's LAUNCHES."""
+    """{"name", "registers", "stack", "shared", "tensor cores"} of each of a module's launches()."""
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     found = []
-    for kernel, constants, options in importlib.import_module(f"chatglm2.{module}").LAUNCHES:
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    launches = importlib.import_module(f"chatglm2.{module}").launches
+    for kernel, constants, options in launches(kind, divmod(capability, 10)):
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else type_of(name, module, dtype) for name in names}
         # At the 6B's shapes; Triton sees it at the launch.
         divisible = [
-            index for index, name in enumerate(names) if re.search("_pointer|_stride|num_columns|num_bytes", name)
+            index for index, name in enumerate(names) if re.search("_pointer|_stride|num_columns|_bytes", name)
         ]
         source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in divisible})
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
