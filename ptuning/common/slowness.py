@@ -14,6 +14,6 @@ def runs_slower(reason: str) -> None:
     warnings.warn(reason, stacklevel=2)
 
 
-def slow_because() -> list[str]:
-    """The reasons so far, in order."""
-    return list(reasons)
+def slow_because() -> dict[str, str]:
+    """{"slow_because": the reasons so far} for results and status; {} where there are none."""
+    return {"slow_because": " ".join(reasons)} if reasons else {}

@@ -34,6 +34,7 @@ from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import list_checkpoints
 from common.messages import dtype_name
+from common.slowness import slow_because
 from serving.limits import Turns, fair_share
 
 BASE = "base"  # name of the model without a prefix
@@ -317,6 +318,7 @@ class ChatServer:
             "pre_seq_len": self.prefix_length(name),
             "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
             "device": str(self.model.device),
+            **slow_because(),
         }
 
     def forget(self, session):

@@ -13,6 +13,7 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
                   with an adapter 2 e H. Layers below the first that trains keep nothing. With gradient checkpointing
                   e H per token, and all of the above for one layer.
     generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
+    graphs        generation on a GPU only: its CUDA graphs at their most, and the logits they write, e V bytes a row
     work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 8 V for each of `loss_rows`
                   tokens, 10 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
                   and on a GPU one dequantized layer, e 2 F H
@@ -27,6 +28,7 @@ import psutil
 import torch
 from torch import nn
 
+from chatglm2.generation import MOST_GRAPHS
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
 from common.messages import dtype_name
@@ -34,6 +36,8 @@ from data.splits import longest_example
 from tuning.rules import engine_of
 
 PROCESS_BYTES = 535_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
+# Of a layer in a CUDA graph: a dozen kernels, for each of which a driver keeps some kB. Not measured yet.
+GRAPH_LAYER_BYTES = 100_000
 MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
 
 
@@ -102,12 +106,16 @@ def estimate_peak_bytes(
         work = max((8 if element == 4 else 10) * config.padded_vocab_size * rows, element * 6 * feed_forward * tokens)
     else:
         work = (12 + element) * config.padded_vocab_size * batch_size
+    graphs = 0
+    if not (on_cpu or num_supervised):
+        graphs = MOST_GRAPHS * config.num_layers * GRAPH_LAYER_BYTES + element * config.padded_vocab_size * batch_size
     dequantized = 0 if on_cpu else 2 * feed_forward * hidden * element
     trained, trained_bytes = counts.get("trained", (0, 0))
     return {
         "weights": sum(size for _, size in counts.values()) - trained_bytes,
         "trained": 16 * trained + (0 if on_cpu else 2 * own) if num_supervised else trained_bytes,
         **kept,
+        **({"graphs": graphs} if graphs else {}),
         "logits and work": max(work, dequantized),
         **({"Python and libraries": PROCESS_BYTES} if on_cpu else {}),
     }

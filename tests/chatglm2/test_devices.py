@@ -11,6 +11,7 @@ from chatglm2.generation import Batch, answer_prompts, choose
 from chatglm2.official_recipe import official_loss
 from checkpoint import load_model, read_config
 from data.batches import collate_training
+from training.memory import estimate_peak_bytes
 from tuning.methods import prepare_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], list(range(20, 60)), [7] * 3]
@@ -124,6 +125,13 @@ def test_left_padded_prompts_are_answered_on_the_gpu(gpu, cache, prefix):
 def test_the_official_recipe_leaves_cudnn_out_too(gpu):
     model, batch = load().train(), training_batch()
     assert official_loss(model, **batch).content.isfinite()
+
+
+def test_cuda_graphs_are_a_part_of_the_memory_of_generating(gpu):
+    of_generating, of_training = (
+        estimate_peak_bytes(load(), batch_size=2, length=64, num_supervised=count) for count in (0, 8)
+    )
+    assert of_generating["graphs"] > 0 and "graphs" not in of_training
 
 
 # ---- how many kernels
