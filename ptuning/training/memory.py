@@ -161,12 +161,17 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def added_bytes(model: nn.Module, **batch) -> int:
+    """What a batch takes of a model that is in memory already; the arguments are those of `estimate_peak_bytes`."""
+    parts = estimate_peak_bytes(model, **batch)
+    return sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+
+
 def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
     """(True where a step without gradient checkpointing takes more than nine tenths of the free memory, a line on it).
 
     `batch` are the arguments of `estimate_peak_bytes`. The model is in memory already."""
-    parts = estimate_peak_bytes(model, **{**batch, "checkpointing": False})
-    needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+    needed = added_bytes(model, **{**batch, "checkpointing": False})
     free = free_bytes(model.device)
     too_much = needed > 0.9 * free
     return too_much, (
@@ -208,6 +213,40 @@ def decide_checkpointing(model: nn.Module, batch: dict, training_args, say):
         say(decision)
     batch["checkpointing"] = checkpointing
     training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointing
+
+
+def merge_batches(model: nn.Module, batch: dict, training_args, say):
+    """Let accumulated batches be computed together where half of the free memory holds them, and `say` so.
+
+    `batch` and `training_args` are changed. A step keeps its rows, their order, what each loses of the prefix, and its
+    mean over all supervised tokens: its numbers are the same but for rounding. So it is for one process that tunes a
+    prefix; other ways draw random numbers for a batch as a whole, and processes share a step's batches out. Where the
+    estimate was too low, the trainer cuts them in two again.
+    """
+    rows, accumulated = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    alone = training_args.world_size == 1 and not engine_of(training_args)
+    if not (batch["num_supervised"] and alone and model.transformer.prefix_encoder is not None):
+        return
+    if training_args.precision == "official" or training_args.dataloader_drop_last:
+        return
+    free = free_bytes(model.device)
+    for merged in range(accumulated, 1, -1):
+        together = {**batch, "batch_size": rows * merged}
+        if accumulated % merged == 0 and (needed := added_bytes(model, **together)) <= free // 2:
+            batch.update(together)
+            training_args.per_device_train_batch_size, training_args.merged_batches = rows * merged, merged
+            training_args.gradient_accumulation_steps = accumulated // merged
+            say(
+                f"{merged} accumulated batches are computed at once, {rows * merged} rows, because they take about "
+                f"{in_words(needed)} and {in_words(free)} are free. A step is the same."
+            )
+            return
+
+
+def settle_batch(model: nn.Module, batch: dict, training_args, say):
+    """Decide what no flag does of a training batch, by the memory it takes: checkpointing, and how many are merged."""
+    decide_checkpointing(model, batch, training_args, say)
+    merge_batches(model, batch, training_args, say)
 
 
 def rows_that_fit(model: nn.Module, length: int) -> int:
@@ -259,9 +298,9 @@ def describe_out_of_memory(model, args, shape, training, reason):
         lines.append(f"  {reason.strip().splitlines()[0][:200]}")
     lower = []
     if training and rows > 1:
+        given_rows, accumulated = args.given_batches
         lower.append(
-            f"--per_device_train_batch_size {args.per_device_train_batch_size}, with --gradient_accumulation_steps "
-            f"{args.gradient_accumulation_steps} raised by the same factor (--auto_find_batch_size does both)"
+            f"--per_device_train_batch_size {given_rows}, with --gradient_accumulation_steps {accumulated} raised by the same factor (--auto_find_batch_size does both)"
         )
     elif not training and rows > 1:
         lower.append(f"--per_device_eval_batch_size {args.per_device_eval_batch_size}")
