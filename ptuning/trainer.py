@@ -121,7 +121,7 @@ class PrefixTrainer(Seq2SeqTrainer):
     # ---- batches and steps
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        self.rows_fed = 0
+        self.rows_fed, self.batch_parts = 0, self.args.first_parts
         resumes_deepspeed = resume_from_checkpoint and self.is_deepspeed_enabled
         if resumes_deepspeed and count_writers(resume_from_checkpoint) != self.args.world_size:
             self.say(f"Dividing {resume_from_checkpoint} for {self.args.world_size} processes.")

@@ -58,6 +58,8 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
     prediction_batch_size: int | None = field(default=None, init=False)
     merged_batches: int = field(default=1, init=False)  # accumulated ones that are computed together, as one
 
+    first_parts: int = field(default=1, init=False)  # that a batch is computed in, one after the other, at first
+
     @property
     def given_batches(self) -> tuple[int, int]:
         """(rows of a batch, batches accumulated) as the flags say, whatever is merged."""

@@ -243,8 +243,33 @@ def merge_batches(model: nn.Module, batch: dict, training_args, say):
             return
 
 
+def cut_batch(model: nn.Module, batch: dict, training_args, say):
+    """With --auto_find_batch_size, let a batch be computed in as many parts as memory asks for, and `say` so.
+
+    `batch` and `training_args` are changed: else the first steps would find out, one failure after the other.
+    """
+    rows, parts = batch["batch_size"], 1
+    if not (training_args.auto_find_batch_size and batch["num_supervised"]) or engine_of(training_args):
+        return
+    free = free_bytes(model.device)
+    checkpointing = bool(training_args.gradient_checkpointing)
+    while (
+        parts < rows
+        and added_bytes(model, **{**batch, "batch_size": -(-rows // parts), "checkpointing": checkpointing})
+        > 0.9 * free
+    ):
+        parts *= 2
+    batch["batch_size"], training_args.first_parts = -(-rows // parts), parts
+    if parts > 1:
+        say(
+            f"{-(-rows // parts)} of a batch's {rows} rows are computed at a time, because {in_words(free)} are free. A "
+            "step keeps its rows."
+        )
+
+
 def settle_batch(model: nn.Module, batch: dict, training_args, say):
     """Decide what no flag does of a training batch, by the memory it takes: checkpointing, and how many are merged."""
+    cut_batch(model, batch, training_args, say)
     decide_checkpointing(model, batch, training_args, say)
     merge_batches(model, batch, training_args, say)
 

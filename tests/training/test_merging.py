@@ -50,6 +50,18 @@ def test_otherwise_nothing_is_merged(settings, monkeypatch):
     assert args.per_device_train_batch_size == args.merged_batches == batch["batch_size"] == 1 and not said
 
 
+@pytest.mark.parametrize("room, parts", [(16, 1), (15, 2), (5, 4), (1, 16), (0, 16)])
+def test_a_batch_that_shall_fit_starts_in_as_many_parts_as_memory_asks_for(room, parts, monkeypatch):
+    model, batch, said = synthetic_model(), {**BATCH, "batch_size": 16}, []
+    needed = memory.added_bytes(model, **{**BATCH, "batch_size": room})
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed / 0.89)
+    args = SimpleNamespace(
+        auto_find_batch_size=True, gradient_checkpointing=None, fsdp="", deepspeed=None, first_parts=1
+    )
+    memory.cut_batch(model, batch, args, said.append)
+    assert (args.first_parts, batch["batch_size"]) == (parts, 16 // parts) and len(said) == (parts > 1)
+
+
 def prefix(folder):
     weights = torch.load(folder / "checkpoint-5" / "pytorch_model.bin", weights_only=True)
     return weights["transformer.prefix_encoder.embedding.weight"]
