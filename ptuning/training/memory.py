@@ -236,6 +236,7 @@ def merge_batches(model: nn.Module, batch: dict, training_args, say):
             batch.update(together)
             training_args.per_device_train_batch_size, training_args.merged_batches = rows * merged, merged
             training_args.gradient_accumulation_steps = accumulated // merged
+            model.transformer.prefix_encoder.rows_at_once = rows
             say(
                 f"{merged} accumulated batches are computed at once, {rows * merged} rows, because they take about "
                 f"{in_words(needed)} and {in_words(free)} are free. A step is the same."
