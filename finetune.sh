@@ -19,6 +19,7 @@ DATA=${DATA:-AdvertiseGen}                 # folder with train.json and dev.json
 MAX_STEPS=${MAX_STEPS:-5000}               # optimizer steps
 SAVE_STEPS=${SAVE_STEPS:-1000}             # steps between checkpoints; a full one has 25 GB, and its optimizer 50
 BATCH_SIZE=${BATCH_SIZE:-4}                # rows a GPU handles at once
+[ "$BATCH_SIZE" != auto ] || ACCUMULATION=${ACCUMULATION:-4}
 ACCUMULATION=${ACCUMULATION:-1}            # such batches in one step
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} # longest response, tokens
 QUANTIZATION_BIT=${QUANTIZATION_BIT-}      # lora only. 4 or 8: integer weights; empty: bf16 or fp16

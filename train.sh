@@ -13,7 +13,7 @@ PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # virtual tokens of the prefix
 LR=${LR:-2e-2}                             # learning rate at the start; falls to 0 in a straight line
 MAX_STEPS=${MAX_STEPS:-3000}               # optimizer steps
 SAVE_STEPS=${SAVE_STEPS:-1000}             # steps between checkpoints
-BATCH_SIZE=${BATCH_SIZE:-1}                # rows a GPU handles at once
+BATCH_SIZE=${BATCH_SIZE:-1}                # rows a GPU handles at once; auto: as many of ACCUMULATION rows as fit
 ACCUMULATION=${ACCUMULATION:-16}           # such batches in one step
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} # longest prompt, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-128} # longest response, tokens
@@ -33,6 +33,10 @@ history_column=${history_column:-}         # what earlier questions and answers 
 with_prefix=${with_prefix-yes}             # empty: no prefix, for finetune.sh
 
 check_model_and_data "$DATA/train.json" "$DATA/dev.json"
+if [ "$BATCH_SIZE" = auto ]; then
+  BATCH_SIZE=$ACCUMULATION ACCUMULATION=1
+  set -- --auto_find_batch_size "$@"
+fi
 launch ptuning/main.py \
   --do_train \
   --train_file "$DATA/train.json" \

@@ -12,6 +12,7 @@ memory-mapped shards, which the kernel takes back whenever memory is short; `own
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,12 +89,18 @@ def shard_map(shapes):
     return {name: f"pytorch_model-{number + 1:05d}-of-{count:05d}.bin" for name, number in shards.items()}
 
 
+@functools.cache
+def random_block():
+    """Random numbers that every tensor is filled with: to draw 6 billion takes minutes."""
+    return (torch.randn(2**24 + 1) * 0.02).half()  # an odd length, so that rows of a tensor differ
+
+
 def random_tensor(name, shape):
     if "layernorm" in name:
         return torch.ones(shape, dtype=torch.float16)
     tensor = torch.empty(shape, dtype=torch.float16)
-    for block in tensor.view(-1).split(2**24):  # drawn in float32, 64 MB at a time
-        block.copy_(torch.randn(block.shape) * 0.02)
+    for block in tensor.view(-1).split(len(random_block())):
+        block.copy_(random_block()[: len(block)])
     return tensor
 
 
@@ -171,7 +177,7 @@ def measure(folder, data_file, bits, num_rows, new_tokens):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     prefix = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(prefix, lr=2e-2)
-    collate = partial(collate_training, pad_token_id=tokenizer.pad_token_id)
+    collate = functools.partial(collate_training, pad_token_id=tokenizer.pad_token_id)
     result.update(step_seconds=[], losses=[])
     for step in range(TRAINING_STEPS):
         batch = collate([train[step * num_rows + row] for row in range(num_rows)])

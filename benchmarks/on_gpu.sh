@@ -1,51 +1,97 @@
 #!/usr/bin/env bash
-# Everything here that needs a GPU, in one command, from the repository's root:
+# Everything here that needs a GPU, in three parts of at most 9 minutes, each complete in itself, from the repository's
+# root:
 #
-#     bash benchmarks/on_gpu.sh FOLDER [STEP …]        (PYTHON=… chooses the interpreter)
+#     bash benchmarks/on_gpu.sh a|b|c FOLDER [STEP …]        (PYTHON=… chooses the interpreter, SIZE=tiny is a dry run)
 #
-# What each step prints goes to FOLDER as well. Without names all steps run, each at most as many seconds as it says
-# below. A step that fails or runs out of its time does not stop the others; the last lines say how each ended.
+#   a   versions, tests, rates of products and attention, quantized layers
+#   b   profiles of training and decoding steps, speed beside the official recipe
+#   c   speed in int4, the full-size folder, NCCL, a small run from end to end
+#
+# What each step prints goes to FOLDER/PART as well, beside its JSON. Without names all steps run, each at most as many
+# seconds as it says below. A step that fails or runs out of its time does not stop the others; endings.json and the last
+# lines say how each ended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:?"usage: bash benchmarks/on_gpu.sh FOLDER [STEP …]"}
-chosen=" ${*:2} "
+usage="usage: bash benchmarks/on_gpu.sh a|b|c FOLDER [STEP …]"
+part=${1:?"$usage"}
+out=${2:?"$usage"}/$part
+[[ $part = [abc] ]] || { echo "error: $usage" >&2 && exit 2; }
+chosen=" ${*:3} "
 python=${PYTHON:-python3}
+size=${SIZE:-6b}
 export PYTHONPATH=ptuning
 mkdir -p "$out"
-names=() endings=()
+names=() endings=() limits=0
 
 step() { # name, seconds, command …
-  local name=$1 limit=$2 started=$SECONDS
+  local name=$1 limit=$2 started=$SECONDS status
   shift 2
   names+=("$name")
+  limits=$((limits + limit))
   [[ $chosen = "  " || $chosen = *" $name "* ]] || return 0
   echo "== $name: $*"
   timeout --kill-after=10 "$limit" "$@" &>"$out/$name.log"
-  endings+=("$name: status $?, $((SECONDS - started)) s")
+  status=$?
+  endings+=("{\"step\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - started)), \"limit\": $limit}")
   tail -n 40 "$out/$name.log"
 }
 
-nvidia-smi
-"$python" -c 'import torch, transformers as t; print(torch.__version__, t.__version__, torch.cuda.get_device_name())'
+"$python" - <<'PYTHON' | tee "$out/versions.txt"
+import importlib.metadata as metadata
+
+packages = ("torch", "triton", "transformers", "accelerate", "datasets", "sentencepiece", "safetensors")
+others = {"pytest": "the tests", "peft": "a contender of speed", "matplotlib": "plots"}
+for name in (*packages, *others):
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        print(f"MISSING: {name}, for {others.get(name, 'the program itself')}: pip install {name}")
+try:
+    import torch
+    from benchmarks.contenders.base import find_data
+
+    print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none, this is a dry run")
+    print("tokenizer and rows:", *find_data())
+except ImportError as error:
+    print(f"MISSING: {error}")
+PYTHON
+command -v nvidia-smi >/dev/null && nvidia-smi | tee "$out/nvidia-smi.txt"
 sample=AdvertiseGen/sample/train.json
-step tests 150 "$python" -m pytest -q tests/chatglm2/test_quantization_triton.py tests/chatglm2/test_quantization.py \
-  tests/chatglm2/test_quantization_backends.py \
-  tests/chatglm2/test_generation.py \
-  tests/chatglm2/test_modeling.py \
-  tests/chatglm2/test_training_forward.py \
-  tests/chatglm2/test_configuration.py
-step quantization 150 "$python" -m benchmarks.quantization --repeats 3
-step speed 300 "$python" -m benchmarks.speed --size 6b --repeats 1
-step speed-int4 150 "$python" -m benchmarks.speed --size 6b --no_growth --repeats 1 --quantization_bit 4
-step full-size 240 "$python" -m benchmarks.full_size --bits 4 8 0 --rows 8 --new_tokens 64
-step speed-int8 150 "$python" -m benchmarks.speed --size 6b --no_growth --repeats 1 --quantization_bit 8
-step nccl 90 "$python" -m torch.distributed.run --standalone --nproc_per_node gpu ptuning/main.py --do_train \
-  --train_file "$sample" --prompt_column content --response_column summary --model_name_or_path ptuning/tiny \
-  --output_dir "$out/nccl" --overwrite_output_dir --pre_seq_len 32 --max_steps 20 --learning_rate 2e-2
-step train 120 env MODEL=tiny CHECKPOINT=on-gpu bash train.sh
-step evaluate 90 env MODEL=tiny CHECKPOINT=on-gpu bash evaluate.sh
+speed=(--size "$size" --no_growth --repeats 1) steps=(--size "$size") layers=(--repeats 3) processes=gpu
+if [ "$size" != 6b ]; then
+  speed+=(--rows 8 --prompts 4 --new_tokens 4) steps+=(--train_rows 1 --decode_rows 1 8) processes=1
+  layers=(--repeats 1 --layers dense)
+fi
+case $part in
+  a)
+    step tests 240 "$python" -m pytest -q -p no:cacheprovider tests/chatglm2/test_on_gpu.py \
+      tests/chatglm2/test_kernels.py \
+      tests/chatglm2/test_quantization_triton.py \
+      tests/chatglm2/test_quantization_backends.py \
+      tests/chatglm2/test_generation.py \
+      tests/chatglm2/test_modeling.py \
+      tests/chatglm2/test_training_forward.py -m "not slow"
+    step rates 120 "$python" -m benchmarks.gpu_steps rates --size "$size" --out "$out"
+    step quantization 150 "$python" -m benchmarks.quantization --rows 1 8 16 32 64 1024 "${layers[@]}"
+    ;;
+  b)
+    step steps 280 "$python" -m benchmarks.gpu_steps steps --out "$out" "${steps[@]}"
+    step speed 240 "$python" -m benchmarks.speed "${speed[@]}"
+    ;;
+  c)
+    step speed-int4 130 "$python" -m benchmarks.speed --quantization_bit 4 "${speed[@]}"
+    [ "$size" = 6b ] && step full-size 200 "$python" -m benchmarks.full_size --bits 4 8 0 --rows 8 --new_tokens 64
+    step nccl 60 "$python" ptuning/launch.py --nproc-per-node="$processes" ptuning/main.py --do_train \
+      --train_file "$sample" --prompt_column content --response_column summary --model_name_or_path ptuning/tiny \
+      --output_dir "$out/nccl" --overwrite_output_dir --pre_seq_len 32 --max_steps 20 --learning_rate 2e-2
+    step train 90 env MODEL=tiny CHECKPOINT=on-gpu bash train.sh
+    step evaluate 60 env MODEL=tiny CHECKPOINT=on-gpu bash evaluate.sh
+    ;;
+esac
 if [ ${#endings[@]} = 0 ]; then
-  echo "error: no step is called '${*:2}'; choose from: ${names[*]}" >&2
+  echo "error: no step of part $part is called '${*:3}'; choose from: ${names[*]}" >&2
   exit 2
 fi
-printf '%s\n' "== endings" "${endings[@]}" | tee "$out/endings.log"
+(IFS=, && echo "{\"part\": \"$part\", \"limit\": $limits, \"steps\": [${endings[*]}]}") >"$out/endings.json"
+printf '%s\n' "== endings of at most $limits s" "${endings[@]}"

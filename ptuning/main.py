@@ -38,7 +38,7 @@ from data.encoding import digest
 from data.splits import check_data, check_fits, read_splits
 from evaluation.prediction import describe_prompts, dev_scores, predict, predict_with_each
 from trainer import PrefixTrainer
-from training.memory import decide_checkpointing, largest_batch, memory_table
+from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
 from training.results import describe_trainable, write_missing_results, write_training_results
 from training.resume import describe_differences, find_resume_checkpoint, lock_run, release_run, training_record
@@ -105,7 +105,7 @@ def main():
     if resume_from and engine:
         session.method.load(model, resume_from)  # before it is divided
     batch = largest_batch(model, data.train, data_args, training_args)
-    decide_checkpointing(model, batch, training_args, say)
+    settle_batch(model, batch, training_args, say)
     say(memory_table(model, **batch))
     if described and not resume_from and not session.takes_turns:
         say(described + (" A new run starts with it, at step 0." if session.checkpoints and trains else ""))

@@ -97,7 +97,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.sidecar = sidecar or {}
         self.official = self.args.precision == "official"
         # The Trainer's own way of it would begin the run again, with another number of rows in a step.
-        self.halve_when_full, self.args.auto_find_batch_size = self.args.auto_find_batch_size, False
+        self.least_rows = 1 if self.args.auto_find_batch_size else self.args.given_batches[0]  # no batch is cut below
+        self.args.auto_find_batch_size = False
         self.say = say
         if self.official:
             self.model.official_loss = official_loss
@@ -120,7 +121,7 @@ class PrefixTrainer(Seq2SeqTrainer):
     # ---- batches and steps
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        self.rows_fed = 0
+        self.rows_fed, self.batch_parts = 0, self.args.first_parts
         resumes_deepspeed = resume_from_checkpoint and self.is_deepspeed_enabled
         if resumes_deepspeed and count_writers(resume_from_checkpoint) != self.args.world_size:
             self.say(f"Dividing {resume_from_checkpoint} for {self.args.world_size} processes.")
@@ -144,14 +145,14 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        strategy, batches_per_step = self.args.train_sampling_strategy, self.args.gradient_accumulation_steps
+        strategy, (batch_size, batches_per_step) = self.args.train_sampling_strategy, self.args.given_batches
         batches_per_step *= self.args.world_size
         grouped = strategy == "group_by_length" or (strategy == "random" and batches_per_step > 1 and not self.official)
         if not grouped:
             return super()._get_train_sampler(train_dataset)
         return RowOrder(
             dataset["length"][:],
-            batch_size=self.args.train_batch_size,
+            batch_size=batch_size,
             batches_per_step=batches_per_step,
             num_processes=self.args.world_size,
             seed=seed_of_rows(self.args),
@@ -175,14 +176,14 @@ class PrefixTrainer(Seq2SeqTrainer):
     def _compute_batch(self, model, inputs, num_items_in_batch):
         """Add the gradient of a batch to that of its step, and return its loss.
 
-        With --auto_find_batch_size, None where it does not fit into memory: the gradient is then as before, and
-        this batch and all later ones are to be computed in twice as many parts. Every part's loss is divided by the
+        None where it does not fit into memory and may be cut: with --auto_find_batch_size, or down to one of merged
+        batches. The gradient is then as before, and this batch and all later ones have twice as many parts. Every part's loss is divided by the
         supervised tokens of the whole step, so a step is the same in any number of parts.
         """
         shape = tuple(inputs["input_ids"].shape)
         part_rows = -(-shape[0] // self.batch_parts)
         explained = explaining_out_of_memory(self.model, self.args, (part_rows, shape[1]), training=True)
-        if not self.halve_when_full:
+        if shape[0] <= self.least_rows:
             with explained:
                 return super().training_step(model, inputs, num_items_in_batch)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -198,7 +199,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                         total = total + super().training_step(model, part, num_items_in_batch)
             return total
         except torch.OutOfMemoryError:
-            if part_rows == 1:
+            if part_rows <= self.least_rows:
                 raise
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient

@@ -238,7 +238,8 @@ class Page:
         prefix = words["prefix"].format(**facts) if facts["pre_seq_len"] else words["no_prefix"]
         if not facts["pre_seq_len"] and model != BASE:  # weights that were tuned themselves
             prefix = model
-        return f"{facts['base_model']} · {prefix} · {facts['weights']} · {facts['device']}"
+        parts = [facts["base_model"], prefix, facts["weights"], facts["device"], facts.get("slow_because")]
+        return " · ".join(filter(None, parts))
 
     def choose(self, checkpoint, request: gr.Request):
         """Read the prefix of a checkpoint, so that the first question need not wait for it."""

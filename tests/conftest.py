@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(config, items):
         expect_failures(items, complete=not any("::" in str(word) for word in config.args))
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_slow_yet(monkeypatch):
+    """A test sees no reason for slowness that another one gave."""
+    monkeypatch.setattr("common.slowness.reasons", {})
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference data that lies beside a developer's checkout; not part of the project."""

@@ -163,6 +163,12 @@ CASES = [
     ("finetune.sh", {"MAX_STEPS": "7", "SAVE_STEPS": "3", "BATCH_SIZE": "2", "ACCUMULATION": "5", "LR": "1"},
      "--output_dir output/adgen-glm-full-1 --max_steps 7 --save_steps 3 --eval_steps 3 --per_device_train_batch_size 2 "
      "--gradient_accumulation_steps 5 --learning_rate 1", ""),
+    ("train.sh", {"BATCH_SIZE": "auto"},
+     "--per_device_train_batch_size 16 --gradient_accumulation_steps 1 --auto_find_batch_size", ""),
+    ("finetune.sh", {"BATCH_SIZE": "auto", "ACCUMULATION": "9"},
+     "--per_device_train_batch_size 9 --gradient_accumulation_steps 1 --auto_find_batch_size", ""),
+    ("finetune.sh", {"BATCH_SIZE": "auto"},
+     "--per_device_train_batch_size 4 --gradient_accumulation_steps 1 --auto_find_batch_size", ""),
     ("finetune.sh", {"FINETUNING_TYPE": "lora"},
      "--finetuning_type lora --learning_rate 1e-3 --output_dir output/adgen-glm-lora-1e-3", ""),
     ("finetune.sh", {"FINETUNING_TYPE": "lora", "QUANTIZATION_BIT": "4", "CHECKPOINT": "a b"},

@@ -5,6 +5,7 @@ from torch import nn
 
 from chatglm2.generation import answer_prompts
 from chatglm2.matmul import Linear, convert
+from chatglm2.quantization import choose_backend, use_backend_
 from data.batches import RowOrder, collate_training
 from training.memory import rows_that_fit
 
@@ -13,6 +14,8 @@ class Ours(Contender):
     def build(self):
         """With weights as load_model() leaves those of a float16 folder."""
         self.model = self.chatglm()
+        if bits := self.settings.quantization_bit:
+            use_backend_(self.model, choose_backend("auto", self.device, bits, self.dtype))
         for module in self.model.modules():
             if isinstance(module, Linear):
                 module.weight = nn.Parameter(convert(module.weight.half(), self.dtype), requires_grad=False)

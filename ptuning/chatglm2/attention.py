@@ -1,11 +1,14 @@
 """Attention of queries to the keys up to their own, by the fastest kernel at hand.
 
 Answers to the official `CoreAttention`, which expands the KV groups to all heads and adds a mask of every query and
-key. The shape legend is that of modeling_chatglm.py. There are three ways, which agree in their numbers:
+key. The shape legend is that of modeling_chatglm.py. There are four ways, which agree in their numbers:
 
+- on a GPU, for a step of decoding many rows at once: `DecodeStep`, by a kernel that knows each row's length;
 - on a GPU, in half precision and without left padding: the flash kernel, which knows what causal means;
 - on a CPU, in float32, rows longer than QUERY_BLOCK without left padding: `LongAttention`, by matmul.py;
 - else: torch's `scaled_dot_product_attention` with a mask of numbers, QUERY_BLOCK queries at a time.
+
+Where torch chooses among kernels of its own, cuDNN's is left out: see `leave_out_cudnn`.
 """
 
 import itertools
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from chatglm2.kernels import kernels_for, num_splits
 from chatglm2.matmul import OwnGradient, multiply, onednn_runs
 
 QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
@@ -29,6 +33,17 @@ def flash_attention_runs(device, dtype):
     return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def leave_out_cudnn(device):
+    """Turn cuDNN's attention off on a GPU, for this process.
+
+    torch 2.11 and later ranks it first on an H100. It builds a plan for each shape, reported to take half a second, and
+    here each prompt and each step of generate() has a shape of its own. Its gradient under a mask can be NaN
+    (pytorch issue 196678).
+    """
+    if device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def long_attention_runs(device, dtype, query_length):
     """True where LongAttention runs: in float32 on an x86 CPU, for more than QUERY_BLOCK queries."""
     return query_length > QUERY_BLOCK and onednn_runs(device, dtype)
@@ -40,6 +55,7 @@ def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropo
     Query i sits in slot `first_slot` + i of `key_length` and sees all slots up to its own. `padding_mask`
     (B, at most T; True for real tokens, the prefix included) hides left padding. `repeats` is R.
     """
+    leave_out_cudnn(device)
     causal = padding_mask is None and query_length > 1 and key_length == first_slot + query_length
     if causal and flash_attention_runs(device, dtype):
         return causal_lower_right(query_length, key_length)  # the last query sees all keys
@@ -52,7 +68,8 @@ def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dt
     """Masks of numbers to add to the scores; the arguments are those of make_mask(). None where every key is seen.
 
     The list has a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
-    keys behind it are not even multiplied, which is almost half of them in a long row.
+    keys behind it are not even multiplied, which is almost half of them in a long row. A query that would see
+    none, padding itself, sees its own slot: some kernels make NaN of no keys, and NaN times 0 is NaN for real tokens.
     """
     if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:
         return None
@@ -65,6 +82,8 @@ def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dt
         if padding_mask is not None:
             padding = ~padding_mask[:, None, None, :keys]
             hidden = hidden | F.pad(padding, (0, keys - padding.shape[-1]), value=True)
+            own = slots[None, :keys] == slots[first_slot + start : keys, None]
+            hidden = hidden & ~(own & hidden.all(-1, keepdim=True))
         numbers = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         masks.append(numbers.repeat(1, 1, repeats, 1))
     return masks
@@ -108,6 +127,31 @@ def attend_showing(query, key, value, masks, dropout=0.0):
     shown = torch.cat(shown, dim=2)
     folded = F.dropout(shown, dropout).reshape(batch_size, num_groups, -1, num_keys)
     return (folded @ value).reshape(query.shape), shown
+
+
+class DecodeStep:
+    """One token for each of the first rows of a cache, in a slot of the row's own, on a GPU; stands for a mask.
+
+    `store` is (L, 2, rows, G, slots, D), the last slot that of rows which are not in use; `slots` (B,) are the tokens'.
+    No row has more than `width` slots in use.
+    """
+
+    def __init__(self, store, slots, width):
+        self.store, self.slots = store, slots
+        self.splits = num_splits(len(slots) * store.shape[3], width, store.device)
+
+    @staticmethod
+    def runs(store, config):
+        """True where the kernels do, for a model that lays all queries before all keys and values."""
+        kernels = kernels_for(store)
+        return config.multi_query_attention and None not in (kernels.rotate_into_cache, kernels.attend_step)
+
+    def attend(self, mixed, cos, sin, layer_index):
+        """The context (B, 1, N D) of queries, keys and values (B, 1, (N + 2 G) D); writes the two latter."""
+        kernels, (keys, values) = kernels_for(mixed), self.store[layer_index]
+        mixed = mixed[:, 0].to(keys.dtype)
+        query = kernels.rotate_into_cache(mixed, cos, sin, keys, values, self.slots)
+        return kernels.attend_step(query, keys, values, self.slots, self.splits)[:, None]
 
 
 class LongAttention(OwnGradient):

@@ -22,15 +22,21 @@ answer depends on nothing else, not on the batch, the device or the number of pr
 """
 
 import random
-import warnings
 
 import torch
 
+from chatglm2.attention import DecodeStep
 from chatglm2.chat import TOP_K
+from common.slowness import runs_slower
 
 PREFILL_TOKENS = 1024  # of prompts fed at once: bounds the memory of their activations and attention mask
 WIDTH_STEP = 64  # the cache grows by so many slots
 KEPT_WIDTH = 4096  # a wider cache is given back when no row is left
+FINE_WIDTH = (
+    512  # slots up to which CUDA graphs are recorded for every multiple of WIDTH_STEP; beyond, sizes grow by 1/4
+)
+MOST_GRAPHS = 32  # kept; the one that was not used for longest makes room
+CAPTURE_FAILURES = 3  # in a row, after which steps go on without CUDA graphs
 MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
 
 
@@ -47,7 +53,10 @@ class Batch:
         self.model, self.max_rows = model, max_rows
         self.lengths = []  # slots in use of each row: prefix, prompt, and the answer's tokens that were fed
         self.prefix_lengths = []
-        self.graphs = {} if model.device.type == "cuda" else None  # (rows, slots) -> (CUDA graph, logits)
+        # (rows, slots) -> (CUDA graph, logits), the one used last at the end
+        self.graphs = {} if model.device.type == "cuda" else None
+        self._graph_logits = None  # (rows, V): all graphs write here
+        self._failures = 0  # of recordings, in a row
         self.width = 0
         self._store = None  # (L, 2, rows, G, slots, D)
         self._inputs = torch.zeros(3, max_rows, dtype=torch.int64, device=model.device)
@@ -162,43 +171,56 @@ class Batch:
             keys[rows, :, self._slots], values[rows, :, self._slots] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, :end], values[:, :, :end]
 
-    def _forward(self, token_ids, mask, position_ids):
-        return self.model.transformer(token_ids, mask, position_ids, self, use_cache=True).last_hidden_state
+    def _forward(self, token_ids, mask, position_ids, step=None):
+        output = self.model.transformer(token_ids, mask, position_ids, self, use_cache=True, step=step)
+        return output.last_hidden_state
 
     def _decode(self, rows, slots, padded):
         """Logits (rows, V) after the tokens in self._inputs, where no row has more than `slots` slots in use."""
         token_ids, lengths, prefix_lengths = self._inputs[:, :rows, None]  # (rows, 1) each
         self._past, self._rows, self._slots = slots - 1, slice(rows), lengths[:, 0]
-        mask = None
-        if padded:
+        mask = step = None
+        if DecodeStep.runs(self._store, self.model.config):
+            step = DecodeStep(self._store, self._slots, slots)
+        elif padded:
             mask = torch.arange(slots, device=lengths.device) <= lengths  # (rows, slots)
             mask = mask[:, self.model.prefix_length :]  # forward adds the part of the model's own prefix
-        hidden = self._forward(token_ids, mask, lengths - prefix_lengths)
+        hidden = self._forward(token_ids, mask, lengths - prefix_lengths, step)
         return self.model.transformer.output_layer(hidden[:, -1])
 
     # ---- CUDA graphs
 
     def _replay(self, inputs, rows, slots):
-        """A step as one launch: recorded once for each power of two of rows and multiple of WIDTH_STEP slots.
+        """A step as one launch: recorded once for each power of two of rows and size of graph_slots().
 
-        None where recording failed, which is said once; then steps go on without.
+        None where recording failed. After CAPTURE_FAILURES in a row, which is said once, none is tried any more.
         """
-        size = (min(1 << (rows - 1).bit_length(), self.max_rows), min(-(-slots // WIDTH_STEP) * WIDTH_STEP, self.width))
+        size = min(1 << (rows - 1).bit_length(), self.max_rows), min(graph_slots(slots), self.width)
         idle = size[0] - rows
         inputs = [[*numbers, *[value] * idle] for numbers, value in zip(inputs, (0, self.width, 0), strict=True)]
         self._inputs[:, : size[0]] = torch.tensor(inputs)
-        if size not in self.graphs:
-            try:
-                self.graphs[size] = self._record(*size)
-            except RuntimeError as error:
-                warnings.warn(f"Generating without CUDA graphs, and slower: {error}", stacklevel=2)
+        try:
+            self.graphs[size] = self.graphs.pop(size, None) or self._record_one_more(*size)
+        except RuntimeError as error:
+            self._failures += 1
+            if self._failures == CAPTURE_FAILURES:
+                runs_slower(f"Generating without CUDA graphs, and slower: {error}")
                 self.graphs = None
-                return None
+            return None
+        self._failures = 0
         graph, logits = self.graphs[size]
         graph.replay()
         return logits
 
+    def _record_one_more(self, rows, slots):
+        if len(self.graphs) == MOST_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+        return self._record(rows, slots)
+
     def _record(self, rows, slots):
+        if self._graph_logits is None:
+            weight = self.model.transformer.output_layer.weight
+            self._graph_logits = torch.empty(self.max_rows, len(weight), dtype=weight.dtype, device=weight.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are chosen and compiled before they are recorded
@@ -207,9 +229,20 @@ class Batch:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self._decode(rows, slots, padded=True)
+        # Only this thread's calls can break it: others may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = self._graph_logits[:rows].copy_(self._decode(rows, slots, padded=True))
         return graph, logits
+
+
+def graph_slots(slots):
+    """`slots` rounded up to one of few sizes: multiples of WIDTH_STEP, beyond FINE_WIDTH each a quarter larger."""
+    if slots <= FINE_WIDTH:
+        return -(-slots // WIDTH_STEP) * WIDTH_STEP
+    size = FINE_WIDTH
+    while size < slots:
+        size = -(-size * 5 // 4 // WIDTH_STEP) * WIDTH_STEP
+    return size
 
 
 def choose(logits: torch.Tensor, temperatures: list[float], top_ps: list[float], draws: list[float]) -> list[int]:

@@ -52,7 +52,7 @@ class SupervisedLoss(OwnGradient):
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = multiply(gradient, weight.t())[filled]
             if grad_weight is not None:  # rows that fill up are zeros
-                grad_weight.addmm_(gradient.t(), hidden)
+                grad_weight += gradient.t() @ hidden  # in autocast's dtype, which addmm_ in place does not take
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.factor = factor
         return total

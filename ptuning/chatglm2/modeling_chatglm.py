@@ -23,9 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from chatglm2.attention import attend, attend_showing, make_mask, mask_numbers
+from chatglm2.attention import DecodeStep, attend, attend_showing, make_mask, mask_numbers
 from chatglm2.chat import ChatMethods
 from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.kernels import kernels_for, rotate, swiglu, swiglu_backward
 from chatglm2.loss import OutputLayer, next_tokens, supervised_loss
 from chatglm2.matmul import Linear, OwnGradient, round_rows
 from chatglm2.prefix_encoder import PrefixEncoder
@@ -50,32 +51,19 @@ def rotary_cos_sin(position_ids, head_channels, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
-    """A copy of x (B, heads, S, D) with the pairs (0, 1), (2, 3), … of the first half of its channels rotated."""
-    result = x.clone(memory_format=torch.contiguous_format)
-    pairs = result[..., : x.shape[-1] // 2].unflatten(-1, (-1, 2))  # (B, heads, S, D/4, 2)
-    if x.dtype == torch.float32:  # as complex numbers, in one pass
-        torch.view_as_complex(pairs).mul_(torch.complex(cos, sin))
-        return result
-    even, odd = pairs.unbind(-1)
-    turned = even * cos - odd * sin, odd * cos + even * sin
-    pairs[..., 0], pairs[..., 1] = turned
-    return result
-
-
 class Rotary(OwnGradient):
     """`rotate`, whose gradient is the rotation back: keeps nothing of x."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return (kernels_for(x).rotate or rotate)(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         cos, sin = ctx.saved_tensors
-        return rotate(gradient, cos, -sin), None, None
+        return (kernels_for(gradient).rotate or rotate)(gradient, cos, sin, back=True), None, None
 
 
 class Packing(NamedTuple):
@@ -151,6 +139,22 @@ class RMSNorm(nn.Module):
         return NormProduct.apply(hidden_states, self.weight, self.eps)
 
 
+class AddNorm(OwnGradient):
+    """x + update (…, H) and its RMSNorm, by the fused kernel of a GPU; without a gradient for the norm's weight."""
+
+    @staticmethod
+    def forward(ctx, x, update, weight, eps):
+        total, normed, scale = kernels_for(x).add_norm(x, update, weight, eps)
+        ctx.save_for_backward(total, scale, weight)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, grad_normed):
+        gradient = kernels_for(grad_total).add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors)
+        return gradient, gradient, None, None
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm in float32 (`rmsnorm: false`), returned in the dtype of its weight."""
 
@@ -192,6 +196,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_states, mask, cos, sin, prefix_key, prefix_value, past_key_values, packing, attentions):
         mixed = self.query_key_value(hidden_states)
+        if isinstance(mask, DecodeStep):
+            return self.dense(mask.attend(mixed, cos, sin, self.layer_index))
         query_key, value = self.split_heads(mixed if packing is None else packing.unpack(mixed))
         query, key = Rotary.apply(query_key, cos, sin).split((self.num_heads, self.num_groups), dim=1)
         if prefix_key is not None:  # not rotated: the prefix has no positions
@@ -214,16 +220,13 @@ class SwiGLU(OwnGradient):
     @staticmethod
     def forward(ctx, gate_value):
         ctx.save_for_backward(gate_value)
-        gate, value = gate_value.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        return (kernels_for(gate_value).swiglu or swiglu)(gate_value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         (gate_value,) = ctx.saved_tensors
-        gate, value = gate_value.chunk(2, dim=-1)
-        grad_gate = torch.ops.aten.silu_backward(gradient * value, gate)
-        return torch.cat((grad_gate, F.silu(gate).mul_(gradient)), dim=-1)
+        return (kernels_for(gradient).swiglu_backward or swiglu_backward)(gradient, gate_value)
 
 
 class MLP(nn.Module):
@@ -252,6 +255,17 @@ class GLMBlock(GradientCheckpointingLayer):
         residual = normed if self.residual_after_norm else hidden_states
         return residual + F.dropout(update, self.dropout, self.training)
 
+    def fuses(self, hidden_states, update):
+        """True where AddNorm takes the place of the first residual_add() and the norm behind it."""
+        norm, kernels = self.post_attention_layernorm, kernels_for(hidden_states)
+        return (
+            kernels.add_norm is not None
+            and kernels.add_norm_backward is not None
+            and isinstance(norm, RMSNorm)
+            and not (self.residual_after_norm or norm.weight.requires_grad or (self.dropout and self.training))
+            and hidden_states.dtype == update.dtype == norm.weight.dtype
+        )
+
     # The prefix is two arguments, because a re-entrant checkpoint sees only tensors that are arguments themselves.
     def forward(
         self,
@@ -269,8 +283,12 @@ class GLMBlock(GradientCheckpointingLayer):
         update = self.self_attention(
             normed, mask, cos, sin, prefix_key, prefix_value, past_key_values, packing, attentions
         )
-        hidden_states = self.residual_add(hidden_states, normed, update)
-        normed = self.post_attention_layernorm(hidden_states)
+        norm = self.post_attention_layernorm
+        if self.fuses(hidden_states, update):
+            hidden_states, normed = AddNorm.apply(hidden_states, update, norm.weight, norm.eps)
+        else:
+            hidden_states = self.residual_add(hidden_states, normed, update)
+            normed = norm(hidden_states)
         return self.residual_add(hidden_states, normed, self.mlp(normed))
 
 
@@ -384,6 +402,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         packing=None,
+        step=None,
         **kwargs,
     ):
         """Run the blocks.
@@ -392,8 +411,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         it, None where nothing is padded or padding is on the right; `position_ids` (B, S) int64, by default
         counted from 0 after the prefix; `past_key_values` a transformers `Cache`, which holds the prefix in
         its first P slots. Returns `last_hidden_state` (B, S, H) and the cache; with a `packing` of right-padded
-        rows, `last_hidden_state` (tokens, H) of its tokens. Where asked for, `hidden_states` are those before each
-        block and the last, `attentions` the probabilities (B, N, S, T), for which attention is computed plainly.
+        rows, `last_hidden_state` (tokens, H) of its tokens. A `step` of decoding attends by itself. Where asked for,
+        `hidden_states` are those before each block and the last, `attentions` the probabilities (B, N, S, T), for which
+        attention is computed plainly.
 
         Raises ValueError for more tokens than the configuration's `seq_length`, and for masks that are not (B, ·).
         """
@@ -442,7 +462,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         repeats = self.config.num_attention_heads // self.config.num_key_value_heads
         dropout = self.config.attention_dropout if self.training else 0.0
         shape = query_length, key_length, first_slot, padding_mask, repeats
-        if attentions is None:
+        if step is not None:
+            mask = step
+        elif attentions is None:
             mask = make_mask(*shape, dropout, self.dtype_of_blocks, device)  # once for all layers
         else:
             mask = mask_numbers(*shape, self.dtype_of_blocks, device)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from chatglm2.attention import leave_out_cudnn
 from chatglm2.modeling_chatglm import RMSNorm, rotary_cos_sin
 
 
@@ -89,6 +90,7 @@ def official_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch
     transformer = model.transformer
     batch_size, length = input_ids.shape
     dtype = transformer.dtype_of_blocks
+    leave_out_cudnn(input_ids.device)
     prefix = prefix_in_official_order(transformer.prefix_encoder, batch_size, dtype, model.training)
     prefix_length = prefix[0].shape[0]
     positions = torch.arange(length, device=input_ids.device)

@@ -17,6 +17,8 @@ class PrefixEncoder(nn.Module):
     `prefix_projection` a two-layer Tanh MLP of width `hidden_size` reparameterizes it.
     """
 
+    rows_at_once = None  # for which dropout is drawn; None: the batch. Batches computed together draw as if alone
+
     def __init__(self, config):
         super().__init__()
         self.pre_seq_len = config.pre_seq_len
@@ -42,7 +44,8 @@ class PrefixEncoder(nn.Module):
     def forward(self, batch_size, dtype):
         """Prefix of every layer: L pairs of key and value, each (B, G, P, D) of `dtype`.
 
-        Dropout (training only) is drawn per row of the batch, before the cast.
+        Dropout (training only) is drawn per row of the batch, before the cast, for `rows_at_once` of them after the
+        other.
         """
         prefix = self.embedding.weight  # (P, 2L * G * D)
         if prefix.is_meta:  # offloaded: it is there while its own module computes
@@ -54,7 +57,10 @@ class PrefixEncoder(nn.Module):
         prefix = prefix.unsqueeze(1)
         if self.training and self.dropout:
             prefix = prefix.expand(-1, batch_size, -1, -1, -1)
-            prefix = nn.functional.dropout(prefix, self.dropout).to(dtype)
+            drawn = [
+                nn.functional.dropout(rows, self.dropout) for rows in prefix.split(self.rows_at_once or batch_size, 1)
+            ]
+            prefix = (drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=1)).to(dtype)
         else:  # the rows stay one tensor
             prefix = prefix.to(dtype).expand(-1, batch_size, -1, -1, -1)  # (2L, B, G, P, D)
         return list(zip(prefix[0::2].unbind(), prefix[1::2].unbind(), strict=True))

@@ -24,7 +24,6 @@ without dequantizing at all.
 
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -36,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from chatglm2 import quantization_cpu
 from chatglm2.matmul import OwnGradient, multiply
+from common.slowness import runs_slower
 
 # In every block of transformer.encoder.layers. Norms, biases, embedding, prefix and output layer stay float.
 QUANTIZED_MODULES = (
@@ -154,6 +154,13 @@ def load_triton() -> Backend:
     return Backend("triton", dequantize, FEW_ROWS, multiply_few_rows)
 
 
+def most_rows(device: torch.device, bits: int, dtype: torch.dtype) -> int:
+    """Of input, up to which Triton's product is the faster one on a GPU."""
+    from chatglm2 import quantization_triton
+
+    return quantization_triton.most_rows(device, bits, dtype)
+
+
 def load_cpm_kernels() -> Backend:
     from chatglm2.quantization_cpm import dequantize_int4, import_cpm_kernels
 
@@ -189,16 +196,15 @@ def choose_backend(name: str, device: torch.device | str, bits: int, dtype: torc
     try:
         backend = PACKED if name == "packed" else load_cpm_kernels() if name == "cpm_kernels" else load_triton()
         try_backend(backend, device, bits, dtype)
+        if backend.few_rows and not backend.for_inference:
+            backend = backend._replace(few_rows=most_rows(torch.device(device), bits, dtype))
     except Exception as error:  # compilers, drivers and missing libraries raise what they like
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
         if name != "auto":
             raise ValueError(
                 f"--quantization_backend {name} does not work here ({reason}). Leave the flag out, or give torch."
             ) from error
-        warnings.warn(
-            f"Triton does not work here ({reason}); int{bits} layers run on plain torch ops, which is slower.",
-            stacklevel=2,
-        )
+        runs_slower(f"Triton does not work here ({reason}); int{bits} layers run on plain torch ops, which is slower.")
         return TORCH
     return backend
 
@@ -214,10 +220,11 @@ def try_backend(backend: Backend, device: torch.device | str, bits: int, dtype: 
         expected = dequantize_weight(quantized, scale, bits, dtype).float()
         results = [(backend.dequantize(quantized, scale, bits, dtype), expected)]
         if backend.multiply_few_rows is not None:
-            input = torch.randn(3, in_features, generator=generator).to(device, dtype)
             if backend.for_inference:
                 quantized = pack_for_cpu(quantized, bits)
-            results.append((backend.multiply_few_rows(input, quantized, scale, bits), input.float() @ expected.T))
+            for rows in (3, backend.few_rows):
+                input = torch.randn(rows, in_features, generator=generator).to(device, dtype)
+                results.append((backend.multiply_few_rows(input, quantized, scale, bits), input.float() @ expected.T))
         for result, reference in results:
             error = ((result.float() - reference).norm() / reference.norm()).item()
             if not error < 0.02:  # NaN, too; bfloat16 rounds by up to 0.004

@@ -14,6 +14,7 @@ from common.failure import going_on_without
 from common.files import ANSWERS_FILE, write_text
 from common.plots import plot_checkpoints
 from common.ranks import on_first_rank
+from common.slowness import slow_because
 from evaluation.metrics import metric_table, score_all
 from tuning.methods import load_trained
 
@@ -93,7 +94,7 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
     scores = score_labelled(predictions, labels)
     runtime = {name: value for name, value in answers.metrics.items() if "preparation" not in name}
     metrics = {**runtime, **{f"{split}_{name}": value for name, value in scores.items()}}
-    metrics[f"{split}_samples"] = len(dataset)
+    metrics |= {f"{split}_samples": len(dataset), **slow_because()}
     trainer.save_metrics(split, metrics)
     trainer.say(metric_table(metrics))
     return metrics

@@ -34,6 +34,7 @@ from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import list_checkpoints
 from common.messages import dtype_name
+from common.slowness import slow_because
 from serving.limits import Turns, fair_share
 
 BASE = "base"  # name of the model without a prefix
@@ -136,6 +137,7 @@ class ChatServer:
         self.run_folder = None  # rescanned for new checkpoints
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
+        self._prefixes_of_worker = {}  # on the model's device; only the worker computes there
         self._kept_caches = OrderedDict()  # session -> (model, token ids, layers) between two answers
         self._running = []  # rows; row i is row i of the batch
         self._batch = Batch(model, max_batch)
@@ -160,7 +162,7 @@ class ChatServer:
         return [*self.checkpoints(), self.base]
 
     def prefix(self, name):
-        """Key and value (1, G, P, D) of every layer for the prefix `name`; empty for the base model.
+        """Key and value (1, G, P, D) of every layer for the prefix `name`, on the CPU; empty for the base model.
 
         Read once and kept. Raises ValueError for an unknown name or a checkpoint that does not fit the model.
         """
@@ -181,8 +183,7 @@ class ChatServer:
         shape = {name: settings[name] for name in ("pre_seq_len", "prefix_projection")}
         encoder = PrefixEncoder(ChatGLMConfig(**{**self.model.config.to_dict(), **shape})).eval()
         fill_prefix_encoder(encoder, checkpoint)
-        pairs = encoder(1, self.model.transformer.dtype_of_blocks)
-        return [(key.to(self.model.device), value.to(self.model.device)) for key, value in pairs]
+        return encoder(1, self.model.transformer.dtype_of_blocks)
 
     def prefix_length(self, name):
         """Virtual tokens of a prefix that has been read, 0 for the base model."""
@@ -317,6 +318,7 @@ class ChatServer:
             "pre_seq_len": self.prefix_length(name),
             "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
             "device": str(self.model.device),
+            **slow_because(),
         }
 
     def forget(self, session):
@@ -416,7 +418,7 @@ class ChatServer:
     def _start(self, answer):
         """Feed the part of the prompt that is not in the conversation's cache; logits (1, V) of the first token."""
         started = time.monotonic()
-        prefix_length, layers = self.prefix_length(answer.model), self.prefix(answer.model)
+        prefix_length, layers = self.prefix_length(answer.model), self._prefix_on_device(answer.model)
         with self._changed:
             model, token_ids, kept = self._kept_caches.pop(answer.session, (None, [], []))
         if model == answer.model:
@@ -427,6 +429,13 @@ class ChatServer:
         with self._changed:
             self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
         return logits
+
+    def _prefix_on_device(self, name):
+        """The prefix `name` where the model is, moved there once for all answers."""
+        kept, device = self._prefixes_of_worker, self.model.device
+        if name not in kept:
+            kept[name] = [(key.to(device), value.to(device)) for key, value in self.prefix(name)]
+        return kept[name]
 
     def _resume(self, answer):
         """Give an answer its place again. A row needs a token to be fed: the last one of its cache, once more."""

@@ -56,6 +56,15 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
 
     # --per_device_eval_batch_size where it was given, which holds for the dev loss in any case; None: what fits
     prediction_batch_size: int | None = field(default=None, init=False)
+    merged_batches: int = field(default=1, init=False)  # accumulated ones that are computed together, as one
+
+    first_parts: int = field(default=1, init=False)  # that a batch is computed in, one after the other, at first
+
+    @property
+    def given_batches(self) -> tuple[int, int]:
+        """(rows of a batch, batches accumulated) as the flags say, whatever is merged."""
+        merged = self.merged_batches
+        return self.per_device_train_batch_size // merged, self.gradient_accumulation_steps * merged
 
     def __post_init__(self):
         if self.metric_for_best_model is None and self.eval_strategy != "no":

@@ -13,6 +13,7 @@ The estimate, with the shape legend of modeling_chatglm.py, e bytes per number o
                   with an adapter 2 e H. Layers below the first that trains keep nothing. With gradient checkpointing
                   e H per token, and all of the above for one layer.
     generation    instead of activations, keys and values of all layers: e 2 G D L (P + S) per row
+    graphs        generation on a GPU only: its CUDA graphs at their most, and the logits they write, e V bytes a row
     work          the largest of: the logits (generation: (12 + e) V bytes a row; training: 8 V for each of `loss_rows`
                   tokens, 10 V where they are converted), what backward holds in the middle of an MLP, e 6 F per token,
                   and on a GPU one dequantized layer, e 2 F H
@@ -27,6 +28,7 @@ import psutil
 import torch
 from torch import nn
 
+from chatglm2.generation import MOST_GRAPHS
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
 from common.messages import dtype_name
@@ -34,6 +36,8 @@ from data.splits import longest_example
 from tuning.rules import engine_of
 
 PROCESS_BYTES = 535_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
+# Of a layer in a CUDA graph: a dozen kernels, for each of which a driver keeps some kB. Not measured yet.
+GRAPH_LAYER_BYTES = 100_000
 MOST_ROWS = {"cpu": 64, "cuda": 256}  # generated for at once, where no batch size is given
 
 
@@ -102,12 +106,16 @@ def estimate_peak_bytes(
         work = max((8 if element == 4 else 10) * config.padded_vocab_size * rows, element * 6 * feed_forward * tokens)
     else:
         work = (12 + element) * config.padded_vocab_size * batch_size
+    graphs = 0
+    if not (on_cpu or num_supervised):
+        graphs = MOST_GRAPHS * config.num_layers * GRAPH_LAYER_BYTES + element * config.padded_vocab_size * batch_size
     dequantized = 0 if on_cpu else 2 * feed_forward * hidden * element
     trained, trained_bytes = counts.get("trained", (0, 0))
     return {
         "weights": sum(size for _, size in counts.values()) - trained_bytes,
         "trained": 16 * trained + (0 if on_cpu else 2 * own) if num_supervised else trained_bytes,
         **kept,
+        **({"graphs": graphs} if graphs else {}),
         "logits and work": max(work, dequantized),
         **({"Python and libraries": PROCESS_BYTES} if on_cpu else {}),
     }
@@ -153,12 +161,17 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def added_bytes(model: nn.Module, **batch) -> int:
+    """What a batch takes of a model that is in memory already; the arguments are those of `estimate_peak_bytes`."""
+    parts = estimate_peak_bytes(model, **batch)
+    return sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+
+
 def needs_checkpointing(model: nn.Module, **batch) -> tuple[bool, str]:
     """(True where a step without gradient checkpointing takes more than nine tenths of the free memory, a line on it).
 
     `batch` are the arguments of `estimate_peak_bytes`. The model is in memory already."""
-    parts = estimate_peak_bytes(model, **{**batch, "checkpointing": False})
-    needed = sum(size for name, size in parts.items() if name not in ("weights", "Python and libraries"))
+    needed = added_bytes(model, **{**batch, "checkpointing": False})
     free = free_bytes(model.device)
     too_much = needed > 0.9 * free
     return too_much, (
@@ -200,6 +213,66 @@ def decide_checkpointing(model: nn.Module, batch: dict, training_args, say):
         say(decision)
     batch["checkpointing"] = checkpointing
     training_args.gradient_checkpointing = training_args.activation_checkpointing = checkpointing
+
+
+def merge_batches(model: nn.Module, batch: dict, training_args, say):
+    """Let accumulated batches be computed together where half of the free memory holds them, and `say` so.
+
+    `batch` and `training_args` are changed. A step keeps its rows, their order, what each loses of the prefix, and its
+    mean over all supervised tokens: its numbers are the same but for rounding. So it is for one process that tunes a
+    prefix; other ways draw random numbers for a batch as a whole, and processes share a step's batches out. Where the
+    estimate was too low, the trainer cuts them in two again.
+    """
+    rows, accumulated = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    alone = training_args.world_size == 1 and not engine_of(training_args)
+    if not (batch["num_supervised"] and alone and model.transformer.prefix_encoder is not None):
+        return
+    if training_args.precision == "official" or training_args.dataloader_drop_last:
+        return
+    free = free_bytes(model.device)
+    for merged in range(accumulated, 1, -1):
+        together = {**batch, "batch_size": rows * merged}
+        if accumulated % merged == 0 and (needed := added_bytes(model, **together)) <= free // 2:
+            batch.update(together)
+            training_args.per_device_train_batch_size, training_args.merged_batches = rows * merged, merged
+            training_args.gradient_accumulation_steps = accumulated // merged
+            model.transformer.prefix_encoder.rows_at_once = rows
+            say(
+                f"{merged} accumulated batches are computed at once, {rows * merged} rows, because they take about "
+                f"{in_words(needed)} and {in_words(free)} are free. A step is the same."
+            )
+            return
+
+
+def cut_batch(model: nn.Module, batch: dict, training_args, say):
+    """With --auto_find_batch_size, let a batch be computed in as many parts as memory asks for, and `say` so.
+
+    `batch` and `training_args` are changed: else the first steps would find out, one failure after the other.
+    """
+    rows, parts = batch["batch_size"], 1
+    if not (training_args.auto_find_batch_size and batch["num_supervised"]) or engine_of(training_args):
+        return
+    free = free_bytes(model.device)
+    checkpointing = bool(training_args.gradient_checkpointing)
+    while (
+        parts < rows
+        and added_bytes(model, **{**batch, "batch_size": -(-rows // parts), "checkpointing": checkpointing})
+        > 0.9 * free
+    ):
+        parts *= 2
+    batch["batch_size"], training_args.first_parts = -(-rows // parts), parts
+    if parts > 1:
+        say(
+            f"{-(-rows // parts)} of a batch's {rows} rows are computed at a time, because {in_words(free)} are free. A "
+            "step keeps its rows."
+        )
+
+
+def settle_batch(model: nn.Module, batch: dict, training_args, say):
+    """Decide what no flag does of a training batch, by the memory it takes: checkpointing, and how many are merged."""
+    cut_batch(model, batch, training_args, say)
+    decide_checkpointing(model, batch, training_args, say)
+    merge_batches(model, batch, training_args, say)
 
 
 def rows_that_fit(model: nn.Module, length: int) -> int:
@@ -251,9 +324,9 @@ def describe_out_of_memory(model, args, shape, training, reason):
         lines.append(f"  {reason.strip().splitlines()[0][:200]}")
     lower = []
     if training and rows > 1:
+        given_rows, accumulated = args.given_batches
         lower.append(
-            f"--per_device_train_batch_size {args.per_device_train_batch_size}, with --gradient_accumulation_steps "
-            f"{args.gradient_accumulation_steps} raised by the same factor (--auto_find_batch_size does both)"
+            f"--per_device_train_batch_size {given_rows}, with --gradient_accumulation_steps {accumulated} raised by the same factor (--auto_find_batch_size does both)"
         )
     elif not training and rows > 1:
         lower.append(f"--per_device_eval_batch_size {args.per_device_eval_batch_size}")

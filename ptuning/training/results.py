@@ -5,6 +5,7 @@ from pathlib import Path
 from common.failure import going_on_without
 from common.files import STATE_FILE
 from common.plots import plot_loss
+from common.slowness import slow_because
 from training.memory import count_weights, peak_memory_gb
 
 
@@ -24,7 +25,7 @@ def describe_trainable(model) -> str:
 def write_training_results(trainer, model, metrics: dict, num_rows: int):
     """Complete and show the metrics of training on `num_rows` rows; write them, trainer_state.json and the plot."""
     args = trainer.args
-    metrics.update(count_trainable(model), train_samples=num_rows)
+    metrics.update(count_trainable(model), train_samples=num_rows, **slow_because())
     metrics["train_peak_memory_gb"] = round(peak_memory_gb(args.device), 3)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)

@@ -175,6 +175,8 @@ def training_record(training_args, train_file: str | None, train_rows: str, quan
         "train_file": str(train_file),
         "train_rows": train_rows,
     }
+    rows, accumulated = training_args.given_batches
+    record |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
     others = {name: getattr(training_args, name) for name in COMPARED if name not in record}
     return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
 

@@ -61,10 +61,8 @@ def plan_steps(training_args, num_rows: int) -> StepPlan:
 def describe_steps(training_args, num_rows: int) -> str:
     """One line: the rows of a step, and the steps of the run as epochs."""
     plan = plan_steps(training_args, num_rows)
-    line = (
-        f"Batch: {training_args.per_device_train_batch_size} rows x {training_args.gradient_accumulation_steps} "
-        f"accumulated x {training_args.world_size} processes"
-    )
+    rows, accumulated = training_args.given_batches
+    line = f"Batch: {rows} rows x {accumulated} accumulated x {training_args.world_size} processes"
     whole = rows_of_whole_step(training_args)
     line += " = " if plan.rows_per_step == whole else f", but there are {plan.rows_per_step}: "
     line += f"{plan.rows_per_step} rows a step; {plan.steps} steps = {plan.epochs:.2f} epochs of {num_rows} rows."

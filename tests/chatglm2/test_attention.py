@@ -1,5 +1,7 @@
 """Attention: every way of it gives the numbers of plain softmax in double precision."""
 
+import itertools
+
 import pytest
 import torch
 from support.pretended_gpu import causal_lower_right, plain_attention
@@ -117,3 +119,18 @@ def test_what_long_attention_cannot_do_goes_to_torch(case):
 def test_a_row_longer_than_a_block_takes_long_attention():
     query, key, _ = heads(queries=257)
     assert not isinstance(mask_for(query, key), list)
+
+
+@pytest.mark.parametrize("past", [0, PAST])
+@pytest.mark.parametrize("room", [0, 3])
+def test_every_query_sees_a_key_and_no_real_one_sees_padding(past, room, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
+    padding = torch.ones(2, past + 7, dtype=torch.bool)
+    padding[0, past : past + 5] = False  # left padding behind a prefix that all rows have
+    masks = make_mask(7, past + 7 + room, past, padding, 1, 0.0, torch.float32, torch.device("cpu"))
+    for start, mask in zip((0, 4), masks, strict=True):
+        for row, query in itertools.product(range(2), range(mask.shape[2])):
+            slot = past + start + query
+            seen = set((mask[row, 0, query] == 0).nonzero()[:, 0].tolist())
+            real = {key for key in range(slot + 1) if padding[row, key]}
+            assert seen == (real or {slot})

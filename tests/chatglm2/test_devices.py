@@ -1,13 +1,17 @@
 """On a GPU: nothing stays behind on the CPU, and nothing makes the GPU wait that need not. With a pretended GPU."""
 
+from collections import Counter
+
 import pytest
 import torch
-from conftest import TINY
-from support.pretended_gpu import GPU, GPUTensor, PretendedGPU, transfers
+from conftest import TINY, synthetic_model
+from support.pretended_gpu import GPU, GPUTensor, PretendedGPU, as_a_gpu_launches, launches, transfers
 
 from chatglm2.generation import Batch, answer_prompts, choose
+from chatglm2.official_recipe import official_loss
 from checkpoint import load_model, read_config
 from data.batches import collate_training
+from training.memory import estimate_peak_bytes
 from tuning.methods import prepare_model
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], list(range(20, 60)), [7] * 3]
@@ -107,9 +111,60 @@ def test_rows_come_and_go_on_the_gpu(gpu, temperature):
     assert [len(answer) for answer in answers] == [60 - len(prompt) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("prefix", [16, 0])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_left_padded_prompts_are_answered_on_the_gpu(gpu, cache):
+def test_left_padded_prompts_are_answered_on_the_gpu(gpu, cache, prefix):
     inputs = {"input_ids": [[0, 0, 5, 6], [7, 8, 9, 10]], "attention_mask": [[0, 0, 1, 1], [1, 1, 1, 1]]}
     inputs = {name: torch.tensor(numbers, device=GPU) for name, numbers in inputs.items()}
-    tokens = load().generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1, cache_implementation=cache)
+    model = load(prefix=prefix)
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1, cache_implementation=cache)
     assert tokens.shape == (2, 8) and isinstance(tokens, GPUTensor)
+    assert model(**inputs).logits.content.isfinite().all()  # those of padding, too
+
+
+def test_the_official_recipe_leaves_cudnn_out_too(gpu):
+    model, batch = load().train(), training_batch()
+    assert official_loss(model, **batch).content.isfinite()
+
+
+def test_cuda_graphs_are_a_part_of_the_memory_of_generating(gpu):
+    of_generating, of_training = (
+        estimate_peak_bytes(load(), batch_size=2, length=64, num_supervised=count) for count in (0, 8)
+    )
+    assert of_generating["graphs"] > 0 and "graphs" not in of_training
+
+
+# ---- how many kernels
+
+
+def launched_a_layer(work):
+    """Kernels that work(model) launches for each layer, by name, and how many."""
+    counts = []
+    for num_layers in (1, 2):
+        model = synthetic_model(num_layers=num_layers).bfloat16()
+        model.transformer.prefix_encoder.float()
+        model.to("cuda")
+        counts.append(Counter(work(model)))
+    return counts[1] - counts[0], counts[1].total() - counts[0].total()
+
+
+def launched_by_training(model):
+    launches.clear()
+    model.train()(**training_batch((20, 33, 41))).loss.backward()
+    return launches
+
+
+def launched_by_a_step(model):
+    batch = Batch(model, len(PROMPTS), 80)
+    batch.graphs = None
+    batch.admit(PROMPTS, model.transformer.prefix_encoder(1, torch.bfloat16))
+    launches.clear()
+    batch.step([5] * len(PROMPTS))
+    return launches
+
+
+@pytest.mark.parametrize("work, most", [(launched_by_training, 45), (launched_by_a_step, 12)])
+def test_a_layer_launches_few_kernels(gpu, work, most, monkeypatch):
+    as_a_gpu_launches(monkeypatch)
+    names, count = launched_a_layer(work)
+    assert count <= most, names

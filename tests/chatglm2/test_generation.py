@@ -1,5 +1,7 @@
 """The batch that answers prompts: equal to generate(), whatever is beside a row; sampling; its cache."""
 
+import contextlib
+import itertools
 import json
 import random
 
@@ -9,7 +11,7 @@ from conftest import SYNTHETIC, synthetic_model
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from chatglm2.chat import TOP_K
-from chatglm2.generation import Batch, answer_prompts, choose
+from chatglm2.generation import CAPTURE_FAILURES, Batch, answer_prompts, choose, graph_slots
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, read_prefix_settings
 
 NUM_KNOWN = 315  # of the 320 ids; the others are never chosen
@@ -251,6 +253,88 @@ def test_where_steps_cannot_be_recorded_it_is_said_once_and_the_answers_are_the_
     with pytest.warns(UserWarning, match="without CUDA graphs") as warned:
         assert answer(model, prompts, 5) == expected
     assert len([warning for warning in warned if "CUDA graphs" in str(warning.message)]) == 1
+
+
+def test_a_recording_that_fails_once_is_tried_again(model, prompts, expected, monkeypatch, recwarn):
+    failures = [RuntimeError("operation not permitted when stream is capturing")] * (CAPTURE_FAILURES - 1)
+    recorded = []
+
+    def record(batch, rows, slots):
+        if failures:
+            raise failures.pop()
+        recorded.append(Recorded(batch, rows, slots))
+        return recorded[-1], recorded[-1].logits
+
+    with_graphs(monkeypatch, record)
+    assert answer(model, prompts, 5) == expected
+    assert recorded and not [warning for warning in recwarn if "CUDA graphs" in str(warning.message)]
+
+
+def test_few_graphs_are_kept(model, prompts, expected, monkeypatch):
+    monkeypatch.setattr("chatglm2.generation.MOST_GRAPHS", 2)
+    monkeypatch.setattr("chatglm2.generation.WIDTH_STEP", 8)
+    seen, kept = [], []
+
+    def record(batch, rows, slots):
+        recorded = Recorded(batch, rows, slots)
+        seen.append((rows, slots))
+        kept.append(len(batch.graphs) + 1)
+        return recorded, recorded.logits
+
+    with_graphs(monkeypatch, record)
+    assert answer(model, prompts, 5) == expected
+    assert len(set(seen)) > 2 and max(kept) == 2
+
+
+def test_the_graph_not_used_for_longest_goes(model, monkeypatch):
+    monkeypatch.setattr("chatglm2.generation.MOST_GRAPHS", 2)
+
+    def record(batch, rows, slots):
+        recorded = Recorded(batch, rows, slots)
+        return recorded, recorded.logits
+
+    with_graphs(monkeypatch, record)
+    batch = Batch(model, 4, 64)
+    batch.admit([[5], [6], [7]], [])
+    for rows in (3, 2, 1):
+        batch.step([5] * rows)
+        if rows == 2:
+            batch.admit([[8]], [])
+            batch.step([5] * 3)  # the first graph again
+            batch.remove(0)
+        batch.remove(0)
+    assert [rows for rows, _ in batch.graphs] == [4, 1]
+
+
+def test_sizes_of_graphs_grow_by_a_quarter_beyond_512_slots():
+    sizes = sorted({graph_slots(slots) for slots in range(1, 32769)})
+    assert sizes[:8] == [64, 128, 192, 256, 320, 384, 448, 512] and len(sizes) < 30
+    assert all(graph_slots(slots) >= slots for slots in range(1, 32769))
+    assert all(large <= 1.4 * small for small, large in itertools.pairwise(sizes[7:]))
+
+
+def test_a_recording_is_broken_by_no_other_thread_and_writes_to_memory_of_all_graphs(model, monkeypatch):
+    modes, stream = [], contextlib.nullcontext()
+    stream.wait_stream = lambda other: None
+
+    def graph(graph, pool, capture_error_mode):
+        modes.append(capture_error_mode)
+        return contextlib.nullcontext()
+
+    for name, stand_in in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": lambda: type("Graph", (), {"pool": lambda self: None, "replay": lambda self: None})(),
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    batch = Batch(model, 2, 64)
+    batch.graphs = {}
+    batch.admit([[5, 6], [7]], [])
+    first, second = batch._record(2, 64)[1], batch._record(1, 64)[1]
+    assert modes == ["thread_local"] * 2
+    assert first.data_ptr() == second.data_ptr()
 
 
 @pytest.mark.gpu

@@ -24,6 +24,7 @@ from chatglm2.quantization import (
     try_backend,
     use_backend_,
 )
+from common.slowness import slow_because
 
 
 def counting_backend(calls, few_rows):
@@ -100,13 +101,20 @@ def test_triton_that_fails_leaves_one_warning_with_the_reason_and_plain_torch(mo
     monkeypatch.setattr(quantization, "load_triton", no_module)
     with pytest.warns(UserWarning, match="Triton does not work here .ImportError: No module named 'triton'") as caught:
         assert choose_backend("auto", "cuda", 4, torch.float16) is TORCH
-    assert len(caught) == 1
+    assert len(caught) == 1 and str(caught[0].message) in slow_because()["slow_because"]
 
 
 def test_triton_asked_for_by_name_that_fails_is_an_error_with_the_reason(monkeypatch):
     monkeypatch.setattr(quantization, "load_triton", no_module)
     with pytest.raises(ValueError, match="triton does not work here .ImportError: No module .* Leave the flag out"):
         choose_backend("triton", "cuda", 4, torch.float16)
+
+
+def test_the_clock_decides_up_to_how_many_rows_the_fused_product_is_used(monkeypatch):
+    monkeypatch.setattr(quantization, "load_triton", lambda: counting_backend([], few_rows=64))
+    monkeypatch.setattr(quantization, "try_backend", lambda *_: None)
+    monkeypatch.setattr(quantization, "most_rows", lambda *_: 16)
+    assert choose_backend("auto", "cuda", 4, torch.float16).few_rows == 16
 
 
 def test_cpm_kernels_is_refused_for_int8():

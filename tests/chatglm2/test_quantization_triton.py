@@ -1,13 +1,9 @@
 """The Triton kernels against the torch reference: on a GPU where there is one, else in Triton's interpreter on a CPU."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, relative_difference
+from conftest import relative_difference
+from support.machine_code import SHARED_MEMORY, machine_code
 from torch import nn
 
 ON_GPU = torch.cuda.is_available()
@@ -76,8 +72,8 @@ def test_an_odd_number_of_int8_columns_is_dequantized():
 @runs_loops
 @both_bits
 @pytest.mark.parametrize("dtype", products_dtypes)
-@pytest.mark.parametrize("inputs", [1, 3, quantization_triton.FEW_ROWS])
-@pytest.mark.parametrize("rows, columns", [(16, 64), (37, 130), (48, 1200)])
+@pytest.mark.parametrize("inputs", [1, 17, quantization_triton.FEW_ROWS])
+@pytest.mark.parametrize("rows, columns", [(16, 64), (97, 130), (48, 1200)])  # the last by several programs a tile
 def test_the_product_of_few_rows_is_the_references(rows, columns, inputs, dtype, bits):
     quantized, scale = quantized_weight(rows, columns, bits)
     input = torch.randn(inputs, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
@@ -87,13 +83,36 @@ def test_the_product_of_few_rows_is_the_references(rows, columns, inputs, dtype,
     assert relative_difference(output.cpu(), expected.cpu()) < TOLERANCE[dtype]
 
 
+@runs_loops
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_programs_that_share_a_tile_give_the_same_result_and_leave_their_counters_at_zero(splits, monkeypatch):
+    monkeypatch.setattr(quantization_triton, "MOST_SPLITS", splits)
+    quantized, scale = quantized_weight(70, 1030, 4)
+    input = torch.randn(5, 1030, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    expected = input.double() @ dequantize_weight(quantized, scale, 4, torch.float64).T
+    for _ in range(2):
+        output = quantization_triton.multiply_few_rows(input, quantized, scale, 4)
+        assert relative_difference(output.cpu(), expected.cpu()) < 1e-6
+        assert not quantization_triton.of_device(quantized.device)[2].any()
+
+
+@pytest.mark.parametrize("slower_from, most", [(16, 0), (32, 16), (64, 32), (65, 64)])
+def test_the_fused_product_is_used_for_as_many_rows_as_it_is_faster(slower_from, most, monkeypatch):
+    def seconds(function, arguments):
+        fused, rows = function is quantization_triton.multiply_few_rows, len(arguments[0])
+        return 2.0 if fused and rows >= slower_from else 1.0
+
+    monkeypatch.setattr(quantization_triton, "seconds", seconds)
+    assert quantization_triton.most_rows.__wrapped__(torch.device("cpu"), 4, torch.float16) == most
+
+
 # ---- the layer
 
 
 @runs_loops
 @both_bits
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("inputs", [(1, 4), (3, 8)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("inputs", [(1, 4), (13, 5)], ids=["few rows", "many rows"])
 def test_output_and_input_gradient_of_the_layer_equal_the_dequantized_layers(inputs, bias, bits):
     torch.manual_seed(bits)
     linear = nn.Linear(96, 40, bias=bias, device=DEVICE)
@@ -119,37 +138,11 @@ def test_the_backend_passes_its_trial(dtype, bits):
 
 # ---- machine code
 
-COMPILE = """
-import json, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from chatglm2 import quantization_triton as kernels
-
-dtype, bits, capability = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-types = {"weight_pointer": "*i8", "scale_pointer": "*fp16", "input_pointer": "*" + dtype, "output_pointer": "*" + dtype}
-found = []
-for kernel, constants, options in kernels.LAUNCHES:
-    constants = {"BITS": bits, **constants}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [index for index, name in enumerate(kernel.arg_names) if name in types or name == "num_bytes"]
-    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    found.append({"tensor cores": "mma" in compiled.asm["ptx"], "bytes": len(compiled.asm["cubin"])})
-print(json.dumps(found))
-"""
-
 
 @pytest.mark.slow
-@both_bits
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_kernels_compile_for_gpus_that_are_not_here_and_use_their_tensor_cores(dtype, capability, bits, tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, dtype, str(bits), str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "ptuning", env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    dequantize, few_rows = json.loads(done.stdout.splitlines()[-1])
-    assert dequantize["bytes"] > 0 and few_rows["bytes"] > 0
-    assert few_rows["tensor cores"]
+@pytest.mark.parametrize("capability, dtype", [(75, "fp16"), (80, "bf16"), (86, "fp32"), (89, "fp16"), (90, "bf16")])
+def test_the_kernels_compile_for_gpus_that_are_not_here_without_spills(capability, dtype, tmp_path):
+    for kernel in machine_code("quantization_triton", dtype, capability, tmp_path):
+        assert kernel["stack"] == 0 and kernel["shared"] <= SHARED_MEMORY[capability], kernel
+        if "few_rows" in kernel["name"] and capability >= 80 and dtype != "fp32":
+            assert kernel["tensor cores"], kernel

@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import relative_difference, synthetic_model
 from support.small_model import LEFT_PADDED, batch, generate, model  # noqa: F401, fixtures
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatglm2.loss import OutputLayer, SupervisedLoss, next_tokens, supervised_loss
 from chatglm2.matmul import ONEDNN, round_rows
 from chatglm2.modeling_chatglm import NormProduct, Rotary, SwiGLU, rotary_cos_sin
+from tuning.methods import prepare_model
 
 
 def losses_and_gradients(model, **batch):
@@ -222,3 +224,28 @@ def test_no_graph_reaches_below_the_first_prefix(checkpointing):
     model(input_ids, labels=labels).loss.backward()
     assert [name for name, needed in needs_gradient.items() if not needed][:3] == list(modules)[:3]
     assert checkpointing or needs_gradient["first output"] and needs_gradient["second projection"]
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes of all products."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("finetuning_type", ["full", "freeze"])
+def test_under_autocast_every_product_is_in_its_dtype(finetuning_type):
+    model = synthetic_model(pre_seq_len=None)
+    prepare_model(model, finetuning_type, do_train=True)
+    input_ids, labels = batch()
+    with Products() as products:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.train()(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+    assert products.dtypes == {torch.bfloat16}

@@ -267,6 +267,21 @@ def test_a_checkpoint_that_training_writes_later_can_be_asked_for(run, tmp_path)
         server.close()
 
 
+def test_only_the_worker_computes_on_the_models_device(run):
+    """A prefix that another thread moves to a GPU breaks a CUDA graph that is being recorded."""
+    server = open_server("--ptuning_checkpoint", run)
+    touched = []
+    device = server.model.device
+    watched = property(lambda model: touched.append(threading.current_thread()) or device)
+    server.model.__class__ = type("Watched", (type(server.model),), {"device": watched})
+    try:
+        assert server.prefix("checkpoint-10") and not touched
+        assert finish(server, QUERIES[0], model="checkpoint-10").response_ids
+        assert {thread.name for thread in touched} == {"chat-server"}
+    finally:
+        server.close()
+
+
 def test_swapping_in_a_known_prefix_reads_nothing(server, monkeypatch):
     server.prefix("checkpoint-20")
     monkeypatch.setattr(server, "_read_prefix", None)

@@ -11,6 +11,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from chatglm2 import kernels
+
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 # These take a tensor of the other device on a real GPU, too.
@@ -19,6 +21,14 @@ MEETING_ALLOWED = {
     aten.index.Tensor,
     aten.index_put_.default,
     aten._index_put_impl_.default,
+}
+
+
+# These only take memory, or name it anew; dropout() comes by only in inference mode, where it does nothing.
+NO_KERNELS = {
+    aten.dropout,
+    *(aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided),
+    *(aten._unsafe_view, aten.detach, aten._local_scalar_dense),
 }
 
 
@@ -72,6 +82,7 @@ class GPUTensor(torch.Tensor):
         return compute(func, args, kwargs or {})
 
 
+launches = []  # kernels that a real GPU would run, by name; transfers aside
 transfers = []  # what has gone from one device to the other; item() among them
 
 
@@ -99,6 +110,9 @@ def compute(func, args, kwargs):
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("pin_memory", "non_blocking")}
     contents = tree_map_only(GPUTensor, lambda tensor: tensor.content, (args, kwargs))
+    views = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+    if result_on_gpu and not views and func.overloadpacket not in NO_KERNELS:
+        launches.append(str(func))
     result = func(*contents[0], **contents[1])
     if not result_on_gpu:
         return result
@@ -120,15 +134,19 @@ class PretendedGPU(TorchDispatchMode):
         ):
             monkeypatch.setattr(place, name, value)
         monkeypatch.setattr("chatglm2.attention.causal_lower_right", causal_lower_right)
+        monkeypatch.setattr("chatglm2.kernels.chosen", lambda device, dtype: kernels.NONE)  # Triton cannot run here
         monkeypatch.setattr(torch.Tensor, "to", to)
         transfers.clear()
 
     def __enter__(self):
+        self.cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as on a real GPU
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") comes by here, too
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to: a new parameter, of another class
         return super().__enter__()
 
     def __exit__(self, *error):
+        torch.backends.cuda.enable_cudnn_sdp(self.cudnn)
         torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_overwrite_module_params_on_conversion(False)
         return super().__exit__(*error)
@@ -153,6 +171,8 @@ def causal_lower_right(queries, keys):
 
 def plain_attention(query, key, value, mask=None, dropout=0.0, *, enable_gqa=False):
     assert query.device == key.device == value.device and query.dtype == key.dtype == value.dtype
+    if query.is_cuda:
+        assert not torch.backends.cuda.cudnn_sdp_enabled(), "torch would take cuDNN's attention"
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -169,3 +189,62 @@ def plain_norm(x, shape, weight, eps):
     assert x.dtype == weight.dtype and x.device == weight.device
     wide = x.float()
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
+
+
+# ---- counting kernels
+
+
+class Launch(torch.autograd.Function):
+    """function(*tensors) as so many kernels forward and backward, whatever operations it is made of."""
+
+    @staticmethod
+    def forward(ctx, function, forward, backward, *tensors):
+        ctx.function, ctx.backward_launches = function, backward
+        ctx.save_for_backward(*tensors)
+        launches.extend([f"{function.__name__}"] * forward)
+        return GPUTensor(function(*(tensor.content.detach() for tensor in tensors)))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        tensors = [tensor.content.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            result = ctx.function(*tensors)
+        launches.extend([f"{ctx.function.__name__} backward"] * ctx.backward_launches)
+        gradients = torch.autograd.grad(result, tensors, gradient.content)
+        return None, None, None, *map(GPUTensor, gradients)
+
+
+def as_a_gpu_launches(monkeypatch):
+    """Count attention and norm as the kernels that torch has for them, and let the model take every fused kernel."""
+
+    def attention(query, key, value, mask=None, dropout=0.0, *, enable_gqa=False):
+        if not query.is_cuda:  # inside a fused kernel
+            return plain_attention(query, key, value, mask, enable_gqa=enable_gqa)
+
+        def flash_attention(*tensors):
+            numbers = mask.content if isinstance(mask, GPUTensor) else mask
+            context = plain_attention(*tensors, numbers, enable_gqa=enable_gqa)
+            return context.transpose(1, 2).contiguous().transpose(1, 2)  # laid out as the real one's
+
+        # Backward: the product of gradient and output, the kernel, its conversion, and sums over the heads of a group.
+        return Launch.apply(flash_attention, 1, 5, query, key, value)
+
+    def norm(x, shape, weight, eps):
+        def rms_norm(x, weight):
+            return plain_norm(x, shape, weight, eps)
+
+        return Launch.apply(rms_norm, 1, 1, x, weight)
+
+    def fused(name):
+        def kernel(*arguments, **options):
+            launches.extend([name] * (2 if name == "attend_step" else 1))
+            contents = [x.content if isinstance(x, GPUTensor) else x for x in arguments]
+            return tree_map_only(torch.Tensor, GPUTensor, getattr(kernels, name)(*contents, **options))
+
+        return kernel
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(F, "rms_norm", norm)
+    taken = kernels.Kernels(**{name: fused(name) for name in kernels.Kernels._fields})
+    monkeypatch.setattr(kernels, "chosen", lambda device, dtype: taken)
+    monkeypatch.setattr("chatglm2.attention.num_splits", lambda pairs, slots, device: 1)

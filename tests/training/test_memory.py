@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_steps_stay_the_same(
     assert losses(tmp_path / "large") == pytest.approx(losses(tmp_path / "small"), rel=1e-5)
     output = capsys.readouterr().out
     assert "Out of memory with 8 rows x" in output and "at step 1: from now on 4 at a time" in output
-    assert output.count("Out of memory with") == 2  # 4 do not fit either, 2 do, and nothing is tried again
+    assert output.count("Out of memory with") == 3  # 16, both batches merged, 8 and 4; 2 do, and nothing is tried again
     prefixes = [
         torch.load(tmp_path / name / "checkpoint-4" / "pytorch_model.bin", weights_only=True)
         for name in ("small", "large")

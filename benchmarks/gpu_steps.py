@@ -1,0 +1,264 @@
+"""What a GPU does in one step: rates of the layers' products, attention by kernel, profiles of training and decoding.
+
+    PYTHONPATH=ptuning python -m benchmarks.gpu_steps rates --out FOLDER
+    PYTHONPATH=ptuning python -m benchmarks.gpu_steps steps --out FOLDER
+
+One 6B of random weights, in bf16 and then in int4. Each figure goes to FOLDER/rates.json or FOLDER/steps.json as soon as
+it is there, and is printed. `--size tiny` and a CPU do for a dry run.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from benchmarks.contenders.base import COMMON, SIZES, find_data
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.generation import Batch, graph_slots
+from chatglm2.kernels import kernels_for
+from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.quantization import choose_backend, quantize_model_, use_backend_
+from common.slowness import slow_because
+
+PREFIX = 128
+ROW = 130  # tokens, as ADGEN's on average; the later half is supervised
+PROMPT = 40
+REPEATS = 5
+CALLS = 10  # of a product at a time
+PROFILED = 25  # kernels in a table
+
+
+class Results:
+    """Figures that are printed and written at once: what is there when the time is up is not lost."""
+
+    def __init__(self, file, **about):
+        self.file, self.figures = file, []
+        self.about = about
+        file.parent.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(about), flush=True)
+
+    def add(self, **figure):
+        self.figures.append(figure)
+        print(
+            " ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in figure.items()
+            ),
+            flush=True,
+        )
+        self.file.write_text(json.dumps({**self.about, **slow_because(), "figures": self.figures}, indent=1) + "\n")
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(work, device):
+    """Seconds of one call of work()."""
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def median_time(work, device):
+    work()
+    return statistics.median(timed(work, device) for _ in range(REPEATS))
+
+
+# ---- rates
+
+
+def multiply_often(x, weight):
+    for _ in range(CALLS):
+        torch.nn.functional.linear(x, weight)
+
+
+def measure_products(results, sizes, device, dtype):
+    """Each layer's product, F.linear, at rows from one to a large batch's."""
+    hidden, feed_forward = sizes["hidden_size"], sizes["ffn_hidden_size"]
+    width = sizes["num_attention_heads"] * sizes["kv_channels"]
+    mixed = width + 2 * COMMON["multi_query_group_num"] * sizes["kv_channels"]
+    shapes = {
+        "query_key_value": (mixed, hidden),
+        "dense": (hidden, width),
+        "dense_h_to_4h": (2 * feed_forward, hidden),
+        "dense_4h_to_h": (hidden, feed_forward),
+    }
+    for name, (outputs, inputs) in shapes.items():
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        for rows in (1, 8, 16, 64, 256, 1024, 1040, 1088, 2080, 4160):
+            x = torch.randn(rows, inputs, device=device, dtype=dtype)
+            seconds = median_time(partial(multiply_often, x, weight), device) / CALLS
+            results.add(
+                layer=name,
+                rows=rows,
+                ms=1000 * seconds,
+                tflops=2 * rows * outputs * inputs / seconds / 1e12,
+                gb_a_second=weight.nbytes / seconds / 1e9,
+            )
+
+
+def measure_attention(results, sizes, device, dtype):
+    """torch's kernels on a masked decode step and on a prompt without a prefix: the first call and the tenth."""
+    heads, channels, groups = sizes["num_attention_heads"], sizes["kv_channels"], COMMON["multi_query_group_num"]
+    masked = torch.zeros(8, 1, heads // groups, 384, device=device, dtype=dtype)
+    cases = {
+        "decode, 8 rows, masked": ((8, groups, heads // groups), (8, groups, 384), {"attn_mask": masked}),
+        "prompt of 256, causal": ((1, heads, 256), (1, heads, 256), {"is_causal": True}),
+    }
+    kernels = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    for case, (of_query, of_key, settings) in cases.items():
+        query, key, value = (
+            torch.randn(*shape, channels, device=device, dtype=dtype, requires_grad=True)
+            for shape in (of_query, of_key, of_key)
+        )
+
+        def both(query=query, key=key, value=value, settings=settings):
+            context = torch.nn.functional.scaled_dot_product_attention(query, key, value, **settings)
+            context.sum().backward()
+
+        for name in kernels:
+            try:
+                with sdpa_kernel(getattr(SDPBackend, name)):
+                    calls = [timed(both, device) for _ in range(10)]
+            except RuntimeError as error:
+                results.add(attention=case, kernel=name, refused=str(error).splitlines()[0][:100])
+                continue
+            results.add(attention=case, kernel=name, first_ms=1000 * calls[0], tenth_ms=1000 * calls[-1])
+
+
+# ---- steps
+
+
+def make_model(size, bits, device, dtype):
+    """A model of random weights, as it is after loading."""
+    config = ChatGLMConfig(**COMMON, **SIZES[size], pre_seq_len=PREFIX)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = ChatGLMForConditionalGeneration(config)
+    torch.set_default_dtype(torch.float32)
+    model.requires_grad_(False).transformer.prefix_encoder.float().requires_grad_(True)
+    if bits:
+        quantize_model_(model, bits)
+        use_backend_(model, choose_backend("auto", device, bits, dtype))
+    return model
+
+
+def training_step(model, rows, device):
+    """A function that makes one step on `rows` rows."""
+    input_ids = torch.randint(100, 1000, (rows, ROW), device=device)
+    labels = input_ids.clone()
+    labels[:, : ROW // 2] = -100
+    optimizer = torch.optim.AdamW(model.transformer.prefix_encoder.parameters(), lr=1e-3, fused=True)
+
+    def step():
+        model.train()(input_ids=input_ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def decoding_step(model, rows, device, graphs):
+    """(a function that feeds one token to each of `rows` rows, the batch)"""
+    model.eval()
+    batch = Batch(model, rows, PREFIX + PROMPT + 100)
+    if not graphs:
+        batch.graphs = None
+    with torch.inference_mode():
+        prefix = model.transformer.prefix_encoder(1, model.transformer.dtype_of_blocks)
+    batch.admit([list(range(100, 100 + PROMPT))] * rows, prefix)
+    return lambda: batch.step([5] * rows), batch
+
+
+def show_profile(results, step, name, folder, device):
+    """Where the time of a step goes: a table beside the results, and how many kernels it launches."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        step()
+        wait(device)
+    by = f"self_{device.type}_time_total" if device.type == "cpu" else "self_device_time_total"
+    table = profiler.key_averages().table(sort_by=by, row_limit=PROFILED, max_name_column_width=90)
+    (folder / f"profile-{name}.txt").write_text(table + "\n")
+    kernels = sum(event.device_type.name == "CUDA" for event in profiler.events())
+    results.add(profile=name, kernels=kernels)
+
+
+def measure_steps(results, args, device, dtype):
+    for bits in args.bits:
+        model = make_model(args.size, bits, device, dtype)
+        weights = f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+        taken = kernels_for(torch.empty(0, device=device, dtype=dtype))._asdict()
+        results.add(weights=weights, fused_kernels=[name for name, kernel in taken.items() if kernel])
+        for rows in args.train_rows:
+            step = training_step(model, rows, device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = median_time(step, device)
+            peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+            results.add(
+                weights=weights, train_rows=rows, ms=1000 * seconds, tokens_a_second=rows * ROW / seconds, peak_gb=peak
+            )
+            show_profile(results, step, f"{weights}-train-{rows}", results.file.parent, device)
+        for rows in args.decode_rows:
+            for graphs in (False, True) if device.type == "cuda" else (False,):
+                step, batch = decoding_step(model, rows, device, graphs)
+                free = torch.cuda.mem_get_info()[0] if graphs else 0
+                first = timed(step, device)  # with graphs: records one
+                figure = {"first_ms": 1000 * first}
+                if graphs:
+                    size = graph_slots(max(batch.lengths))
+                    figure |= {"graph_slots": size, "graph_mb": (free - torch.cuda.mem_get_info()[0]) / 1e6}
+                seconds = median_time(step, device)
+                results.add(weights=weights, decode_rows=rows, graphs=graphs, ms=1000 * seconds, **figure)
+                if graphs or device.type == "cpu":
+                    show_profile(results, step, f"{weights}-decode-{rows}", results.file.parent, device)
+                del step, batch
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rates", "steps"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--size", choices=SIZES, default="6b")
+    parser.add_argument("--bits", type=int, nargs="+", default=[0, 4], choices=(0, 4, 8))
+    parser.add_argument("--train_rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--decode_rows", type=int, nargs="+", default=[1, 8, 64, 256])
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    tokenizer, rows = find_data()
+    results = Results(
+        args.out / f"{args.what}.json",
+        torch=torch.__version__,
+        device=name,
+        size=args.size,
+        dtype=str(dtype),
+        tokenizer=str(tokenizer),
+        rows=str(rows),
+    )
+    torch.manual_seed(0)
+    if args.what == "rates":
+        measure_products(results, SIZES[args.size], device, dtype)
+        measure_attention(results, SIZES[args.size], device, dtype)
+    else:
+        measure_steps(results, args, device, dtype)
+
+
+if __name__ == "__main__":
+    main()
