@@ -1,0 +1,158 @@
+"""Answers on a CPU, one conversation and eight: int4, int8 and float weights, side by side with chatglm.cpp.
+
+    PYTHONPATH=ptuning python -m benchmarks.decoding
+
+The model has the layers of ChatGLM2-6B, --layers of them, with the full vocabulary and random weights. A turn feeds a
+prompt of --prompt tokens and then decodes --new_tokens greedily. The contenders are processes of their own that take
+turns; the figures are medians over --repeats turns. chatglm.cpp takes part where `pip install chatglm-cpp tabulate`
+has been done: its q4_0 and q8_0 quantize embedding and head, too, which are float here.
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"int4": 4, "int8": 8, "float32": 0}
+CHATGLM_CPP = {"chatglm.cpp q4_0": "q4_0", "chatglm.cpp q8_0": "q8_0"}
+BLOCK = 2**24  # random numbers drawn, and used again and again
+
+
+def random_model(layers):
+    """A model of the 6B's shapes with so many layers, float32."""
+    import torch
+    from benchmarks.full_size import CONFIG
+
+    from chatglm2.configuration_chatglm import ChatGLMConfig
+    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+
+    config = ChatGLMConfig(**{**CONFIG, "num_layers": layers, "torch_dtype": "float32"})
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(config)
+    model = model.to_empty(device="cpu").requires_grad_(False).eval()
+    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_("layernorm" in name)
+            continue
+        for part in parameter.view(-1).split(BLOCK):
+            part.copy_(block[: len(part)])
+    return model
+
+
+def build_ours(name, layers):
+    """turn(prompts, new_tokens): (seconds of prompt and first token, [seconds of each further token])."""
+    import torch
+
+    from chatglm2.generation import Batch, choose
+    from chatglm2.quantization import choose_backend, quantize_model_, use_backend_
+
+    model = random_model(layers)
+    if bits := OURS[name]:
+        quantize_model_(model, bits)
+        use_backend_(model, choose_backend("auto", "cpu", bits, torch.float32))
+
+    def turn(prompts, new_tokens):
+        batch = Batch(model, len(prompts), len(prompts[0]) + new_tokens)
+        zeros = [0.0] * len(prompts)
+        start = time.perf_counter()
+        chosen = choose(batch.admit(prompts, []), zeros, zeros, zeros)
+        first = time.perf_counter() - start
+        seconds = []
+        for _ in range(new_tokens):
+            start = time.perf_counter()
+            chosen = choose(batch.step(chosen), zeros, zeros, zeros)
+            seconds.append(time.perf_counter() - start)
+        return first, seconds
+
+    return turn
+
+
+def build_chatglm_cpp(name, layers):
+    """As build_ours; one conversation at a time, which is all that chatglm.cpp takes."""
+    import chatglm_cpp
+    from chatglm_cpp._C import GenerationConfig, Pipeline
+    from chatglm_cpp.convert import ChatGLM2Converter, GGMLType
+
+    model = random_model(layers)
+    model.config.pre_seq_len = None
+    proto = (ROOT / "ptuning" / "tiny" / "tokenizer.model").read_bytes()
+    sentencepiece = SimpleNamespace(serialized_model_proto=lambda: proto)
+    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(sp_model=sentencepiece))
+    with tempfile.NamedTemporaryFile(suffix=".ggml") as file:
+        ChatGLM2Converter.convert(file, model, tokenizer, GGMLType[CHATGLM_CPP[name].upper()])
+        file.flush()
+        pipeline = Pipeline(file.name)
+        assert chatglm_cpp
+    del model
+    settings = GenerationConfig(do_sample=False)
+
+    def turn(prompts, new_tokens):
+        (ids,) = prompts
+        ids, seconds = list(ids), []
+        context = len(ids) + new_tokens + 1
+        for step in range(new_tokens + 1):
+            start = time.perf_counter()
+            ids.append(
+                pipeline.model.generate_next_token(
+                    ids, None, settings, len(prompts[0]) + step - 1 if step else 0, context
+                )
+            )
+            seconds.append(time.perf_counter() - start)
+        return seconds[0], seconds[1:]
+
+    return turn
+
+
+def serve(name, layers, connection):
+    turn = (build_chatglm_cpp if name in CHATGLM_CPP else build_ours)(name, layers)
+    connection.send("ready")
+    while (work := connection.recv()) is not None:
+        connection.send(turn(*work))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    settings = parser.parse_args()
+    names = list(OURS)
+    if all(importlib.util.find_spec(package) for package in ("chatglm_cpp", "tabulate")):
+        names += CHATGLM_CPP
+    else:
+        print("Without chatglm.cpp: it needs pip install chatglm-cpp tabulate.")
+    context = multiprocessing.get_context("spawn")
+    children = {}
+    for name in names:
+        connection, end = context.Pipe()
+        context.Process(target=serve, args=(name, settings.layers, end), daemon=True).start()
+        assert connection.recv() == "ready"
+        children[name] = connection
+    figures = {}
+    for _ in range(settings.repeats):
+        for name, connection in children.items():
+            for rows in (1,) if name in CHATGLM_CPP else (1, 8):
+                prompts = [[100 + row + place for place in range(settings.prompt)] for row in range(rows)]
+                connection.send((prompts, settings.new_tokens))
+                first, seconds = connection.recv()
+                figures.setdefault((name, rows), []).append((first, statistics.median(seconds)))
+    for connection in children.values():
+        connection.send(None)
+    print(
+        f"| {settings.layers} layers of the 6B, prompt of {settings.prompt} tokens | prompt + first token | a further token |"
+    )
+    print("|---|---|---|")
+    for (name, rows), turns in figures.items():
+        first, token = (1000 * statistics.median(values) for values in zip(*turns, strict=True))
+        print(f"| {name}, {rows} conversation{'s' * (rows > 1)} | {first:,.0f} ms | {token:.1f} ms |")
+
+
+if __name__ == "__main__":
+    main()
