@@ -264,6 +264,7 @@ class GLMBlock(GradientCheckpointingLayer):
             and isinstance(norm, RMSNorm)
             and not (self.residual_after_norm or norm.weight.requires_grad or (self.dropout and self.training))
             and hidden_states.dtype == update.dtype == norm.weight.dtype
+            and norm.weight.device == hidden_states.device  # else offloaded: it is there while its own module computes
         )
 
     # The prefix is two arguments, because a re-entrant checkpoint sees only tensors that are arguments themselves.

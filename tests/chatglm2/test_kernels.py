@@ -158,6 +158,16 @@ def test_a_training_step_has_the_loss_and_gradient_of_plain_torch(request):
     assert ran == {"swiglu", "swiglu_backward", "rotate", "add_norm", "add_norm_backward"}
 
 
+def test_a_norm_that_is_offloaded_or_trains_is_not_fused(fused):
+    block, x = synthetic_model().transformer.encoder.layers[0], torch.ones(1, 64)
+    block.requires_grad_(False)
+    assert block.fuses(x, x) and not block.fuses(x, x.half())
+    block.post_attention_layernorm.requires_grad_(True)
+    assert not block.fuses(x, x)
+    block.post_attention_layernorm.requires_grad_(False).to("meta")
+    assert not block.fuses(x, x)
+
+
 def test_answers_are_those_of_plain_torch(request):
     model = synthetic_model()
     model.config.eos_token_id = -1
