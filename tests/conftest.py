@@ -29,6 +29,7 @@ SYNTHETIC = json.loads((Path(__file__).parent / "forward.synthetic.json").read_t
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("PTUNING_MATMUL", "onednn")  # a busy machine measures one thing now and another then
 if not torch.cuda.is_available():  # Triton runs in its interpreter then, if nothing has imported it before this is said
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -1,12 +1,10 @@
 """Products with frozen weights, by the fastest kernel at hand.
 
 No official file answers to this one: there, every product is torch's `F.linear`. On a GPU that is the library's best
-and it stays. On an x86 CPU, float32, `F.linear` goes to MKL; oneDNN, which torch brings along too, took less time where
-it was measured: on an AMD EPYC with AVX-512, 2 threads, GFLOP/s of MKL and of oneDNN for (rows, 512) x (512, 3424) are
-1 row 36 and 59, 8 rows 89 and 193, 64 rows 194 and 424, 1,040 rows 214 and 486 (MKL leaves AVX-512 alone on an AMD
-processor; without it oneDNN has 242 for 1,040 rows).
+and it stays. On an x86 CPU, float32, `F.linear` goes to MKL. oneDNN, which torch brings along too, takes half the time on
+an AMD EPYC, and less or more on an Intel Xeon: matmul_choice.py measures both and decides for each kind of product.
 
-Its time depends on how the weight lies in memory, too: of a weight with more outputs than inputs it reads the columns
+The time depends on how the weight lies in memory, too: of a weight with more outputs than inputs it reads the columns
 faster than the rows, see `convert`. For (8, 512) x (512, 65024) that is 3.0 against 4.5 ms, and what training asks for
 takes up to a tenth less as well, forward and backward.
 
@@ -22,6 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from chatglm2.matmul_choice import mkl_is_faster, onednn
+
 # Without AVX (on ARM, say) torch's own choice is as good.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
@@ -33,14 +33,14 @@ def round_rows(count):
 
 
 def onednn_runs(device, dtype):
-    """True where products of tensors of such a device and dtype go to oneDNN: float32 on an x86 CPU."""
+    """True where products of tensors of such a device and dtype may go to oneDNN: float32 on an x86 CPU."""
     if not ONEDNN or torch.compiler.is_compiling():  # which knows no gradient of oneDNN's operation
         return False
     return device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def onednn_multiplies(x, weight):
-    """True where `multiply` uses oneDNN for x (…, in) and weight (out, in)."""
+    """True where `multiply` may use oneDNN for x (…, in) and weight (out, in)."""
     return x.dtype == weight.dtype and weight.is_cpu and x.numel() > 0 and onednn_runs(x.device, x.dtype)
 
 
@@ -50,13 +50,15 @@ def multiply(x, weight, bias=None):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
+    if mkl_is_faster(count, weight):
+        return F.linear(x, weight, bias)
     if missing := round_rows(count) - count:
         rows = F.pad(rows, (0, 0, 0, missing))
     # A few rows: the weight's rows are multiplied by them, not they by the weight; that reads it faster.
     if 8 <= len(rows) <= 32 and bias is None and weight.is_contiguous():
-        product = torch.ops.mkldnn._linear_pointwise(weight, rows, None, "none", [], "").t()
+        product = onednn(weight, rows).t()
     else:
-        product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        product = onednn(rows, weight, bias)
     return product[:count].unflatten(0, x.shape[:-1])
 
 

@@ -49,7 +49,7 @@ QUANTIZED_WEIGHT_NAME = re.compile(
 )
 CPU_BLOCK_ELEMENTS = 2**20  # weights dequantized at a time on a CPU: 4 MB in float32
 TRIAL_SHAPE = (1024, 1024)  # of the weight that decides whether `packed` is faster
-PACKED_ROWS = 1024  # of a weight packed at a time: that takes memory
+PACKED_ROWS = 256  # of a weight packed at a time: that takes memory
 CPU_BLOCK_ROWS = 256  # but no fewer rows: backward adds to the whole gradient of the input for each block
 
 
@@ -235,7 +235,7 @@ def pack_for_cpu(quantized: Tensor, bits: int) -> Tensor:
     """The integers of `quantize_weight`, (out, in) or (out, in // 2), in the layout of quantization_cpu.py."""
     if bits == 8 or quantization_cpu.is_packed(quantized):
         return quantized
-    return torch.cat([quantization_cpu.pack(unpack_int4(part)) for part in quantized.split(PACKED_ROWS)])
+    return torch.cat([quantization_cpu.pack(part) for part in quantized.split(PACKED_ROWS)])
 
 
 @cache

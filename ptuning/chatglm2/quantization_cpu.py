@@ -36,16 +36,19 @@ def fits(out_features: int, in_features: int, bits: int) -> bool:
     return bits == 8 or (BLOCK > 0 and out_features % BLOCK == 0 and in_features % GROUPS[-1] == 0)
 
 
-def pack(integers: Tensor) -> Tensor:
-    """int8 (out, in) with values -8 to 7 -> uint8 (out, in // 2) in the kernel's layout."""
-    rows, columns = integers.shape
-    blocks = (integers + 8).view(torch.uint8).view(-1, BLOCK, columns).transpose(1, 2)  # (out / BLOCK, in, BLOCK)
-    low, high = blocks.chunk(2, dim=2)
-    return (low | (high << 4)).contiguous().view(rows, columns // 2)
+def pack(weight: Tensor) -> Tensor:
+    """int8 (out, in // 2) in the official layout -> uint8 (out, in // 2) in the kernel's."""
+    rows, width = weight.shape
+    blocks = (
+        weight.view(torch.uint8).view(-1, BLOCK, width).transpose(1, 2).contiguous()
+    )  # (out / BLOCK, in / 2, BLOCK)
+    left, right = blocks.chunk(2, dim=2)
+    even, odd = (left >> 4) | (right & 0xF0), (left & 0x0F) | (right << 4)
+    return torch.stack((even, odd), dim=2).bitwise_xor_(0x88).view(rows, width)  # two's complement plus 8, both halves
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """`pack` undone: int8 (out / BLOCK, BLOCK, in), a view whose rows of a block lie side by side."""
+    """The integers of a packed weight: int8 (out / BLOCK, BLOCK, in), a view whose rows of a block lie side by side."""
     blocks = packed.view(-1, packed.shape[1] * 2, BLOCK // 2)
     integers = torch.cat((blocks & 0x0F, blocks >> 4), dim=2).view(torch.int8).sub_(8)
     return integers.transpose(1, 2)

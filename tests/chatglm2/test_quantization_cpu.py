@@ -13,6 +13,7 @@ from chatglm2.quantization import (
     choose_backend,
     dequantize_weight,
     pack_for_cpu,
+    pack_int4,
     quantize_weight,
     use_backend_,
 )
@@ -44,7 +45,7 @@ def test_packed_int4_weights_stand_for_the_same_floats(shape):
 def test_the_layout_is_that_of_torchs_own_packing(shape):
     integers = torch.randint(-7, 8, shape, dtype=torch.int8)
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
-    assert torch.equal(quantization_cpu.pack(integers), theirs)
+    assert torch.equal(quantization_cpu.pack(pack_int4(integers)), theirs)
 
 
 @needs_packed

@@ -1,0 +1,99 @@
+"""Which library multiplies in float32 on this CPU, oneDNN or torch's own (MKL): decided by the clock, once a machine.
+
+Neither is right for everything. An AMD EPYC takes half the time with oneDNN throughout. An Intel Xeon takes two thirds
+of it with MKL for 8 rows, three quarters with oneDNN for 64. So each kind of product is measured: few, some or many
+rows, by a weight whose rows or whose columns lie contiguous (backward has the other one of the two). That takes about
+150 ms. The result is kept in the user's cache, for this processor, number of threads and version of torch, so that all
+runs of a machine compute alike. PTUNING_MATMUL=mkl or onednn says it without measuring.
+"""
+
+import json
+import os
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+
+from common.files import write_text
+
+LIBRARIES = ("onednn", "mkl")
+ROWS = (8, 64, 512)  # few up to the first, some up to the second, many beyond; and so many are measured
+SHAPE = (3424, 512)  # of the weight: a layer of benchmarks.speed --size small
+REPEATS = 4
+MARGIN = 0.9  # of oneDNN's time that MKL must stay below: a near tie is no reason
+
+
+def onednn(rows, weight, bias=None):
+    """rows (count, in) times the transposed weight (out, in), by oneDNN: (count, out)."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def mkl_is_faster(count: int, weight: torch.Tensor) -> bool:
+    """True where MKL multiplies `count` rows by weight (out, in) faster than oneDNN."""
+    kind = 0 if count <= ROWS[0] else 1 if count <= ROWS[1] else 2
+    return decisions(torch.get_num_threads())[kind + len(ROWS) * (not weight.is_contiguous())] == "mkl"
+
+
+@cache
+def decisions(threads: int) -> list[str]:
+    """The library for each of ROWS with contiguous rows of the weight, then for each with contiguous columns."""
+    if (pinned := os.environ.get("PTUNING_MATMUL", "")) in LIBRARIES:
+        return [pinned] * 2 * len(ROWS)
+    key = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads, torch {torch.__version__}"
+    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chatglm2-ptuning" / "matmul.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock", timeout=10):  # processes that start together decide once
+            kept = read_kept(file)
+            if key not in kept:
+                kept[key] = measure()
+                write_text(file, json.dumps(kept, indent=1))
+            return kept[key]
+    except (OSError, RuntimeError):  # a cache that cannot be written
+        return measure()
+
+
+def read_kept(file: Path) -> dict[str, list[str]]:
+    """What was kept before; without the entries that are not what this file writes."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(kept, dict):
+        return {}
+    whole = 2 * len(ROWS)
+    return {
+        key: found
+        for key, found in kept.items()
+        if isinstance(found, list) and len(found) == whole and all(name in LIBRARIES for name in found)
+    }
+
+
+def processor() -> str:
+    """The processor's name, as Linux has it; "" elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+@torch.inference_mode()
+def measure(clock=time.perf_counter) -> list[str]:
+    """Multiply by both libraries in turns; the one whose shortest time is less, for each kind."""
+    found = []
+    weight = torch.ones(SHAPE)
+    for laid in (weight, weight.t().contiguous().t()):
+        for count in ROWS:
+            rows = torch.ones(count, SHAPE[1])
+            shortest = dict.fromkeys(LIBRARIES, float("inf"))
+            for _ in range(REPEATS):
+                for name, product in zip(LIBRARIES, (onednn, F.linear), strict=True):
+                    start = clock()
+                    product(rows, laid)
+                    shortest[name] = min(shortest[name], clock() - start)
+            found.append("mkl" if shortest["mkl"] < MARGIN * shortest["onednn"] else "onednn")
+    return found
