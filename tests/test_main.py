@@ -68,7 +68,7 @@ def test_a_run_leaves_results_state_plot_and_logs(trained):
 def test_the_preflight_says_what_will_be_trained(trained):
     _, output = trained
     assert "60 rows read, 0 skipped" in output
-    assert "4 rows x 2 accumulated x 1 processes = 8 rows a step; 5 steps = 0.62 epochs of 60 rows" in output
+    assert "4 rows x 2 accumulated x 1 processes = 8 rows a step; 5 steps = 0.67 epochs of 60 rows" in output
     assert "Trainable: 4,096 of" in output
     assert "⟦" in output and "⟧" in output
     assert "float32 on cpu" in output

@@ -15,9 +15,14 @@ class StepPlan:
     rows_per_step: int
     rows_of_last_step: int  # of an epoch
     batches_per_epoch: int
+    batches_per_step: int
     steps_per_epoch: int
     steps: int
-    epochs: float
+
+    def epochs_after(self, steps: int) -> float:
+        """The epochs that so many steps make, as the Trainer counts them: in batches."""
+        epochs, steps_left = divmod(steps, self.steps_per_epoch)
+        return epochs + steps_left * self.batches_per_step / self.batches_per_epoch
 
 
 def rows_of_whole_step(training_args):
@@ -27,9 +32,12 @@ def rows_of_whole_step(training_args):
 
 
 def plan_steps(training_args, num_rows: int) -> StepPlan:
-    """The StepPlan of a run on `num_rows` rows. ValueError where --dataloader_drop_last leaves no batch of them."""
-    batch_size, processes = training_args.per_device_train_batch_size, training_args.world_size
-    accumulated = training_args.gradient_accumulation_steps
+    """The StepPlan of a run on `num_rows` rows. ValueError where --dataloader_drop_last leaves no batch of them.
+
+    Batches are those of the flags, whatever is merged.
+    """
+    batch_size, accumulated = training_args.given_batches
+    processes = training_args.world_size
     if training_args.dataloader_drop_last:
         batches = num_rows // batch_size // processes
     else:
@@ -47,14 +55,13 @@ def plan_steps(training_args, num_rows: int) -> StepPlan:
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * steps_per_epoch)
-    epochs, steps_left = divmod(steps, steps_per_epoch)
     return StepPlan(
         rows_per_step,
         rows_per_epoch - (steps_per_epoch - 1) * rows_per_step,
         batches,
+        accumulated,
         steps_per_epoch,
         steps,
-        epochs + steps_left * accumulated / batches,
     )
 
 
@@ -65,7 +72,7 @@ def describe_steps(training_args, num_rows: int) -> str:
     line = f"Batch: {rows} rows x {accumulated} accumulated x {training_args.world_size} processes"
     whole = rows_of_whole_step(training_args)
     line += " = " if plan.rows_per_step == whole else f", but there are {plan.rows_per_step}: "
-    line += f"{plan.rows_per_step} rows a step; {plan.steps} steps = {plan.epochs:.2f} epochs of {num_rows} rows."
+    line += f"{plan.rows_per_step} rows a step; {plan.steps} steps = {plan.epochs_after(plan.steps):.2f} epochs of {num_rows} rows."
     if plan.rows_of_last_step < plan.rows_per_step and plan.steps >= plan.steps_per_epoch:
         line += f" The last step of an epoch has {plan.rows_of_last_step} rows."
     return line

@@ -18,6 +18,7 @@ from checkpoints.run_folder import BEST_LINK, checkpoint_name, list_checkpoints,
 from common.messages import dtype_name
 from common.ranks import gather
 from data.mixture import shown_rows
+from training.schedule import plan_steps
 
 ZERO_STEPS = 5  # steps in a row with a gradient of exactly 0 before it is said
 SKIPPED_STEPS = 20  # steps in a row that loss scaling may skip: it has then halved its factor a million times
@@ -196,6 +197,7 @@ def watched_key(args) -> str:
 class RunWatch(TrainerCallback):
     """Measures a dev loss at every save, keeps `best` in the output folder, and notices a loss that rises.
 
+    Where batches are merged, it counts epochs in those of the flags: logs have the same numbers then.
     With `early_stopping` the run ends there, with a checkpoint; otherwise it is said once.
     """
 
@@ -204,7 +206,8 @@ class RunWatch(TrainerCallback):
         self.early_stopping = early_stopping
         self.say = say
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+        self.plan = plan_steps(args, len(train_dataloader.dataset)) if args.merged_batches > 1 else None
         self.output_dir, self.saved_step = args.output_dir, state.global_step  # where a resumed run goes on, or 0
         self.key = watched_key(args)
         self.trend, self.rise_said = follow(state.log_history, self.key)
@@ -213,6 +216,8 @@ class RunWatch(TrainerCallback):
                 self.say(said)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.plan:
+            state.epoch = self.plan.epochs_after(state.global_step)
         if control.should_save and args.eval_strategy != "no":
             control.should_evaluate = True
 

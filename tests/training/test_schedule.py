@@ -19,6 +19,7 @@ def flags(batch_size=1, accumulation=1, processes=1, max_steps=-1, epochs=3.0, d
         num_train_epochs=epochs,
         dataloader_drop_last=drop_last,
         precision=precision,
+        given_batches=(batch_size, accumulation),
     )
 
 
@@ -44,7 +45,7 @@ def flags(batch_size=1, accumulation=1, processes=1, max_steps=-1, epochs=3.0, d
 def test_plan_says_rows_steps_and_epochs(given, num_rows, rows_a_step, rows_at_the_end, steps, epochs):
     plan = plan_steps(given, num_rows)
     assert (plan.rows_per_step, plan.rows_of_last_step, plan.steps) == (rows_a_step, rows_at_the_end, steps)
-    assert plan.epochs == pytest.approx(epochs)
+    assert plan.epochs_after(plan.steps) == pytest.approx(epochs)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 6, 8, 20, 42, 60])
