@@ -15,7 +15,6 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, PreTrainedTokenizer
-from transformers.utils import PaddingStrategy
 
 from chatglm2.conversation import read_history
 from common.claims import MOST_TOKENIZER_BYTES, check_size
@@ -199,22 +198,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         return self.sp_model.get_piece_size() + len(SPECIAL_TOKENS)
 
-    @property
-    def unk_token_id(self) -> int:
-        return self.chosen_ids.get("unk_token", self.sp_model.unk_id())
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.chosen_ids.get("pad_token", self.sp_model.unk_id())
-
-    @property
-    def eos_token_id(self) -> int:
-        return self.chosen_ids.get("eos_token", self.sp_model.eos_id())
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self.chosen_ids.get("bos_token", self.sp_model.bos_id() if self.sp_model.bos_id() >= 0 else None)
-
+    unk_token_id = property(lambda self: self.chosen_ids.get("unk_token", self.sp_model.unk_id()))
+    pad_token_id = property(lambda self: self.chosen_ids.get("pad_token", self.sp_model.unk_id()))
+    eos_token_id = property(lambda self: self.chosen_ids.get("eos_token", self.sp_model.eos_id()))
+    bos_token_id = property(
+        lambda self: self.chosen_ids.get("bos_token", self.sp_model.bos_id() if self.sp_model.bos_id() >= 0 else None)
+    )
     unk_token = property(lambda self: self._name_of(self.unk_token_id))
     pad_token = property(lambda self: self._name_of(self.pad_token_id))
     eos_token = property(lambda self: self._name_of(self.eos_token_id))
@@ -317,26 +306,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         mask = [1] * len(self.prefix_tokens) + [0] * len(token_ids_0)
         return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
 
-    def _pad(
-        self,
-        encoded_inputs,
-        max_length=None,
-        padding_strategy=PaddingStrategy.DO_NOT_PAD,
-        pad_to_multiple_of=None,
-        padding_side=None,
-        return_attention_mask=None,
-    ) -> dict:
+    def _pad(self, encoded_inputs, *args, padding_side=None, **kwargs) -> dict:
         """The base class pads ids and attention mask; position ids count from 0 and are 0 at padding."""
         if "position_ids" not in encoded_inputs:
             encoded_inputs["position_ids"] = list(range(len(encoded_inputs["input_ids"])))
-        encoded_inputs = super()._pad(
-            encoded_inputs,
-            max_length=max_length,
-            padding_strategy=padding_strategy,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_attention_mask=return_attention_mask,
-        )
+        encoded_inputs = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         padding = [0] * (len(encoded_inputs["input_ids"]) - len(encoded_inputs["position_ids"]))
         if (padding_side or self.padding_side) == "left":
             encoded_inputs["position_ids"] = padding + encoded_inputs["position_ids"]
@@ -401,7 +375,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write `tokenizer.model`, also where the file it was read from is gone."""
         name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
-        file = Path(save_directory) / name
+        file = Path(save_directory, name)
         file.write_bytes(self.sp_model.serialized_model_proto())
         return (str(file),)
 
