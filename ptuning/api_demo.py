@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from arguments import add_model_arguments, parse_words
 from common.failure import run
@@ -45,98 +45,21 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from common.files import file_sha256
+from serving.api_bodies import CODES, RESPONSES, ChatRequest, OfficialRequest, said
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
 from serving.server import Busy, Sampling
 
-MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
 
 # ---- requests and answers
-
-
-class Strict(BaseModel):
-    """Wrong types are refused rather than converted; unknown fields are ignored, as clients send many."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    role: Literal["system", "user", "assistant"]
-    # One problem of a list is told, not half a million.
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
-
-    def text(self):
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class StreamOptions(Strict):
-    include_usage: bool | None = None
-
-
-Stop = Annotated[str, Field(min_length=1, max_length=100)]
-
-
-class ChatRequest(Strict):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
-    model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy [0.95].")
-    top_p: float | None = Field(None, ge=0, le=1, description="Probability mass to choose from [0.8].")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-
-Turn = Annotated[list[str], Field(min_length=2, max_length=2)]
-
-
-class OfficialRequest(Strict):
-    prompt: str
-    history: Annotated[list[Turn], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
-    max_length: int | None = Field(None, ge=1, description="Tokens of prompt and answer together [2048].")
-    top_p: float | None = Field(None, ge=0, le=1, description="[0.7]")
-    temperature: float | None = Field(None, ge=0, le=2, description="[0.95]")
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class Error(BaseModel):
-    error: ErrorBody
-
-
-ERRORS = {
-    400: "The request, or the prompt's length.",
-    401: "The key.",
-    404: "No such model.",
-    408: "The request did not arrive in time.",
-    413: "More than 1 MiB.",
-    429: "All places are taken, or this client's share of them is, or it has tried too many wrong keys.",
-    500: "The model failed.",
-}
-RESPONSES = {status: {"model": Error, "description": text} for status, text in ERRORS.items()}
-CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
 class NoModel(HTTPException):
@@ -344,9 +267,7 @@ def create_app(server, api_key=None, cors_origins=()):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
         model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
         pending = Pending(server, request)
-        token_ids = await pending.encode(
-            limiter, lambda: (*conversation([(message.role, message.text()) for message in body.messages]), model)
-        )
+        token_ids = await pending.encode(limiter, lambda: (*conversation(said(body.messages)), model))
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         samplings = [
             Sampling(

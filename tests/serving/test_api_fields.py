@@ -1,0 +1,80 @@
+"""What fields of OpenAI's requests do, or are refused for: roles, tools, formats, probabilities; and raw prompts."""
+
+import pytest
+from support.chat_server import GREEDY, QUERIES, SlowServer, finish, make_run, open_server
+from support.over_http import call, serve
+
+import api_demo
+
+MODEL = "checkpoint-20"
+USER = [{"role": "user", "content": QUERIES[0]}]
+GREEDY_FIELDS = {"temperature": 0, "max_tokens": GREEDY.max_new_tokens}
+TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("run"), lengths=(4, 4, 6))
+    server = open_server("--ptuning_checkpoint", run / MODEL, server_class=SlowServer)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def port(server):
+    port, end = serve(api_demo.create_app(server))
+    yield port
+    end()
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    openai = pytest.importorskip("openai", reason="pip install -r tests/requirements.txt")
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+
+def chat(client, messages=USER, **fields):
+    return client.chat.completions.create(model=MODEL, messages=messages, **{**GREEDY_FIELDS, **fields})
+
+
+# ---- roles, tools and formats
+
+
+@pytest.mark.parametrize("nothing", [{"content": None}, {}])
+def test_a_replayed_history_with_tools_is_read(client, server, nothing):
+    messages = [
+        {"role": "developer", "content": "简短回答。"},
+        {"role": "user", "content": QUERIES[2]},
+        {"role": "assistant", "content": "你好！"},
+        {"role": "user", "content": QUERIES[0]},
+        {"role": "assistant", "tool_calls": [TOOL_CALL], **nothing},
+        {"role": "tool", "tool_call_id": "c1", "content": "晴"},
+    ]
+    expected = finish(server, f"{QUERIES[0]}\n晴", [(f"简短回答。\n{QUERIES[2]}", "你好！")])
+    completion = chat(client, messages)
+    assert completion.choices[0].message.content == expected.text
+    assert completion.usage.prompt_tokens == len(expected.token_ids)
+
+
+def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    completion = chat(client, tools=tools, tool_choice="auto", response_format={"type": "text"})
+    assert completion.choices[0].message.content == finish(server, QUERIES[0]).text
+
+
+@pytest.mark.parametrize(
+    "fields, problem",
+    [
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content: found null"),
+        ({"messages": [{"role": "tool"}]}, "messages.0.content: found null"),
+        ({"messages": [*USER, {"role": "assistant", "content": None}]}, "The last message is of role 'assistant'"),
+        ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice: expected 'auto' or 'none'"),
+        ({"function_call": {"name": "a"}}, "function_call: expected 'auto' or 'none'"),
+        ({"response_format": {"type": "json_object"}}, "response_format: expected {'type': 'text'}"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: expected {'type': 'text'}"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(port, fields, problem):
+    status, answer = call(port, "POST", "/v1/chat/completions", {"messages": USER, **fields})
+    assert status == 400 and problem in answer["error"]["message"], answer
