@@ -50,11 +50,11 @@ from starlette.exceptions import HTTPException
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from common.files import file_sha256
-from serving.api_bodies import CODES, RESPONSES, ChatRequest, OfficialRequest, said
+from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, OfficialRequest, said
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
-from serving.server import Busy, Sampling
+from serving.server import Busy, Sampling, TooLong
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
@@ -64,6 +64,30 @@ LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
 class NoModel(HTTPException):
     """404 for a model, not for a path."""
+
+
+class PromptTooLong(HTTPException):
+    """400 for a prompt that leaves no room for an answer."""
+
+    def __init__(self, detail):
+        super().__init__(400, str(detail))
+
+
+class RequestId:
+    """ASGI middleware: every answer gets an x-request-id, which OpenAI's clients show with an error."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        header = (b"x-request-id", f"req_{uuid.uuid4().hex}".encode())
+
+        async def name(message):
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            await send(message)
+
+        await self.app(scope, receive, name)
 
 
 class JsonWithoutAType:
@@ -113,6 +137,8 @@ class Pending:
             return await run_sync(tokenize, limiter=limiter)
         except Busy as error:
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+        except TooLong as error:
+            raise PromptTooLong(error) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
 
@@ -125,6 +151,8 @@ class Pending:
         except Busy as error:
             self.cancel()
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+        except TooLong as error:
+            raise PromptTooLong(error) from error
         except (ValueError, OSError) as error:
             self.cancel()
             raise HTTPException(400, str(error)) from error
@@ -210,6 +238,7 @@ def create_app(server, api_key=None, cors_origins=()):
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(RequestId)  # the last one added is the outermost: refusals of the others have it, too
     bearer = HTTPBearer(auto_error=False, description="The key of --api_key, where one is set.")
 
     attempts = Attempts()
@@ -234,6 +263,8 @@ def create_app(server, api_key=None, cors_origins=()):
         if status in (404, 405) and not isinstance(error, NoModel):
             message = f"There is no {request.method} {request.url.path} here; there are {names(app)}."
             code = "unknown_url"
+        if isinstance(error, PromptTooLong):
+            code = TOO_LONG
         return error_response(status, message, error.headers, code)
 
     @app.exception_handler(RequestValidationError)
@@ -243,9 +274,11 @@ def create_app(server, api_key=None, cors_origins=()):
             return error_response(400, "A web page must send this with the header Content-Type: application/json.")
         found = error.errors()
         problems = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in found]
-        if any(problem["type"] == "too_long" for problem in found):
+        code = None
+        if any(problem["type"] == "too_long" and "stop" not in problem["loc"] for problem in found):
             problems.append(f"this model takes {server.model.config.seq_length} tokens for prompt and answer together")
-        return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode())
+            code = TOO_LONG
+        return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode(), code=code)
 
     def model_name(name):
         name = name or server.default
@@ -299,8 +332,9 @@ def create_app(server, api_key=None, cors_origins=()):
 
     @app.get("/v1/models", dependencies=locked, responses={401: RESPONSES[401]})
     def models():
-        """The base model and every checkpoint of the run."""
-        return {"object": "list", "data": [describe_model(name) for name in server.models()]}
+        """The model that answers by default, then every other checkpoint of the run and the base model."""
+        ordered = sorted(server.models(), key=lambda name: name != server.default)
+        return {"object": "list", "data": [describe_model(name) for name in ordered]}
 
     @app.get("/v1/models/{model}", dependencies=locked, responses={401: RESPONSES[401], 404: RESPONSES[404]})
     def one_model(model: str):
@@ -315,8 +349,8 @@ def create_app(server, api_key=None, cors_origins=()):
         token_ids = await pending.encode(limiter, lambda: (body.prompt, history))
         max_length = min(body.max_length or 2048, server.model.config.seq_length)
         if len(token_ids) >= max_length:
-            raise HTTPException(
-                400, f"The prompt has {len(token_ids)} tokens, and max_length is {max_length} for prompt and answer."
+            raise PromptTooLong(
+                f"The prompt has {len(token_ids)} tokens, and max_length is {max_length} for prompt and answer."
             )
         sampling = Sampling(
             max_new_tokens=max_length - len(token_ids),

@@ -129,3 +129,4 @@ ERRORS = {
 }
 RESPONSES = {status: {"model": Error, "description": text} for status, text in ERRORS.items()}
 CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+TOO_LONG = "context_length_exceeded"  # code of a 400

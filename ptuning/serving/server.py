@@ -47,6 +47,10 @@ class Busy(RuntimeError):
     """All places are taken and the queue is full."""
 
 
+class TooLong(ValueError):
+    """A prompt leaves no room for an answer."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens. `temperature` 0 is greedy; `max_new_tokens` counts the answer only."""
@@ -238,8 +242,8 @@ class ChatServer:
             raise self.too_long(f"The prompt has {len(token_ids)} tokens")
 
     def too_long(self, found, unit="", what="question or the history"):
-        """The ValueError for a prompt that leaves no room for an answer."""
-        return ValueError(
+        """The error for a prompt that leaves no room for an answer."""
+        return TooLong(
             f"{found}; this model takes {self.model.config.seq_length} {unit}for prompt and answer together (seq_length "
             f"of its config.json). Shorten the {what}."
         )

@@ -78,3 +78,44 @@ def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
 def test_what_cannot_be_honoured_is_refused(port, fields, problem):
     status, answer = call(port, "POST", "/v1/chat/completions", {"messages": USER, **fields})
     assert status == 400 and problem in answer["error"]["message"], answer
+
+
+# ---- what clients look for beside the answer
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "好" * 5000}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "好" * 50_000}]}),
+        ("/v1/chat/completions", {"messages": USER * 5000}),
+        ("/", {"prompt": "好" * 5000}),
+        ("/", {"prompt": QUERIES[0], "max_length": 5}),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_known_by_its_code(port, path, body):
+    status, answer = call(port, "POST", path, body)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_list_of_too_many_stops_is_no_matter_of_the_context(port):
+    status, answer = call(port, "POST", "/v1/chat/completions", {"messages": USER, "stop": ["a"] * 17})
+    assert (status, answer["error"]["code"]) == (400, None) and "this model takes" not in answer["error"]["message"]
+
+
+def test_the_model_that_answers_by_default_is_the_first(client, server):
+    assert [model.id for model in client.models.list().data] == [MODEL, "checkpoint-10", "checkpoint-30", "base"]
+    assert client.models.list().data[0].id == server.default
+
+
+def test_every_answer_has_a_request_id_of_its_own(client, port):
+    import openai
+
+    ids = {chat(client, max_tokens=1)._request_id for _ in range(2)}
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(model="gpt-4", messages=USER)
+    with pytest.raises(openai.APIStatusError) as too_large:
+        chat(client, [{"role": "user", "content": "a" * 2**20}])
+    stream = client.chat.completions.with_raw_response.create(model=MODEL, messages=USER, stream=True, max_tokens=1)
+    ids |= {refused.value.request_id, too_large.value.request_id, stream.headers["x-request-id"]}
+    assert None not in ids and len(ids) == 5
