@@ -54,6 +54,7 @@ from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, Official
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
+from serving.probabilities import chat_entries
 from serving.server import Busy, Sampling, TooLong
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
@@ -188,6 +189,14 @@ class Pending:
         for answer in self.answers:
             answer.cancel()
 
+    def logprobs(self, answer, start=0):
+        """Those of an answer from its token `start` on, in OpenAI's form; None where nobody asked."""
+        found = answer.logprobs[start:]
+        if answer.sampling.logprobs is None or (start and not found):
+            return None
+        token_ids = answer.response_ids[start : start + len(found)]
+        return {"content": chat_entries(self.server.tokenizer, token_ids, found[: len(token_ids)]), "refusal": None}
+
     def usage(self):
         prompt = len(self.answers[0].token_ids)
         completion = sum(len(answer.response_ids) for answer in self.answers)
@@ -202,25 +211,30 @@ async def stream_chat(pending, head, include_usage):
             more = {"usage": None, **more}
         return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
-    def choice(index, delta, finish_reason=None):
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+    def choice(index, delta, finish_reason=None, logprobs=None):
+        return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
 
-    sent = [0] * len(pending.answers)
+    sent, told = [0] * len(pending.answers), [0] * len(pending.answers)  # characters, log-probabilities
     running = dict(enumerate(pending.answers))
     for index in running:
         yield event(choice(index, {"role": "assistant", "content": ""}))
     async for _ in pending.changes():
         for index, answer in list(running.items()):
             reason, text = answer.finish_reason, answer.text  # in this order: the text is written first
+            logprobs = None
+            if len(text) > sent[index] or reason:
+                logprobs = pending.logprobs(answer, told[index])
+                told[index] += len(logprobs["content"]) if logprobs else 0
             if len(text) > sent[index]:
-                yield event(choice(index, {"content": text[sent[index] :]}))
+                yield event(choice(index, {"content": text[sent[index] :]}, None, logprobs))
+                logprobs = None
                 sent[index] = len(text)
             if reason == "error":
                 yield f"data: {json.dumps({'error': {'message': answer.error, 'type': 'server_error'}})}\n\n"
                 return
             if reason:
                 del running[index]
-                yield event(choice(index, {}, "stop" if reason == "cancelled" else reason))
+                yield event(choice(index, {}, "stop" if reason == "cancelled" else reason, logprobs))
     if include_usage:
         yield event([], usage=pending.usage())
     yield "data: [DONE]\n\n"
@@ -309,6 +323,7 @@ def create_app(server, api_key=None, cors_origins=()):
                 temperature=0.95 if body.temperature is None else body.temperature,
                 seed=None if body.seed is None else (body.seed + index) % 2**63,
                 stop=stop,
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             )
             for index in range(body.n or 1)
         ]
@@ -323,7 +338,7 @@ def create_app(server, api_key=None, cors_origins=()):
             {
                 "index": index,
                 "message": {"role": "assistant", "content": answer.text},
-                "logprobs": None,
+                "logprobs": pending.logprobs(answer),
                 "finish_reason": answer.finish_reason,
             }
             for index, answer in enumerate(pending.answers)

@@ -89,9 +89,18 @@ class ChatRequest(Strict):
     n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = Field(None, description="Give the log-probability of every token of the answer.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="So many of the likeliest tokens at each place.")
     tool_choice: Choice = Field(None, description="No tool is called.")
     function_call: Choice = Field(None, description="Its older name.")
     response_format: Annotated[TextFormat | None, NO_JSON] = Field(None, description="Text only.")
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def only_with_logprobs(cls, count, info):
+        if count and not info.data.get("logprobs"):
+            raise PydanticCustomError("alone", "expected only with logprobs: true")
+        return count
 
 
 Turn = Annotated[list[str], Field(min_length=2, max_length=2)]

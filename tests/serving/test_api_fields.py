@@ -1,10 +1,14 @@
 """What fields of OpenAI's requests do, or are refused for: roles, tools, formats, probabilities; and raw prompts."""
 
 import pytest
+import torch
+from conftest import TINY
 from support.chat_server import GREEDY, QUERIES, SlowServer, finish, make_run, open_server
 from support.over_http import call, serve
 
 import api_demo
+from checkpoint import load_model, load_prefix, load_tokenizer, read_config
+from serving.probabilities import token_bytes
 
 MODEL = "checkpoint-20"
 USER = [{"role": "user", "content": QUERIES[0]}]
@@ -70,6 +74,8 @@ def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
         ({"messages": [*USER, {"role": "assistant", "content": None}]}, "The last message is of role 'assistant'"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
         ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice: expected 'auto' or 'none'"),
+        ({"top_logprobs": 3}, "top_logprobs: expected only with logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"function_call": {"name": "a"}}, "function_call: expected 'auto' or 'none'"),
         ({"response_format": {"type": "json_object"}}, "response_format: expected {'type': 'text'}"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: expected {'type': 'text'}"),
@@ -78,6 +84,61 @@ def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
 def test_what_cannot_be_honoured_is_refused(port, fields, problem):
     status, answer = call(port, "POST", "/v1/chat/completions", {"messages": USER, **fields})
     assert status == 400 and problem in answer["error"]["message"], answer
+
+
+# ---- probabilities
+
+
+def expected_logprobs(server, token_ids, response_ids):
+    """Log-probabilities (S, V) at the answer's tokens, by one pass through the model with the prefix in it."""
+    model = load_model(TINY, config=read_config(TINY, pre_seq_len=4))
+    load_prefix(model, server.checkpoints()[MODEL])
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([token_ids + response_ids])).logits[0]
+    return logits[len(token_ids) - 1 : -1, : len(server.tokenizer)].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.5, "seed": 1}])
+def test_log_probabilities_are_those_of_the_model(client, server, sampling):
+    completion = chat(client, logprobs=True, top_logprobs=3, **sampling, max_tokens=12)
+    plain = chat(client, **sampling, max_tokens=12)
+    [choice] = completion.choices
+    assert choice.message.content == plain.choices[0].message.content and plain.choices[0].logprobs is None
+    entries = choice.logprobs.content
+    assert len(entries) == completion.usage.completion_tokens
+    settings = api_demo.Sampling(12, 0.8, sampling["temperature"], sampling.get("seed"))
+    answer = finish(server, QUERIES[0], sampling=settings)
+    expected = expected_logprobs(server, answer.token_ids, answer.response_ids)
+    for entry, token_id, row in zip(entries, answer.response_ids, expected, strict=True):
+        assert entry.logprob == pytest.approx(row[token_id].item(), abs=1e-4)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+        assert len({top.token for top in entry.top_logprobs}) == 3
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode().strip() == answer.text
+
+
+def test_streamed_log_probabilities_are_those_of_the_whole_answer(client):
+    whole = chat(client, logprobs=True, max_tokens=12).choices[0].logprobs.content
+    chunks = [chunk.choices[0] for chunk in chat(client, logprobs=True, max_tokens=12, stream=True)]
+    assert [entry for choice in chunks if choice.logprobs for entry in choice.logprobs.content] == whole
+    assert all(entry.top_logprobs == [] for entry in whole)
+
+
+def test_a_byte_of_a_character_is_given_as_a_byte(server):
+    tokenizer = server.tokenizer
+    token_ids = tokenizer.encode("𠮷", add_special_tokens=False)
+    assert b"".join(token_bytes(tokenizer, token_id) for token_id in token_ids).decode().strip() == "𠮷"
+
+
+# ---- added tokens
+
+
+def test_an_added_token_may_be_chosen(server, monkeypatch):
+    tokenizer = load_tokenizer(TINY, server.model.config)
+    tokenizer.add_tokens(["<新>"])
+    monkeypatch.setattr(server, "tokenizer", tokenizer)
+    likely = torch.zeros(1, server.model.config.padded_vocab_size)
+    likely[0, len(tokenizer) - 1] = 1
+    assert server._feed(lambda: likely).argmax(-1).tolist() == [len(tokenizer) - 1]
 
 
 # ---- what clients look for beside the answer
