@@ -323,7 +323,7 @@ def create_app(server, api_key=None, cors_origins=()):
                 temperature=0.95 if body.temperature is None else body.temperature,
                 seed=None if body.seed is None else (body.seed + index) % 2**63,
                 stop=stop,
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+                logprobs=(body.top_logprobs or 0) if body.logprobs or body.top_logprobs else None,
             )
             for index in range(body.n or 1)
         ]

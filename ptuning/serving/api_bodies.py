@@ -39,7 +39,10 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     # One problem of a list is told, not half a million.
     content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = Field(
-        None, validate_default=True, description="null or missing only where an assistant called a tool."
+        None,
+        validate_default=True,
+        description="null or missing only where an assistant called a tool.",
+        json_schema_extra=lambda schema: schema.update(anyOf=schema["anyOf"][:2]),  # null is the exception
     )
 
     @field_validator("content")
@@ -90,17 +93,12 @@ class ChatRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = Field(None, description="Give the log-probability of every token of the answer.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="So many of the likeliest tokens at each place.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="So many of the likeliest at each place, and logprobs."
+    )
     tool_choice: Choice = Field(None, description="No tool is called.")
     function_call: Choice = Field(None, description="Its older name.")
     response_format: Annotated[TextFormat | None, NO_JSON] = Field(None, description="Text only.")
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def only_with_logprobs(cls, count, info):
-        if count and not info.data.get("logprobs"):
-            raise PydanticCustomError("alone", "expected only with logprobs: true")
-        return count
 
 
 Turn = Annotated[list[str], Field(min_length=2, max_length=2)]

@@ -74,7 +74,6 @@ def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
         ({"messages": [*USER, {"role": "assistant", "content": None}]}, "The last message is of role 'assistant'"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
         ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice: expected 'auto' or 'none'"),
-        ({"top_logprobs": 3}, "top_logprobs: expected only with logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"function_call": {"name": "a"}}, "function_call: expected 'auto' or 'none'"),
         ({"response_format": {"type": "json_object"}}, "response_format: expected {'type': 'text'}"),
@@ -121,6 +120,11 @@ def test_streamed_log_probabilities_are_those_of_the_whole_answer(client):
     chunks = [chunk.choices[0] for chunk in chat(client, logprobs=True, max_tokens=12, stream=True)]
     assert [entry for choice in chunks if choice.logprobs for entry in choice.logprobs.content] == whole
     assert all(entry.top_logprobs == [] for entry in whole)
+
+
+def test_top_logprobs_alone_ask_for_log_probabilities(client):
+    [entry] = chat(client, top_logprobs=2, max_tokens=1).choices[0].logprobs.content
+    assert len(entry.top_logprobs) == 2
 
 
 def test_a_byte_of_a_character_is_given_as_a_byte(server):
