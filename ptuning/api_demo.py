@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated
 
 from arguments import add_model_arguments, parse_words
 from common.failure import run
@@ -45,102 +45,50 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
 from checkpoints.weight_files import TENSORS_FILE
 from common.files import file_sha256
+from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, OfficialRequest, said
 from serving.api_index import docs_page, endpoints, names
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
-from serving.server import Busy, Sampling
+from serving.probabilities import chat_entries
+from serving.server import Busy, Sampling, TooLong
 
-MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
 
 # ---- requests and answers
 
 
-class Strict(BaseModel):
-    """Wrong types are refused rather than converted; unknown fields are ignored, as clients send many."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    role: Literal["system", "user", "assistant"]
-    # One problem of a list is told, not half a million.
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)]
-
-    def text(self):
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class StreamOptions(Strict):
-    include_usage: bool | None = None
-
-
-Stop = Annotated[str, Field(min_length=1, max_length=100)]
-
-
-class ChatRequest(Strict):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
-    model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy [0.95].")
-    top_p: float | None = Field(None, ge=0, le=1, description="Probability mass to choose from [0.8].")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-
-Turn = Annotated[list[str], Field(min_length=2, max_length=2)]
-
-
-class OfficialRequest(Strict):
-    prompt: str
-    history: Annotated[list[Turn], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
-    max_length: int | None = Field(None, ge=1, description="Tokens of prompt and answer together [2048].")
-    top_p: float | None = Field(None, ge=0, le=1, description="[0.7]")
-    temperature: float | None = Field(None, ge=0, le=2, description="[0.95]")
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class Error(BaseModel):
-    error: ErrorBody
-
-
-ERRORS = {
-    400: "The request, or the prompt's length.",
-    401: "The key.",
-    404: "No such model.",
-    408: "The request did not arrive in time.",
-    413: "More than 1 MiB.",
-    429: "All places are taken, or this client's share of them is, or it has tried too many wrong keys.",
-    500: "The model failed.",
-}
-RESPONSES = {status: {"model": Error, "description": text} for status, text in ERRORS.items()}
-CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
-
-
 class NoModel(HTTPException):
     """404 for a model, not for a path."""
+
+
+class PromptTooLong(HTTPException):
+    """400 for a prompt that leaves no room for an answer."""
+
+    def __init__(self, detail):
+        super().__init__(400, str(detail))
+
+
+class RequestId:
+    """ASGI middleware: every answer gets an x-request-id, which OpenAI's clients show with an error."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        header = (b"x-request-id", f"req_{uuid.uuid4().hex}".encode())
+
+        async def name(message):
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), header]}
+            await send(message)
+
+        await self.app(scope, receive, name)
 
 
 class JsonWithoutAType:
@@ -190,6 +138,8 @@ class Pending:
             return await run_sync(tokenize, limiter=limiter)
         except Busy as error:
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+        except TooLong as error:
+            raise PromptTooLong(error) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
 
@@ -202,6 +152,8 @@ class Pending:
         except Busy as error:
             self.cancel()
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+        except TooLong as error:
+            raise PromptTooLong(error) from error
         except (ValueError, OSError) as error:
             self.cancel()
             raise HTTPException(400, str(error)) from error
@@ -237,6 +189,14 @@ class Pending:
         for answer in self.answers:
             answer.cancel()
 
+    def logprobs(self, answer, start=0):
+        """Those of an answer from its token `start` on, in OpenAI's form; None where nobody asked."""
+        found = answer.logprobs[start:]
+        if answer.sampling.logprobs is None or (start and not found):
+            return None
+        token_ids = answer.response_ids[start : start + len(found)]
+        return {"content": chat_entries(self.server.tokenizer, token_ids, found[: len(token_ids)]), "refusal": None}
+
     def usage(self):
         prompt = len(self.answers[0].token_ids)
         completion = sum(len(answer.response_ids) for answer in self.answers)
@@ -251,25 +211,30 @@ async def stream_chat(pending, head, include_usage):
             more = {"usage": None, **more}
         return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
-    def choice(index, delta, finish_reason=None):
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+    def choice(index, delta, finish_reason=None, logprobs=None):
+        return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
 
-    sent = [0] * len(pending.answers)
+    sent, told = [0] * len(pending.answers), [0] * len(pending.answers)  # characters, log-probabilities
     running = dict(enumerate(pending.answers))
     for index in running:
         yield event(choice(index, {"role": "assistant", "content": ""}))
     async for _ in pending.changes():
         for index, answer in list(running.items()):
             reason, text = answer.finish_reason, answer.text  # in this order: the text is written first
+            logprobs = None
+            if len(text) > sent[index] or reason:
+                logprobs = pending.logprobs(answer, told[index])
+                told[index] += len(logprobs["content"]) if logprobs else 0
             if len(text) > sent[index]:
-                yield event(choice(index, {"content": text[sent[index] :]}))
+                yield event(choice(index, {"content": text[sent[index] :]}, None, logprobs))
+                logprobs = None
                 sent[index] = len(text)
             if reason == "error":
                 yield f"data: {json.dumps({'error': {'message': answer.error, 'type': 'server_error'}})}\n\n"
                 return
             if reason:
                 del running[index]
-                yield event(choice(index, {}, "stop" if reason == "cancelled" else reason))
+                yield event(choice(index, {}, "stop" if reason == "cancelled" else reason, logprobs))
     if include_usage:
         yield event([], usage=pending.usage())
     yield "data: [DONE]\n\n"
@@ -287,6 +252,7 @@ def create_app(server, api_key=None, cors_origins=()):
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    app.add_middleware(RequestId)  # the last one added is the outermost: refusals of the others have it, too
     bearer = HTTPBearer(auto_error=False, description="The key of --api_key, where one is set.")
 
     attempts = Attempts()
@@ -311,6 +277,8 @@ def create_app(server, api_key=None, cors_origins=()):
         if status in (404, 405) and not isinstance(error, NoModel):
             message = f"There is no {request.method} {request.url.path} here; there are {names(app)}."
             code = "unknown_url"
+        if isinstance(error, PromptTooLong):
+            code = TOO_LONG
         return error_response(status, message, error.headers, code)
 
     @app.exception_handler(RequestValidationError)
@@ -320,9 +288,11 @@ def create_app(server, api_key=None, cors_origins=()):
             return error_response(400, "A web page must send this with the header Content-Type: application/json.")
         found = error.errors()
         problems = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in found]
-        if any(problem["type"] == "too_long" for problem in found):
+        code = None
+        if any(problem["type"] == "too_long" and "stop" not in problem["loc"] for problem in found):
             problems.append(f"this model takes {server.model.config.seq_length} tokens for prompt and answer together")
-        return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode())
+            code = TOO_LONG
+        return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode(), code=code)
 
     def model_name(name):
         name = name or server.default
@@ -344,9 +314,7 @@ def create_app(server, api_key=None, cors_origins=()):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
         model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
         pending = Pending(server, request)
-        token_ids = await pending.encode(
-            limiter, lambda: (*conversation([(message.role, message.text()) for message in body.messages]), model)
-        )
+        token_ids = await pending.encode(limiter, lambda: (*conversation(said(body.messages)), model))
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         samplings = [
             Sampling(
@@ -355,6 +323,7 @@ def create_app(server, api_key=None, cors_origins=()):
                 temperature=0.95 if body.temperature is None else body.temperature,
                 seed=None if body.seed is None else (body.seed + index) % 2**63,
                 stop=stop,
+                logprobs=(body.top_logprobs or 0) if body.logprobs or body.top_logprobs else None,
             )
             for index in range(body.n or 1)
         ]
@@ -369,7 +338,7 @@ def create_app(server, api_key=None, cors_origins=()):
             {
                 "index": index,
                 "message": {"role": "assistant", "content": answer.text},
-                "logprobs": None,
+                "logprobs": pending.logprobs(answer),
                 "finish_reason": answer.finish_reason,
             }
             for index, answer in enumerate(pending.answers)
@@ -378,8 +347,9 @@ def create_app(server, api_key=None, cors_origins=()):
 
     @app.get("/v1/models", dependencies=locked, responses={401: RESPONSES[401]})
     def models():
-        """The base model and every checkpoint of the run."""
-        return {"object": "list", "data": [describe_model(name) for name in server.models()]}
+        """The model that answers by default, then every other checkpoint of the run and the base model."""
+        ordered = sorted(server.models(), key=lambda name: name != server.default)
+        return {"object": "list", "data": [describe_model(name) for name in ordered]}
 
     @app.get("/v1/models/{model}", dependencies=locked, responses={401: RESPONSES[401], 404: RESPONSES[404]})
     def one_model(model: str):
@@ -394,8 +364,8 @@ def create_app(server, api_key=None, cors_origins=()):
         token_ids = await pending.encode(limiter, lambda: (body.prompt, history))
         max_length = min(body.max_length or 2048, server.model.config.seq_length)
         if len(token_ids) >= max_length:
-            raise HTTPException(
-                400, f"The prompt has {len(token_ids)} tokens, and max_length is {max_length} for prompt and answer."
+            raise PromptTooLong(
+                f"The prompt has {len(token_ids)} tokens, and max_length is {max_length} for prompt and answer."
             )
         sampling = Sampling(
             max_new_tokens=max_length - len(token_ids),

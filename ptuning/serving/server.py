@@ -36,6 +36,7 @@ from checkpoints.run_folder import list_checkpoints
 from common.messages import dtype_name
 from common.slowness import slow_because
 from serving.limits import Turns, fair_share
+from serving.probabilities import log_probabilities
 
 BASE = "base"  # name of the model without a prefix
 CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
@@ -47,6 +48,10 @@ class Busy(RuntimeError):
     """All places are taken and the queue is full."""
 
 
+class TooLong(ValueError):
+    """A prompt leaves no room for an answer."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens. `temperature` 0 is greedy; `max_new_tokens` counts the answer only."""
@@ -56,6 +61,7 @@ class Sampling:
     temperature: float = 0.95
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # keep each token's log-probability, and so many of the likeliest
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -83,6 +89,7 @@ class Answer:
     client: object = None  # who asked
     text: str = ""
     response_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple] = field(default_factory=list)  # of each of them, where they were asked for
     finish_reason: str | None = None
     error: str | None = None
     cancelled: bool = False
@@ -107,6 +114,7 @@ class BatchRow:
     generator: random.Random
     started: float
     next_id: int = 0
+    next_logprob: tuple | None = None
 
 
 class ChatServer:
@@ -238,8 +246,8 @@ class ChatServer:
             raise self.too_long(f"The prompt has {len(token_ids)} tokens")
 
     def too_long(self, found, unit="", what="question or the history"):
-        """The ValueError for a prompt that leaves no room for an answer."""
-        return ValueError(
+        """The error for a prompt that leaves no room for an answer."""
+        return TooLong(
             f"{found}; this model takes {self.model.config.seq_length} {unit}for prompt and answer together (seq_length "
             f"of its config.json). Shorten the {what}."
         )
@@ -448,7 +456,7 @@ class ChatServer:
 
     def _feed(self, feed, *inputs):
         """Logits (rows, V) from admit() or step() of the batch, of the ids that are tokens."""
-        return feed(*inputs)[:, : self.tokenizer.vocab_size]
+        return feed(*inputs)[:, : len(self.tokenizer)]
 
     def _step(self):
         """Feed the chosen token of every running answer, and choose the next."""
@@ -460,6 +468,9 @@ class ChatServer:
         chosen = choose(logits, temperatures, top_ps, [row.generator.random() for row in rows])
         for row, token_id in zip(rows, chosen, strict=True):
             row.next_id = token_id
+        for place, (row, each) in enumerate(zip(rows, settings, strict=True)):
+            if each.logprobs is not None:
+                [row.next_logprob] = log_probabilities(logits[place : place + 1], [row.next_id], each.logprobs)
 
     def _remove(self, row):
         """Take an answer out of the batch."""
@@ -478,6 +489,8 @@ class ChatServer:
         if row.next_id == self.model.config.eos_token_id:
             reason = "stop"
         else:
+            if row.next_logprob is not None:
+                answer.logprobs.append(row.next_logprob)
             answer.response_ids.append(row.next_id)
             room = self.model.config.seq_length - len(answer.token_ids)
             if len(answer.response_ids) >= min(room, sampling.max_new_tokens):

@@ -1,0 +1,139 @@
+"""What the API takes and gives: the fields of its requests with their bounds, and its errors.
+
+Answers to the request bodies of the official `api.py` and `openai_api.py`, which bound nothing.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator
+from pydantic_core import PydanticCustomError
+
+MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
+SIDES = {"developer": "system", "tool": "user"}  # ChatGLM2 knows neither; what a tool says comes from outside, too
+
+
+class Strict(BaseModel):
+    """Wrong types are refused rather than converted; unknown fields are ignored, as clients send many."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def expected(what):
+    """A validator that says what a field must be, and what to do, where nothing else is honoured."""
+
+    def check(value, validate):
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("not_honoured", what) from None
+
+    return WrapValidator(check)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    # One problem of a list is told, not half a million.
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = Field(
+        None,
+        validate_default=True,
+        description="null or missing only where an assistant called a tool.",
+        json_schema_extra=lambda schema: schema.update(anyOf=schema["anyOf"][:2]),  # null is the exception
+    )
+
+    @field_validator("content")
+    @classmethod
+    def only_an_assistant_says_nothing(cls, content, info):
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("null", "found null or nothing, expected text; only an assistant's may be null")
+        return content
+
+    def text(self):
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+
+
+def said(messages):
+    """(role, text) of messages for conversation(). An answer without text, a call of a tool, is no turn."""
+    spoken = [message for message in messages[:-1] if message.content is not None] + messages[-1:]
+    return [(SIDES.get(message.role, message.role), message.text()) for message in spoken]
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+NO_TOOLS = expected("expected 'auto' or 'none': this model calls no tools. Leave the field out")
+NO_JSON = expected(
+    "expected {'type': 'text'}: answers are not held to a format. Leave the field out, and ask for JSON in a message"
+)
+Choice = Annotated[Literal["auto", "none"] | None, NO_TOOLS]
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class ChatRequest(Strict):
+    """A conversation to answer."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy [0.95].")
+    top_p: float | None = Field(None, ge=0, le=1, description="Probability mass to choose from [0.8].")
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = Field(None, description="Give the log-probability of every token of the answer.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="So many of the likeliest at each place, and logprobs."
+    )
+    tool_choice: Choice = Field(None, description="No tool is called.")
+    function_call: Choice = Field(None, description="Its older name.")
+    response_format: Annotated[TextFormat | None, NO_JSON] = Field(None, description="Text only.")
+
+
+Turn = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
+class OfficialRequest(Strict):
+    """A question and what was said before it."""
+
+    prompt: str
+    history: Annotated[list[Turn], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = None
+    max_length: int | None = Field(None, ge=1, description="Tokens of prompt and answer together [2048].")
+    top_p: float | None = Field(None, ge=0, le=1, description="[0.7]")
+    temperature: float | None = Field(None, ge=0, le=2, description="[0.95]")
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    error: ErrorBody
+
+
+ERRORS = {
+    400: "The request, or the prompt's length.",
+    401: "The key.",
+    404: "No such model.",
+    408: "The request did not arrive in time.",
+    413: "More than 1 MiB.",
+    429: "All places are taken, or this client's share of them is, or it has tried too many wrong keys.",
+    500: "The model failed.",
+}
+RESPONSES = {status: {"model": Error, "description": text} for status, text in ERRORS.items()}
+CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+TOO_LONG = "context_length_exceeded"  # code of a 400
