@@ -21,6 +21,7 @@ from typing import Annotated
 
 from arguments import add_model_arguments, parse_words
 from common.failure import run
+from first_look import look_at_demo
 
 
 def parse_arguments(argv):
@@ -34,7 +35,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
-    run(parse_arguments, sys.argv[1:])
+    run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 import uvicorn
 from anyio import CapacityLimiter
@@ -48,7 +49,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
-from checkpoints.weight_files import TENSORS_FILE
+from checkpoints.file_names import TENSORS_FILE
 from common.files import file_sha256
 from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, OfficialRequest, said
 from serving.api_index import docs_page, endpoints, names

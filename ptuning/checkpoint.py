@@ -36,26 +36,23 @@ from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.matmul import Linear, convert
 from chatglm2.quantization import choose_backend, is_quantized_weight, quantize_weight, use_backend_
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
+from checkpoints.file_names import INDEX_FILES, TENSORS_FILE, weight_files
 from checkpoints.placing import IGNORED, check_settings, device_of, own_memory, wanted_devices, wanted_dtype
-from checkpoints.run_folder import list_checkpoints, verify_checkpoint
-from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, finetuning_type, read_sidecar
-from checkpoints.ways import RULES
+from checkpoints.run_folder import check_holds_prefix, verify_checkpoint
+from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, read_sidecar
 from checkpoints.weight_files import (
     COPIED,
     FINGERPRINT_TENSOR,
-    INDEX_FILES,
     PREFIX_KEY,
     ROTARY_TENSOR,
-    TENSORS_FILE,
     check_tensor,
     check_trained,
     read_tensors,
     stored_dtype,
-    weight_files,
 )
 from common.files import read_json, write_json
 from common.messages import dtype_name, first_line
-from families import model_family
+from families import local_folder, read_base_settings
 
 # What PEFT's methods adapt where they are not told, other than query_key_value; as in models of the same shape.
 ADAPTED_MODULES = {
@@ -75,16 +72,8 @@ def resolve_folder(
 
     Raises FileNotFoundError that says where it looked and how to get the model.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise FileNotFoundError(f"--model_name_or_path {name_or_path} is a file; give the folder that holds it.")
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
-        raise FileNotFoundError(
-            f"--model_name_or_path {name_or_path}: there is no such folder. Give a folder with config.json, "
-            "tokenizer.model and the weights, or a hub id such as THUDM/chatglm2-6b."
-        )
+    if folder := local_folder(name_or_path):
+        return folder
     patterns = ["*.json", "tokenizer.model", *(("*.bin", "*.safetensors") if weights else ())]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
@@ -112,19 +101,7 @@ def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
     Raises FileNotFoundError without config.json, ValueError for a folder of another model or of a prefix.
     """
     folder = Path(folder)
-    settings = read_json(folder / "config.json")
-    family = model_family(settings, folder)
-    if family != "chatglm2":
-        raise ValueError(
-            f"{folder} holds {family}; this program trains ChatGLM2 (ChatGLM2-6B and models of its architecture). "
-            "Give a ChatGLM2 folder as --model_name_or_path."
-        )
-    trained = finetuning_type(folder)
-    if trained and RULES[trained].needs_base:
-        raise ValueError(
-            f"{folder} holds only what --finetuning_type {trained} trained, not a base model. "
-            f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
-        )
+    settings = read_base_settings(folder)
     if is_prefix_checkpoint(folder):
         raise ValueError(
             f"{folder} holds only a trained prefix (pre_seq_len {settings.get('pre_seq_len')}), not a base model. "
@@ -363,15 +340,8 @@ def read_prefix(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     a file that holds no prefix or is not as it was written.
     """
     checkpoint = Path(checkpoint)
+    check_holds_prefix(checkpoint)
     file = checkpoint / TENSORS_FILE
-    if not file.is_file():
-        parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        others = list_checkpoints(parent)
-        runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{TENSORS_FILE}")})
-        hint = "Give a folder that training wrote."
-        if others or runs:
-            hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
-        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
     verify_checkpoint(checkpoint, [TENSORS_FILE])
     tensors = {
         name.removeprefix(PREFIX_KEY): tensor for name, tensor in read_tensors(file) if name.startswith(PREFIX_KEY)

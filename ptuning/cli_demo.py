@@ -14,6 +14,7 @@ import sys
 
 from arguments import add_model_arguments, parse_words
 from common.failure import printable, run
+from first_look import look_at_demo
 
 
 def parse_arguments(argv):
@@ -27,7 +28,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
-    run(parse_arguments, sys.argv[1:])
+    run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 from serving.loading import load_server
 from serving.server import Sampling

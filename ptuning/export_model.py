@@ -24,6 +24,7 @@ from pathlib import Path
 from arguments import parse_words
 from chatglm2.bits import check_quantization_bit
 from common.failure import run
+from first_look import look_at_model
 
 
 def parse_arguments(argv):
@@ -53,7 +54,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
-    run(parse_arguments, sys.argv[1:])
+    run(lambda argv: look_at_model(parse_arguments(argv)), sys.argv[1:])
 
 import torch
 from transformers.utils import logging

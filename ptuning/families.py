@@ -8,12 +8,48 @@ of its first revision, without any name and without its Python files, cannot be 
 import json
 from pathlib import Path, PurePath
 
+from checkpoints.sidecar import finetuning_type
+from checkpoints.ways import RULES
 from common.claims import MOST_JSON_BYTES, check_size
+from common.files import read_json
 from common.text import parse_json
 
 ROLE_TOKEN = "<|user|>"  # ChatGLM3 has one for each role, ChatGLM2 none
 # Where a folder says its tokens. The Python file is read as text and never run.
 TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenization_chatglm.py")
+
+
+def local_folder(name_or_path: str) -> Path | None:
+    """The folder that --model_name_or_path names, None for a hub id. FileNotFoundError for what is neither."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise FileNotFoundError(f"--model_name_or_path {name_or_path} is a file; give the folder that holds it.")
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") != 1:
+        raise FileNotFoundError(
+            f"--model_name_or_path {name_or_path}: there is no such folder. Give a folder with config.json, "
+            "tokenizer.model and the weights, or a hub id such as THUDM/chatglm2-6b."
+        )
+    return None
+
+
+def read_base_settings(folder: Path) -> dict:
+    """config.json of a base model's folder. FileNotFoundError without it, ValueError where it is no ChatGLM2."""
+    settings = read_json(folder / "config.json")
+    family = model_family(settings, folder)
+    if family != "chatglm2":
+        raise ValueError(
+            f"{folder} holds {family}; this program trains ChatGLM2 (ChatGLM2-6B and models of its architecture). "
+            "Give a ChatGLM2 folder as --model_name_or_path."
+        )
+    trained = finetuning_type(folder)
+    if trained and RULES[trained].needs_base:
+        raise ValueError(
+            f"{folder} holds only what --finetuning_type {trained} trained, not a base model. "
+            f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
+        )
+    return settings
 
 
 def model_family(settings: dict, folder: Path | str) -> str:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from arguments import check_complete, parse_arguments, parse_flags
 from common.failure import catch_signals, end_with_launcher, leave, leave_on_signal, run
+from first_look import look_at_run
 from tuning.rules import engine_of
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
     catch_signals(leave_on_signal)
     end_with_launcher()
-    run(parse_flags, sys.argv[1:])
+    run(lambda argv: look_at_run(*parse_flags(argv)), sys.argv[1:])
 
 import torch
 from transformers import set_seed

@@ -16,6 +16,7 @@ import time
 
 from arguments import add_model_arguments, parse_words
 from common.failure import catch_signals, leave_on_signal, run
+from first_look import look_at_demo
 
 
 def parse_arguments(argv):
@@ -35,7 +36,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and gradio take seconds to load
-    run(parse_arguments, sys.argv[1:])
+    run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 import gradio as gr
 import torch

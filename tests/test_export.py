@@ -23,7 +23,8 @@ from checkpoint import (
     save_model,
     save_prefix,
 )
-from checkpoints.weight_files import read_tensors, weight_files
+from checkpoints.file_names import weight_files
+from checkpoints.weight_files import read_tensors
 
 
 def export(output_dir, *words, model=TINY):

@@ -12,6 +12,7 @@ FLOORS = (
     ("main", "web_demo", "cli_demo", "api_demo", "export_model", "compare", "launch"),
     ("serving",),
     ("trainer",),
+    ("first_look",),
     ("arguments",),
     ("training",),
     ("evaluation",),

@@ -13,10 +13,10 @@ import math
 import shutil
 from pathlib import Path
 
+from checkpoints.file_names import INDEX_FILES, TENSORS_FILE, weight_files
 from checkpoints.sidecar import SIDECAR_FILE
 from checkpoints.trainer_state import check_state
 from checkpoints.ways import ADAPTER_FILES
-from checkpoints.weight_files import INDEX_FILES, TENSORS_FILE, weight_files
 from common.claims import path_inside
 from common.files import STATE_FILE, file_sha256, flush_to_disk, read_json, write_json
 from common.messages import first_line
@@ -73,12 +73,13 @@ def point_to_best(run_folder: Path | str, step: int | None) -> str:
     return said
 
 
-def find_checkpoints(path: Path | str) -> tuple[list[Path], list[str]]:
+def find_checkpoints(path: Path | str, verified: bool = True) -> tuple[list[Path], list[str]]:
     """(the checkpoint folders that `--ptuning_checkpoint` means, what is wrong with others that were passed over).
 
     A checkpoint's folder is itself. A run's folder means its best checkpoint, or the last valid one where no best is
     known; `run/best` and `run/last` mean these, `run/all` every valid one, by step. Only the last gives several.
-    Raises FileNotFoundError, with what the run has, where there is none such.
+    Raises FileNotFoundError, with what the run has, where there is none such. Not `verified`: one of the run's, with
+    none of its bytes read.
     """
     path = Path(path)
     run, wanted = path, None
@@ -95,6 +96,8 @@ def find_checkpoints(path: Path | str) -> tuple[list[Path], list[str]]:
             f"--ptuning_checkpoint {path}: no best checkpoint is known, for want of a dev loss in training. {run} has "
             f"{', '.join(found)}; {run}/last and {run}/all name the last and all."
         )
+    if found and not verified:
+        return list(found.values())[-1:], []
     if wanted == "all":
         faults = {folder: fault_in(folder, whole=False) for folder in found.values()}
         valid, damaged = [folder for folder in faults if not faults[folder]], list(filter(None, faults.values()))
@@ -106,6 +109,20 @@ def find_checkpoints(path: Path | str) -> tuple[list[Path], list[str]]:
     if wanted is None:
         return [path], []
     raise FileNotFoundError(" ".join([f"--ptuning_checkpoint {path}: {run} has no complete checkpoint.", *damaged]))
+
+
+def check_holds_prefix(checkpoint: Path | str) -> None:
+    """FileNotFoundError for a folder without the file of a prefix, naming the checkpoints or runs beside it."""
+    checkpoint = Path(checkpoint)
+    if (checkpoint / TENSORS_FILE).is_file():
+        return
+    parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    others = list_checkpoints(parent)
+    runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{TENSORS_FILE}")})
+    hint = "Give a folder that training wrote."
+    if others or runs:
+        hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
+    raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
 
 
 def dev_loss_of(checkpoint: Path | str) -> float | None:

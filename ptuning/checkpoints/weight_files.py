@@ -1,4 +1,4 @@
-"""Files of weights: which there are in a folder, what is in them, memory-mapped.
+"""Files of weights: what is in them, memory-mapped.
 
 Answers to the `torch.load` of the official scripts. It differs in that pickles are read with `weights_only`, so that no
 code in a file is run, and that what a file claims is checked before it is believed.
@@ -13,15 +13,11 @@ import safetensors
 import safetensors.torch
 import torch
 
+from checkpoints.file_names import weight_files
 from common.claims import ZIP_MARK, check_claim, check_safetensors, check_torch_file
-from common.files import read_json
 from common.messages import first_line
 
-# The official name; holds what was trained as plain tensors: transformer.prefix_encoder.*, or what freeze trains.
-TENSORS_FILE = "pytorch_model.bin"
 PREFIX_KEY = "transformer.prefix_encoder."
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
 FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
 # Copied with a model, beside its weights. Python files are there for the official code, and never run here.
@@ -92,34 +88,6 @@ def claim_too_large(file, size):
                 return f"{name} claims {tensor.untyped_storage().nbytes():,} bytes, and the file has {size:,}"
     except Exception:  # it has another fault
         return None
-
-
-def weight_files(folder: Path | str) -> list[Path]:
-    """The weight files of a model folder, in order: those of its index, or the single one."""
-    folder = Path(folder)
-    for name in INDEX_FILES:
-        if (folder / name).is_file():
-            weight_map = read_json(folder / name).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{folder / name} has no weight_map. Download it again.")
-            files = weight_map.values()
-            strange = [file for file in files if not isinstance(file, str) or Path(file).name != file or file == ".."]
-            if strange:
-                raise ValueError(f"{folder / name} names {strange[0]!r}, which is no file in its folder.")
-            files = [folder / file for file in sorted(set(weight_map.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise FileNotFoundError(
-                    f"{folder} lacks {', '.join(missing)} ({len(missing)} of {len(files)} weight files that {name} "
-                    "names). Download the rest."
-                )
-            return files
-    for name in SINGLE_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise FileNotFoundError(
-        f"{folder} holds no weights; expected {', '.join(INDEX_FILES)}, or {' or '.join(SINGLE_FILES)}."
-    )
 
 
 def stored_dtype(folder: Path | str) -> torch.dtype:

@@ -121,3 +121,18 @@ def warn_of_port(port: int | str | None) -> str:
         f"Warning: whoever reaches port {port} of machine 0 (MASTER_PORT) can run code as you. Let only the machines of "
         "this run reach it."
     )
+
+
+def check_port(name: str, port: int) -> None:
+    """ValueError where nothing can listen on an address, before minutes go into loading a model."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"Nothing can listen on {name}:{port} ({reason}). If another program has that port, choose another one, "
+            f"such as {port + 1}."
+        ) from error

@@ -15,7 +15,7 @@ from chatglm2.conversation import conversation
 from common.messages import cut_short, silent
 from common.quoting import as_typed, flag_as_typed
 from data.cache import cached
-from data.rows import kind_of_value, read_data, read_rows
+from data.rows import glance, kind_of_value, read_data, read_rows
 
 COLUMNS = ("prompt", "query", "response", "history", "messages")
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
@@ -136,11 +136,41 @@ def _dialogue(
     return question, answer or "", [list(turn) for turn in history]
 
 
+def _parts_of(row, number, path, columns, flags, taken, keep_unlabelled):
+    """(prompt, response, history) of a row; ValueError where its columns are not as they should be."""
+    if columns["messages"]:
+        return _dialogue(path, number, columns["messages"], row, flags["messages"], keep_unlabelled)
+    prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
+    if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
+        prompt += "\n" + query
+    response = ""
+    if not keep_unlabelled or columns["response"] in row:
+        response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
+    return prompt, response, _history(path, number, columns["history"], row, flags["history"])
+
+
+def _names_of(columns, place=None):
+    """({column: its flag}, {column: the names that the others have})."""
+    flags = {name: flag_of(place, name) for name in COLUMNS}
+    return flags, {name: {columns[other] for other in COLUMNS if other != name} for name in COLUMNS}
+
+
+def look_at_file(path: str | os.PathLike, columns: dict, keep_unlabelled: bool) -> int | None:
+    """The number of rows in a data file, None where counting takes long. ValueError where its first row is faulty.
+
+    `columns` are {column: its name}. Where a checkpoint may yet name some of them, no row is looked at.
+    """
+    row, count = glance(path)
+    known = columns["messages"] or (columns["prompt"] and (keep_unlabelled or columns["response"]))
+    if row is not None and known:
+        _parts_of(row, 1, path, columns, *_names_of(columns), keep_unlabelled)
+    return count
+
+
 def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
-    flags = {name: flag_of(place, name) for name in COLUMNS}
-    taken = {name: {columns[other] for other in COLUMNS if other != name} for name in COLUMNS}
+    flags, taken = _names_of(columns, place)
     optional = ("query", "history", "response") if keep_unlabelled else ("query", "history")
     for name in optional:  # may be absent from a row, but not from all
         column = columns[name]
@@ -148,18 +178,7 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
             raise _missing_column(path, 1, column, rows[0], flags[name], taken[name])
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
-        if columns["messages"]:
-            prompt, response, history = _dialogue(
-                path, number, columns["messages"], row, flags["messages"], keep_unlabelled
-            )
-        else:
-            prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
-            if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
-                prompt += "\n" + query
-            response = ""
-            if not keep_unlabelled or columns["response"] in row:
-                response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
-            history = _history(path, number, columns["history"], row, flags["history"])
+        prompt, response, history = _parts_of(row, number, path, columns, flags, taken, keep_unlabelled)
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
         yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}

@@ -13,6 +13,9 @@ from pathlib import Path
 from common.messages import cut_short
 from common.text import DuplicateKey, decode_text, parse_json
 
+SMALL_FILE = 4 << 20  # bytes; read in a tenth of a second
+LARGEST_COUNTED = 1 << 30  # bytes; their lines are counted in half a second
+
 
 def kind_of_value(value) -> str:
     """The type of a JSON value in words, with the value where it is short."""
@@ -108,13 +111,17 @@ def _parse_csv(text: str, name: str) -> list[dict]:
     return rows
 
 
-def read_data(path: Path) -> bytes:
+def check_data_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a data file in it, such as {path / 'train.json'}")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file; copy what it gives into one and name that")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (looked for {path.absolute()}); check the data file's name")
+
+
+def read_data(path: Path) -> bytes:
+    check_data_file(path)
     return path.read_bytes()
 
 
@@ -137,3 +144,24 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} holds no rows; expected at least one example")
     return rows
+
+
+def glance(path: str | os.PathLike) -> tuple[dict | None, int | None]:
+    """(the first row of a data file, its number of rows), None for what takes long to know. Raises as read_rows.
+
+    A small file is read. Of a large one with JSON lines in UTF-8 the first is read, and the others are counted.
+    """
+    path = Path(path)
+    check_data_file(path)
+    size = path.stat().st_size
+    if size <= SMALL_FILE:
+        rows = read_rows(path)
+        return rows[0], len(rows)
+    with open(path, "rb") as file:
+        try:
+            row = parse_json(file.readline(SMALL_FILE).decode("utf-8-sig"), unique_keys=True)
+        except ValueError:  # another format or encoding, or a fault: said when all of it is read
+            return None, None
+        if not isinstance(row, dict) or size > LARGEST_COUNTED:
+            return row if isinstance(row, dict) else None, None
+        return row, 1 + sum(not line.isspace() for line in file)

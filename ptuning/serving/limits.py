@@ -8,7 +8,6 @@ environment variable; without it everybody behind a proxy is one client.
 import asyncio
 import contextlib
 import ipaddress
-import socket
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -255,18 +254,3 @@ def uvicorn_settings() -> dict:
         "timeout_graceful_shutdown": END_SECONDS,
         "forwarded_allow_ips": before_serving(),
     }
-
-
-def check_port(name: str, port: int) -> None:
-    """ValueError where nothing can listen on an address, before minutes go into loading a model."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"Nothing can listen on {name}:{port} ({reason}). If another program has that port, choose another one, "
-            f"such as {port + 1}."
-        ) from error

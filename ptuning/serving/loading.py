@@ -10,7 +10,7 @@ from checkpoint import choose_dtype, load_model, load_tokenizer
 from checkpoints.run_folder import list_checkpoints
 from common.flags import check_ranges
 from common.messages import dtype_name
-from serving.limits import check_port
+from common.processes import check_port
 from serving.server import BASE, ChatServer
 from tuning.methods import find_trained
 from tuning.session import check_base, contradiction, open_base, resolve_session

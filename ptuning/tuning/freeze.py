@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import warn_of_other_base
-from checkpoints.weight_files import TENSORS_FILE, check_trained, read_tensors
+from checkpoints.file_names import TENSORS_FILE
+from checkpoints.weight_files import check_trained, read_tensors
 from tuning.method import Method, named
 
 FREEZE_MODULES = {"mlp": "mlp", "qkv": "self_attention.query_key_value"}

@@ -3,7 +3,8 @@
 import torch
 
 from checkpoint import save_model
-from checkpoints.weight_files import read_tensors, weight_files
+from checkpoints.file_names import weight_files
+from checkpoints.weight_files import read_tensors
 from tuning.method import Method
 
 

@@ -16,8 +16,9 @@ from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
 from checkpoint import load_model, load_tokenizer, read_config
+from checkpoints.file_names import TENSORS_FILE, weight_files
 from checkpoints.run_folder import CHECKSUM_FILE, verify_checkpoint
-from checkpoints.weight_files import TENSORS_FILE, read_tensors, weight_files
+from checkpoints.weight_files import read_tensors
 from common.claims import MOST_JSON_BYTES, check_torch_file, path_inside
 from common.failure import describe
 from common.files import STATE_FILE, read_json

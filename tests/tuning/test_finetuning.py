@@ -10,7 +10,8 @@ from support.finetuned import METHODS, TRAIN, run
 import main
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from checkpoint import load_model, load_tokenizer, read_config, save_model
-from checkpoints.weight_files import read_tensors, weight_files
+from checkpoints.file_names import weight_files
+from checkpoints.weight_files import read_tensors
 from tuning.freeze import freeze_pattern
 from tuning.methods import prepare_model, read_settings
 

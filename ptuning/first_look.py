@@ -1,0 +1,105 @@
+"""What a program can say before torch is loaded, which takes seconds: its mistakes that need none, and its plan.
+
+Answers to nothing in the official scripts. Whatever is checked here is checked again where it is needed, with the same
+words; hub ids and all that takes long to read are left to that place.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+from arguments import EXAMPLES
+from checkpoints.run_folder import check_holds_prefix, find_checkpoints
+from checkpoints.sidecar import finetuning_type, read_sidecar
+from checkpoints.ways import DEFAULT_METHOD, RULES
+from common.processes import check_port
+from data.examples import COLUMNS, look_at_file
+from data.sources import FILES, source_of
+from families import local_folder, read_base_settings
+
+NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
+
+
+def look_at_checkpoint(text: str | None) -> Path | None:
+    """The last checkpoint folder that `--ptuning_checkpoint` means, or None. Raises as find_trained of methods.py."""
+    if not text:
+        return None
+    folder = None
+    for part in [text] if "," not in text or Path(text).exists() else filter(str.strip, text.split(",")):
+        folder = find_checkpoints(part.strip(), verified=False)[0][-1]
+        if finetuning_type(folder) in (None, DEFAULT_METHOD):
+            check_holds_prefix(folder)
+    return folder
+
+
+def look_at_base(name_or_path: str | None, checkpoint: Path | None, missing: str = NO_BASE) -> str | None:
+    """The base model that flag and checkpoint mean, None where this takes longer to know. Raises where it is none.
+
+    `missing` is said where nothing names one.
+    """
+    kind = (finetuning_type(checkpoint) or DEFAULT_METHOD) if checkpoint else None
+    if kind and kind != DEFAULT_METHOD and not RULES[kind].needs_base:
+        return str(checkpoint)  # all weights of a model
+    base = name_or_path or (checkpoint and read_sidecar(checkpoint).get("base_model"))
+    if not base:
+        raise ValueError(missing.format(checkpoint=checkpoint))
+    if isinstance(base, str) and (folder := local_folder(base)):
+        read_base_settings(folder)
+    return base
+
+
+def look_at_model(args) -> None:
+    """Check the model that export_model.py is to write. FileNotFoundError and ValueError."""
+    missing = "{checkpoint} does not say its base model; give --model_name_or_path."
+    look_at_base(args.model_name_or_path, look_at_checkpoint(args.ptuning_checkpoint), missing)
+
+
+def look_at_demo(args) -> None:
+    """Check the port and the model of a demo. FileNotFoundError and ValueError."""
+    if "server_port" in args:
+        check_port(args.server_name, args.server_port)
+    checkpoint = look_at_checkpoint(args.ptuning_checkpoint)
+    if args.pre_seq_len and not checkpoint:
+        raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
+    look_at_base(args.model_name_or_path, checkpoint)
+
+
+def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
+    """Check model, checkpoint and the first rows of a run of main.py, and print what it will do.
+
+    The arguments are what parse_flags gives. FileNotFoundError and ValueError.
+    """
+    trains = given.get("do_train", False)
+    resumes = trains and str(given.get("resume_from_checkpoint")).lower() not in ("none", "false")
+    checkpoint = None if resumes else look_at_checkpoint(model_args.ptuning_checkpoint)
+    base = model_args.model_name_or_path
+    if base or not resumes:
+        missing = f"--model_name_or_path is missing (for ADGEN: {EXAMPLES['model_name_or_path']})."
+        base = look_at_base(base, checkpoint, missing)
+    files = look_at_data(data_args, given, trains)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    plan = [f"Model: {base}."] if base else []
+    plan += [f"Checkpoint: {checkpoint}."] if checkpoint else []
+    counted = [f"{file}, {count:,} rows" if count else file for file, count in files.items()]
+    plan += [f"Data: {'; '.join(counted)}."] if counted else []
+    steps, epochs = given.get("max_steps", -1), given.get("num_train_epochs", 3.0)
+    amount = (f", {steps:,} steps" if steps > 0 else f", {epochs:g} epochs") if trains else ""
+    plan += [f"Run: {given['output_dir']}{amount}."] if not data_args.check_data else []
+    print(f"{' '.join(plan)}\nLoading libraries …", flush=True)
+
+
+def look_at_data(data_args, given: dict, trains: bool) -> dict:
+    """{file: number of rows, or None} of what a run reads, data sets left out. Raises as look_at_file."""
+    columns = {name: getattr(data_args, f"{name}_column", None) for name in COLUMNS}
+    found = {}
+    for split, flag in FILES.items():
+        wanted = given.get(f"do_{split}") or (split == "eval" and trains and given.get("eval_strategy", "no") != "no")
+        if wanted and source_of(split, data_args, SimpleNamespace(do_train=trains)) == flag:
+            answers = split != "train" and not (split == "eval" and trains) and not data_args.check_data
+            found[getattr(data_args, flag)] = look_at_file(
+                getattr(data_args, flag), columns, keep_unlabelled=answers or split == "predict"
+            )
+    return found
