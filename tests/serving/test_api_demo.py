@@ -234,7 +234,7 @@ def test_memory_is_flat_over_300_requests(port, server):
 
     def tensors():
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())  # isinstance loads lazy modules
 
     with ThreadPoolExecutor(8) as clients:
         assert set(clients.map(ask, range(60))) == {200}
