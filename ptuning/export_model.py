@@ -24,7 +24,7 @@ from pathlib import Path
 from arguments import parse_words
 from chatglm2.bits import check_quantization_bit
 from common.failure import run
-from first_look import look_at_model
+from first_look import NO_BASE_OF, look_at_model
 
 
 def parse_arguments(argv):
@@ -101,7 +101,7 @@ def main(argv):
 def open_source(session, **overrides):
     """Open the base model that a session means. ValueError where nothing says which."""
     if not session.base:
-        raise ValueError(f"{session.checkpoint} does not say its base model; give --model_name_or_path.")
+        raise ValueError(NO_BASE_OF.format(checkpoint=session.checkpoint))
     open_base(session, **overrides)
     return session.folder, session.config
 

@@ -20,6 +20,7 @@ from data.sources import FILES, source_of
 from families import local_folder, read_base_settings
 
 NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
+NO_BASE_OF = "{checkpoint} does not say its base model; give --model_name_or_path."
 
 
 def look_at_checkpoint(text: str | None) -> Path | None:
@@ -52,8 +53,7 @@ def look_at_base(name_or_path: str | None, checkpoint: Path | None, missing: str
 
 def look_at_model(args) -> None:
     """Check the model that export_model.py is to write. FileNotFoundError and ValueError."""
-    missing = "{checkpoint} does not say its base model; give --model_name_or_path."
-    look_at_base(args.model_name_or_path, look_at_checkpoint(args.ptuning_checkpoint), missing)
+    look_at_base(args.model_name_or_path, look_at_checkpoint(args.ptuning_checkpoint), NO_BASE_OF)
 
 
 def look_at_demo(args) -> None:
@@ -86,7 +86,7 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     counted = [f"{file}, {count:,} rows" if count else file for file, count in files.items()]
     plan += [f"Data: {'; '.join(counted)}."] if counted else []
     steps, epochs = given.get("max_steps", -1), given.get("num_train_epochs", 3.0)
-    amount = (f", {steps:,} steps" if steps > 0 else f", {epochs:g} epochs") if trains else ""
+    amount = (f", {steps:,} step{'s' * (steps > 1)}" if steps > 0 else f", {epochs:g} epochs") if trains else ""
     plan += [f"Run: {given['output_dir']}{amount}."] if not data_args.check_data else []
     print(f"{' '.join(plan)}\nLoading libraries …", flush=True)
 

@@ -177,8 +177,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         """Add the gradient of a batch to that of its step, and return its loss.
 
         None where it does not fit into memory and may be cut: with --auto_find_batch_size, or down to one of merged
-        batches. The gradient is then as before, and this batch and all later ones have twice as many parts. Every part's loss is divided by the
-        supervised tokens of the whole step, so a step is the same in any number of parts.
+        batches. The gradient is then as before, and this batch and all later ones have twice as many parts. Every
+        part's loss is divided by the supervised tokens of the whole step, so a step is the same in any number of parts.
         """
         shape = tuple(inputs["input_ids"].shape)
         part_rows = -(-shape[0] // self.batch_parts)

@@ -11,6 +11,7 @@ from checkpoints.run_folder import list_checkpoints
 from common.flags import check_ranges
 from common.messages import dtype_name
 from common.processes import check_port
+from first_look import NO_BASE
 from serving.server import BASE, ChatServer
 from tuning.methods import find_trained
 from tuning.session import check_base, contradiction, open_base, resolve_session
@@ -30,7 +31,7 @@ def load_server(args, say=print):
     if args.pre_seq_len and "pre_seq_len" not in saved:
         raise contradiction("pre_seq_len", args.pre_seq_len, "none", checkpoint)
     if not session.base:
-        raise ValueError("--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny.")
+        raise ValueError(NO_BASE)
     config = open_base(session, pre_seq_len=None)
     check_base(session)
     folder, bits = session.folder, session.quantization_bit
