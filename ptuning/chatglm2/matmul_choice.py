@@ -7,17 +7,14 @@ rows, by a weight whose rows or whose columns lie contiguous (backward has the o
 runs of a machine compute alike. PTUNING_MATMUL=mkl or onednn says it without measuring.
 """
 
-import json
-import os
 import time
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 
-from common.files import write_text
+from common.environment import pinned_matmul
+from common.machine_cache import kept_or_measured, processor_name
 
 LIBRARIES = ("onednn", "mkl")
 ROWS = (8, 64, 512)  # few up to the first, some up to the second, many beyond; and so many are measured
@@ -40,45 +37,16 @@ def mkl_is_faster(count: int, weight: torch.Tensor) -> bool:
 @cache
 def decisions(threads: int) -> list[str]:
     """The library for each of ROWS with contiguous rows of the weight, then for each with contiguous columns."""
-    if (pinned := os.environ.get("PTUNING_MATMUL", "")) in LIBRARIES:
-        return [pinned] * 2 * len(ROWS)
-    key = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads, torch {torch.__version__}"
-    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chatglm2-ptuning" / "matmul.json"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock", timeout=10):  # processes that start together decide once
-            kept = read_kept(file)
-            if key not in kept:
-                kept[key] = measure()
-                write_text(file, json.dumps(kept, indent=1))
-            return kept[key]
-    except (OSError, RuntimeError):  # a cache that cannot be written
-        return measure()
-
-
-def read_kept(file: Path) -> dict[str, list[str]]:
-    """What was kept before; without the entries that are not what this file writes."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(kept, dict):
-        return {}
-    whole = 2 * len(ROWS)
-    return {
-        key: found
-        for key, found in kept.items()
-        if isinstance(found, list) and len(found) == whole and all(name in LIBRARIES for name in found)
-    }
-
-
-def processor() -> str:
-    """The processor's name, as Linux has it; "" elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    kinds = 2 * len(ROWS)
+    if pinned := pinned_matmul():
+        return [pinned] * kinds
+    key = f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads, torch {torch.__version__}"
+    return kept_or_measured(
+        "matmul",
+        key,
+        measure,
+        lambda found: isinstance(found, list) and len(found) == kinds and all(name in LIBRARIES for name in found),
+    )
 
 
 @torch.inference_mode()

@@ -47,6 +47,14 @@ def before_wandb(output_dir: str, logged_in: bool) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # nobody asked for its page of text
 
 
+def pinned_matmul() -> str:
+    """The library that the user's PTUNING_MATMUL names for products on a CPU, "" for what is faster. ValueError else."""
+    name = os.environ.get("PTUNING_MATMUL", "")
+    if name not in ("", "mkl", "onednn"):
+        raise ValueError(f"PTUNING_MATMUL={name}: expected mkl or onednn. Leave it out for what is faster here.")
+    return name
+
+
 # ---- when processes are joined
 
 

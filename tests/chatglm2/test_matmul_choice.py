@@ -53,7 +53,16 @@ def test_a_damaged_file_is_measured_again_and_replaced(content, nothing_decided,
     nothing_decided.parent.mkdir()
     nothing_decided.write_text(content)
     assert decisions(2) == ["mkl"] * KINDS
-    assert list(json.loads(nothing_decided.read_text()).values()) == [["mkl"] * KINDS]
+    assert ["mkl"] * KINDS in json.loads(nothing_decided.read_text()).values()
+
+
+def test_an_entry_that_is_not_whole_is_measured_again(nothing_decided, measured):
+    decisions(2)
+    (key,) = json.loads(nothing_decided.read_text())
+    for broken in (["mkl"], "mkl", ["mkl"] * (KINDS - 1) + ["other"], None):
+        nothing_decided.write_text(json.dumps({key: broken}))
+        decisions.cache_clear()
+        assert decisions(2) == ["mkl"] * KINDS
 
 
 def test_where_nothing_can_be_kept_each_process_measures(monkeypatch, measured, tmp_path):
@@ -67,6 +76,12 @@ def test_the_variable_pins_the_library_without_measuring(name, monkeypatch, meas
     monkeypatch.setenv("PTUNING_MATMUL", name)
     assert decisions(2) == [name] * KINDS
     assert not measured and not nothing_decided.exists()
+
+
+def test_another_name_in_the_variable_is_an_error(monkeypatch):
+    monkeypatch.setenv("PTUNING_MATMUL", "blas")
+    with pytest.raises(ValueError, match="PTUNING_MATMUL=blas: expected mkl or onednn"):
+        decisions(2)
 
 
 @needs_onednn
