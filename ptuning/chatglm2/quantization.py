@@ -390,8 +390,8 @@ class QuantizedLinear(nn.Module):
     def _is_for_inference(self, input: Tensor) -> bool:
         """True where the packed kernel multiplies `input`; the weight has its layout from then on."""
         few_rows = 0 < input.numel() <= self.backend.few_rows * self.in_features
-        if not (few_rows and self.backend.for_inference) or torch.is_grad_enabled():
-            return False
+        if not (few_rows and self.backend.for_inference) or self.training or torch.is_grad_enabled():
+            return False  # in training, checkpointing may run a pass without a gradient that is repeated with one
         if not quantization_cpu.fits(self.out_features, self.in_features, self.bits):
             return False
         if self.bits == 4 and not quantization_cpu.is_packed(self.weight):

@@ -27,7 +27,7 @@ def layer_of(bits, shape, backend):
     linear = torch.nn.Linear(shape[1], shape[0], bias=True)
     layer = QuantizedLinear.from_linear(linear, bits)
     use_backend_(layer, backend)
-    return layer
+    return layer.eval()
 
 
 @needs_packed
@@ -81,6 +81,15 @@ def test_a_gradient_or_many_rows_take_the_exact_product_also_from_packed_weights
     with torch.no_grad():
         many = torch.randn(quantization_cpu.FEW_ROWS + 1, 96)
         assert relative_difference(layer(many), exact(many)) < 1e-6
+
+
+@needs_packed
+@both_bits
+def test_in_training_a_pass_without_a_gradient_is_exact_too(bits):
+    exact, layer = (layer_of(bits, (128, 96), backend).train() for backend in (TORCH, PACKED))
+    rows = torch.randn(2, 96)
+    with torch.no_grad():
+        assert torch.equal(layer(rows), exact(rows))
 
 
 @needs_packed
