@@ -6,6 +6,7 @@ words; hub ids and all that takes long to read are left to that place.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,8 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     steps, epochs = given.get("max_steps", -1), given.get("num_train_epochs", 3.0)
     amount = (f", {steps:,} step{'s' * (steps > 1)}" if steps > 0 else f", {epochs:g} epochs") if trains else ""
     plan += [f"Run: {given['output_dir']}{amount}."] if not data_args.check_data else []
-    print(f"{' '.join(plan)}\nLoading libraries …", flush=True)
+    with contextlib.suppress(OSError):  # a full disk or a closed pipe ends no run; main() says it
+        print(f"{' '.join(plan)}\nLoading libraries …", flush=True)
 
 
 def look_at_data(data_args, given: dict, trains: bool) -> dict:

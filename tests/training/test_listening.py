@@ -1,5 +1,6 @@
 """Where the processes of a run listen: on one machine nowhere that another machine can reach."""
 
+import contextlib
 import ipaddress
 import os
 import signal
@@ -26,6 +27,14 @@ FLAGS = (
 ).split()
 MAIN = [str(ROOT / "ptuning" / "main.py"), *FLAGS, "--model_name_or_path", TINY, "--pre_seq_len", "8"]
 WARNING = "Warning: torchrun listens on every network interface here, and whoever reaches its port can run code as you."
+
+
+def started(launcher, command):
+    """The descendants of a process that run another `command`: for a moment a child is still a copy of it."""
+    for process in launcher.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if process.cmdline() != command:
+                yield process
 
 
 def listening_sockets(processes):
@@ -57,12 +66,13 @@ class Watched:
                 list(map(str, command)), stdout=output, stderr=output, cwd=ROOT, env={**environment, **variables}
             )
             launcher = psutil.Process(running.pid)
+            own_command = launcher.cmdline()
             self.of_launcher, self.of_descendants = set(), set()
             until = time.monotonic() + 400
             while running.poll() is None:
                 assert time.monotonic() < until
                 self.of_launcher |= listening_sockets([launcher])
-                self.of_descendants |= listening_sockets(launcher.children(recursive=True))
+                self.of_descendants |= listening_sockets(started(launcher, own_command))
                 time.sleep(0.05)
             output.seek(0)
             self.status, self.output = running.returncode, output.read()
