@@ -440,7 +440,7 @@ def _swap_linears_(model: nn.Module, replacement: Callable[[nn.Linear], Quantize
                     "quantized twice. Leave --quantization_bit out, or load the float model."
                 )
             try:
-                setattr(parent, name, replacement(linear))
+                setattr(parent, name, replacement(linear).train(linear.training))
             except ValueError as error:
                 raise ValueError(f"layer {number} {path}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import relative_difference
+from conftest import relative_difference, synthetic_model
 from support.integer_layers import both_bits
 
 from chatglm2 import quantization_cpu
@@ -14,6 +14,7 @@ from chatglm2.quantization import (
     dequantize_weight,
     pack_for_cpu,
     pack_int4,
+    quantize_model_,
     quantize_weight,
     use_backend_,
 )
@@ -90,6 +91,14 @@ def test_in_training_a_pass_without_a_gradient_is_exact_too(bits):
     rows = torch.randn(2, 96)
     with torch.no_grad():
         assert torch.equal(layer(rows), exact(rows))
+
+
+def test_a_model_quantized_in_place_stays_in_its_mode():
+    for training in (False, True):
+        model = synthetic_model().train(training)
+        quantize_model_(model, 4)
+        layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        assert layers and all(layer.training == training for layer in layers)
 
 
 @needs_packed
