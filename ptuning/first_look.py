@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from arguments import EXAMPLES
-from checkpoints.run_folder import check_holds_prefix, find_checkpoints
+from checkpoints.run_folder import check_holds_prefix, find_checkpoints, names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES
 from common.processes import check_port
@@ -29,8 +29,8 @@ def look_at_checkpoint(text: str | None) -> Path | None:
     if not text:
         return None
     folder = None
-    for part in [text] if "," not in text or Path(text).exists() else filter(str.strip, text.split(",")):
-        folder = find_checkpoints(part.strip(), verified=False)[0][-1]
+    for name in names_in(text):
+        folder = find_checkpoints(name, verified=False)[0][-1]
         if finetuning_type(folder) in (None, DEFAULT_METHOD):
             check_holds_prefix(folder)
     return folder
@@ -79,9 +79,9 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     if base or not resumes:
         missing = f"--model_name_or_path is missing (for ADGEN: {EXAMPLES['model_name_or_path']})."
         base = look_at_base(base, checkpoint, missing)
-    files = look_at_data(data_args, given, trains)
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":  # the first process reads the rows, and says what is wrong with them
         return
+    files = look_at_data(data_args, given, trains)
     plan = [f"Model: {base}."] if base else []
     plan += [f"Checkpoint: {checkpoint}."] if checkpoint else []
     counted = [f"{file}, {count:,} rows" if count else file for file, count in files.items()]

@@ -33,7 +33,7 @@ PREFILL_TOKENS = 1024  # of prompts fed at once: bounds the memory of their acti
 WIDTH_STEP = 64  # the cache grows by so many slots
 KEPT_WIDTH = 4096  # a wider cache is given back when no row is left
 FINE_WIDTH = (
-    512  # slots up to which CUDA graphs are recorded for every multiple of WIDTH_STEP; beyond, sizes grow by 1/4
+    512  # slots up to which a CUDA graph is recorded for each multiple of WIDTH_STEP; beyond, sizes grow by 1/4
 )
 MOST_GRAPHS = 32  # kept; the one that was not used for longest makes room
 CAPTURE_FAILURES = 3  # in a row, after which steps go on without CUDA graphs

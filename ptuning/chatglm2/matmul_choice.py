@@ -8,7 +8,7 @@ runs of a machine compute alike. PTUNING_MATMUL=mkl or onednn says it without me
 """
 
 import time
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -49,19 +49,26 @@ def decisions(threads: int) -> list[str]:
     )
 
 
+def shortest_seconds(products, repeats: int, clock=time.perf_counter) -> list[float]:
+    """The shortest time of each of `products`, functions without arguments, which take turns: a busy moment hits all."""
+    shortest = [float("inf")] * len(products)
+    for _ in range(repeats):
+        for index, product in enumerate(products):
+            start = clock()
+            product()
+            shortest[index] = min(shortest[index], clock() - start)
+    return shortest
+
+
 @torch.inference_mode()
 def measure(clock=time.perf_counter) -> list[str]:
-    """Multiply by both libraries in turns; the one whose shortest time is less, for each kind."""
+    """Multiply by both libraries; the one that takes less time, for each kind."""
     found = []
     weight = torch.ones(SHAPE)
     for laid in (weight, weight.t().contiguous().t()):
         for count in ROWS:
             rows = torch.ones(count, SHAPE[1])
-            shortest = dict.fromkeys(LIBRARIES, float("inf"))
-            for _ in range(REPEATS):
-                for name, product in zip(LIBRARIES, (onednn, F.linear), strict=True):
-                    start = clock()
-                    product(rows, laid)
-                    shortest[name] = min(shortest[name], clock() - start)
-            found.append("mkl" if shortest["mkl"] < MARGIN * shortest["onednn"] else "onednn")
+            products = [partial(product, rows, laid) for product in (onednn, F.linear)]
+            by_onednn, by_mkl = shortest_seconds(products, REPEATS, clock)
+            found.append("mkl" if by_mkl < MARGIN * by_onednn else "onednn")
     return found

@@ -23,7 +23,6 @@ without dequantizing at all.
 """
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from chatglm2 import quantization_cpu
 from chatglm2.matmul import OwnGradient, multiply
+from chatglm2.matmul_choice import shortest_seconds
 from common.slowness import runs_slower
 
 # In every block of transformer.encoder.layers. Norms, biases, embedding, prefix and output layer stay float.
@@ -248,19 +248,15 @@ def packed_is_faster(bits: int, dtype: torch.dtype) -> bool:
     packed, scale = pack_for_cpu(weight, bits), torch.ones(out_features, dtype=dtype)
     row = torch.ones(1, in_features, dtype=dtype)
 
-    def shortest(product):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            product()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
+    products = (
+        lambda: PACKED.multiply_few_rows(row, packed, scale, bits),
+        lambda: F.linear(row, dequantize_weight(weight, scale, bits, dtype)),
+    )
     try:
-        here = shortest(lambda: PACKED.multiply_few_rows(row, packed, scale, bits))
+        by_packed, by_torch = shortest_seconds(products, repeats=3)
     except RuntimeError:  # no such kernel for this processor
         return False
-    return here < shortest(lambda: F.linear(row, dequantize_weight(weight, scale, bits, dtype)))
+    return by_packed < by_torch
 
 
 def use_backend_(model: nn.Module, backend: Backend) -> None:
@@ -380,6 +376,9 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self._is_for_inference(input):
+            if self.bits == 4 and not quantization_cpu.is_packed(self.weight):
+                with torch.inference_mode(False):  # else a later backward could not use the weight
+                    self.weight = pack_for_cpu(self.weight, self.bits)
             rows = input.reshape(-1, self.in_features)
             output = self.backend.multiply_few_rows(rows, self.weight, self.weight_scale, self.bits)
             output = output.view(*input.shape[:-1], -1)
@@ -388,16 +387,11 @@ class QuantizedLinear(nn.Module):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _is_for_inference(self, input: Tensor) -> bool:
-        """True where the packed kernel multiplies `input`; the weight has its layout from then on."""
+        """True where the packed kernel multiplies `input`."""
         few_rows = 0 < input.numel() <= self.backend.few_rows * self.in_features
         if not (few_rows and self.backend.for_inference) or self.training or torch.is_grad_enabled():
             return False  # in training, checkpointing may run a pass without a gradient that is repeated with one
-        if not quantization_cpu.fits(self.out_features, self.in_features, self.bits):
-            return False
-        if self.bits == 4 and not quantization_cpu.is_packed(self.weight):
-            with torch.inference_mode(False):  # else a later backward could not use the weight
-                self.weight = pack_for_cpu(self.weight, self.bits)
-        return True
+        return quantization_cpu.fits(self.out_features, self.in_features, self.bits)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

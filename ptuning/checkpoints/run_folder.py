@@ -73,6 +73,13 @@ def point_to_best(run_folder: Path | str, step: int | None) -> str:
     return said
 
 
+def names_in(text: Path | str) -> list[Path | str]:
+    """What `--ptuning_checkpoint` names: one place, or several with commas."""
+    if "," not in str(text) or Path(text).exists():
+        return [text]
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def find_checkpoints(path: Path | str, verified: bool = True) -> tuple[list[Path], list[str]]:
     """(the checkpoint folders that `--ptuning_checkpoint` means, what is wrong with others that were passed over).
 

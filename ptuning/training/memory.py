@@ -326,7 +326,8 @@ def describe_out_of_memory(model, args, shape, training, reason):
     if training and rows > 1:
         given_rows, accumulated = args.given_batches
         lower.append(
-            f"--per_device_train_batch_size {given_rows}, with --gradient_accumulation_steps {accumulated} raised by the same factor (--auto_find_batch_size does both)"
+            f"--per_device_train_batch_size {given_rows}, with --gradient_accumulation_steps {accumulated} raised by the "
+            "same factor (--auto_find_batch_size does both)"
         )
     elif not training and rows > 1:
         lower.append(f"--per_device_eval_batch_size {args.per_device_eval_batch_size}")

@@ -14,9 +14,7 @@ Weights that train are float32, also where the others are bf16 or fp16: the prod
 autocast (full, freeze), or the adapter computes in float32 (lora).
 """
 
-from pathlib import Path
-
-from checkpoints.run_folder import find_checkpoints
+from checkpoints.run_folder import find_checkpoints, names_in
 from checkpoints.sidecar import finetuning_type
 from checkpoints.ways import DEFAULT_METHOD
 from tuning.freeze import Freeze
@@ -41,14 +39,15 @@ def find_trained(text):
     """
     if not text:
         return [], []
-    if "," not in str(text) or Path(text).exists():
+    names = names_in(text)
+    if names == [text]:
         found, damaged = find_checkpoints(text)
         if len(found) > 1 and not all(method_of(folder).beside_model for folder in found):
             raise ValueError(
                 f"--ptuning_checkpoint {text}: only prefixes are evaluated one by one. Give one checkpoint."
             )
         return found, damaged
-    parts = [find_checkpoints(part.strip()) for part in text.split(",") if part.strip()]
+    parts = [find_checkpoints(name) for name in names]
     found = [folders[-1] for folders, _ in parts]
     if not found or not all(method_of(folder).stacks for folder in found):
         listed = ", ".join(f"{folder}: {method_of(folder).name}" for folder in found)

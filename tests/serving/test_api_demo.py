@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import TINY
+from support.api_server import client, port  # noqa: F401, fixtures
 from support.chat_server import GREEDY, QUERIES, SlowServer, finish, make_run, open_server
 from support.over_http import call, free_port, serve, wait_for
 
@@ -34,19 +35,6 @@ def usual_speed(server):
     yield
     server.delay, server.endless, server.script = 0.0, False, None
     wait_for(lambda: server.load() == (0, 0))
-
-
-@pytest.fixture(scope="module")
-def port(server):
-    port, end = serve(api_demo.create_app(server))
-    yield port
-    end()
-
-
-@pytest.fixture(scope="module")
-def client(port):
-    openai = pytest.importorskip("openai", reason="pip install -r tests/requirements.txt")
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 
 def complete(port, **fields):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import TINY
+from support.api_server import client, port  # noqa: F401, fixtures
 from support.chat_server import GREEDY, QUERIES, SlowServer, finish, make_run, open_server
-from support.over_http import call, serve
+from support.over_http import call
 
 import api_demo
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config
@@ -22,19 +23,6 @@ def server(tmp_path_factory):
     server = open_server("--ptuning_checkpoint", run / MODEL, server_class=SlowServer)
     yield server
     server.close()
-
-
-@pytest.fixture(scope="module")
-def port(server):
-    port, end = serve(api_demo.create_app(server))
-    yield port
-    end()
-
-
-@pytest.fixture(scope="module")
-def client(port):
-    openai = pytest.importorskip("openai", reason="pip install -r tests/requirements.txt")
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 
 def chat(client, messages=USER, **fields):
