@@ -140,7 +140,9 @@ class PrefixTrainer(Seq2SeqTrainer):
             WithBlankRow(dataset), *args, sampler_fn=lambda _: sampler_fn(dataset), **kwargs
         )
         shard = loader.batch_sampler  # accelerate's: it deals the batches of another batch sampler out
-        shard.batch_sampler = EvenBatches(shard.batch_sampler, self.args.world_size, blank=len(dataset))
+        merged = self.args.merged_batches if kwargs.get("is_training") else 1
+        shard.batch_sampler = EvenBatches(shard.batch_sampler, self.args.world_size, len(dataset), merged)
+        shard.batch_size, shard.even_batches = None, False  # they are even, and the last ones may be shorter
         return loader
 
     def _get_train_sampler(self, train_dataset=None):

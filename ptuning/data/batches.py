@@ -4,6 +4,8 @@ Answers to the data collators of the official `main.py`. It differs in that rows
 batch instead of to max_source + max_target + 1, and that the rows of a step are grouped by length.
 """
 
+from itertools import islice
+
 from data.encoding import IGNORED_LABEL, any_supervised
 from data.mixture import shown_rows
 
@@ -110,20 +112,24 @@ class EvenBatches:
     """The batches of `batch_sampler`, filled up with blank rows to equally many full ones for every process.
 
     Otherwise accelerate fills them up with rows from the start of the epoch, which would count twice.
+    With `merged` > 1 a batch holds so many of those that the flags describe; each process gets the rows in it that it
+    would get in batches of their own, and the last ones of an epoch are shorter instead of blank.
     """
 
-    def __init__(self, batch_sampler, num_processes: int, blank: int):
-        self.batch_sampler, self.num_processes, self.blank = batch_sampler, num_processes, blank
+    def __init__(self, batch_sampler, num_processes: int, blank: int, merged: int = 1):
+        self.batch_sampler, self.num_processes, self.blank, self.merged = batch_sampler, num_processes, blank, merged
         self.sampler, self.batch_size, self.drop_last = batch_sampler.sampler, batch_sampler.batch_size, False
 
     def __len__(self):
         return -(-len(self.batch_sampler) // self.num_processes) * self.num_processes
 
     def __iter__(self):
-        for batch in self.batch_sampler:
-            yield batch + [self.blank] * (self.batch_size - len(batch))
-        for _ in range(len(self) - len(self.batch_sampler)):
-            yield [self.blank] * self.batch_size
+        batches, rows = iter(self.batch_sampler), self.batch_size // self.merged
+        while together := [row for batch in islice(batches, self.num_processes) for row in batch]:
+            together += [self.blank] * (-len(together) % (rows * self.num_processes))
+            given = [together[start : start + rows] for start in range(0, len(together), rows)]
+            for process in range(self.num_processes):
+                yield [row for batch in given[process :: self.num_processes] for row in batch]
 
 
 def collate_prediction(features: list[dict], *, pad_token_id: int) -> dict:

@@ -32,6 +32,7 @@ from chatglm2.generation import MOST_GRAPHS
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
 from common.messages import dtype_name
+from common.ranks import gather
 from data.splits import longest_example
 from tuning.rules import engine_of
 
@@ -218,25 +219,26 @@ def decide_checkpointing(model: nn.Module, batch: dict, training_args, say):
 def merge_batches(model: nn.Module, batch: dict, training_args, say):
     """Let accumulated batches be computed together where half of the free memory holds them, and `say` so.
 
-    `batch` and `training_args` are changed. A step keeps its rows, their order, what each loses of the prefix, and its
-    mean over all supervised tokens: its numbers are the same but for rounding. So it is for one process that tunes a
-    prefix; other ways draw random numbers for a batch as a whole, and processes share a step's batches out. Where the
-    estimate was too low, the trainer cuts them in two again.
+    `batch` and `training_args` are changed. A step keeps its rows, which process computes them, what each loses of the
+    prefix, and its mean over all supervised tokens: its numbers are the same but for rounding. So it is unless an
+    adapter has dropout, which it draws for a batch as a whole. Where the estimate was too low, the trainer cuts them in
+    two again.
     """
     rows, accumulated = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    alone = training_args.world_size == 1 and not engine_of(training_args)
-    if not (batch["num_supervised"] and alone and model.transformer.prefix_encoder is not None):
+    adapter_drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if not batch["num_supervised"] or engine_of(training_args) or adapter_drops:
         return
     if training_args.precision == "official" or training_args.dataloader_drop_last:
         return
-    free = free_bytes(model.device)
+    free = min(gather(free_bytes(model.device)))
     for merged in range(accumulated, 1, -1):
         together = {**batch, "batch_size": rows * merged}
         if accumulated % merged == 0 and (needed := added_bytes(model, **together)) <= free // 2:
             batch.update(together)
             training_args.per_device_train_batch_size, training_args.merged_batches = rows * merged, merged
             training_args.gradient_accumulation_steps = accumulated // merged
-            model.transformer.prefix_encoder.rows_at_once = rows
+            if model.transformer.prefix_encoder is not None:
+                model.transformer.prefix_encoder.rows_at_once = rows
             say(
                 f"{merged} accumulated batches are computed at once, {rows * merged} rows, because they take about "
                 f"{in_words(needed)} and {in_words(free)} are free. A step is the same."

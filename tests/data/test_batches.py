@@ -50,6 +50,21 @@ def test_several_processes_get_equally_many_full_batches_without_repeating_a_row
     assert numbers == [*range(1, 11), 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("merged", [2, 4])
+@pytest.mark.parametrize("num_rows", [40, 48, 65])  # of steps of 32: a last step of 8 rows, of 16, of 1
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_process_computes_the_same_rows_whether_or_not_batches_are_merged(processes, num_rows, merged):
+    from torch.utils.data import BatchSampler
+
+    def batches(size, merged):
+        return list(EvenBatches(BatchSampler(range(num_rows), size, drop_last=False), processes, num_rows, merged))
+
+    alone, together = batches(2, 1), batches(2 * merged, merged)
+    for process in range(processes):
+        assert sum(together[process::processes], []) == sum(alone[process::processes], [])
+    assert len(together) % processes == 0 and all(len(batch) <= 2 * merged for batch in together)
+
+
 @pytest.mark.parametrize("label_pad_id", [-100, 0])
 def test_nothing_is_supervised_in_a_blank_row(label_pad_id):
     batch = collate_training([feature(3), BLANK_ROW], pad_token_id=0, label_pad_id=label_pad_id)

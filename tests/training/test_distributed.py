@@ -86,6 +86,7 @@ def test_every_step_sees_the_rows_that_one_process_sees(one, many):
 
 def test_the_loss_is_that_of_one_process(one, many):
     assert f"x {many.processes} processes = 16 rows a step" in many.output
+    assert f"2 accumulated batches are computed at once, {16 // many.processes} rows" in many.output
     assert len(losses(one.run_folder)) == 4
     assert losses(many.run_folder) == pytest.approx(losses(one.run_folder), rel=1e-4)
 

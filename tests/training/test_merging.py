@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import synthetic_model
 from support.runs import TRAIN_SETTINGS, losses, run
+from torch import nn
 
 from training import memory
 
@@ -15,7 +16,9 @@ BATCH = {"batch_size": 1, "length": 16, "num_supervised": 8, "checkpointing": Fa
 
 def merge(monkeypatch, room_for=16, model=None, **settings):
     """(training_args, batch, lines) behind merge_batches, where memory holds a batch of so many rows."""
-    model = model or synthetic_model()
+    extra, model = model, synthetic_model()
+    if extra:
+        model.add_module("adapter", extra)
     needed = memory.added_bytes(model, **{**BATCH, "batch_size": room_for})
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * needed)
     args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16, "world_size": 1, "merged_batches": 1}
@@ -38,10 +41,9 @@ def test_as_many_batches_are_merged_as_half_of_the_free_memory_holds(room, merge
     [
         {"room_for": 1},
         {"precision": "official"},
-        {"world_size": 2},
         {"dataloader_drop_last": True},
         {"gradient_accumulation_steps": 1},
-        {"model": synthetic_model(pre_seq_len=None)},
+        {"model": nn.Dropout(0.1)},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -87,3 +89,17 @@ def test_a_run_is_the_same_with_merged_batches_dropout_and_the_rows_of_an_epochs
         json.loads((tmp_path / name / "checkpoint-5" / "ptuning.json").read_text()) for name in ("merged", "alone")
     ]
     assert records[0]["training"] == records[1]["training"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"finetuning_type": "lora", "lora_dropout": 0}, {"finetuning_type": "freeze", "num_layer_trainable": 1}],
+    ids=lambda method: method["finetuning_type"],
+)
+def test_other_methods_take_the_same_steps_with_merged_batches(method, monkeypatch, tmp_path, capsys):
+    settings = {**TRAIN_SETTINGS, "pre_seq_len": None, "max_steps": 3, "learning_rate": 1e-3, **method}
+    run(monkeypatch, settings, output_dir=tmp_path / "merged")
+    assert "2 accumulated batches are computed at once, 8 rows" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "merge_batches", lambda *_: None)
+    run(monkeypatch, settings, output_dir=tmp_path / "alone")
+    assert losses(tmp_path / "merged") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
