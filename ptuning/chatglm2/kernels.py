@@ -2,17 +2,20 @@
 
 No official file answers to this one. `kernels_triton.py` holds the kernels; here each stands beside its reference in
 plain torch. Before the first use on a GPU each is held against it, in results and in time, at ChatGLM2-6B's shapes. One
-that fails, or takes longer, is left out, and the model computes that operation by torch's own kernels. Where there is no
-GPU nothing of Triton is imported.
+that fails, or takes longer, is left out, and the model computes that operation by torch's own kernels. What was found is
+kept in the user's cache, for this GPU, dtype, versions and kernels. Where there is no GPU nothing of Triton is imported.
 """
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from common.files import file_sha256
+from common.machine_cache import kept_or_measured, processor_name
 from common.slowness import runs_slower
 
 TOLERANCE = 0.02  # of the norm of a result; bfloat16 rounds by up to 0.004, and torch rounds in between
@@ -42,27 +45,46 @@ def kernels_for(x: torch.Tensor) -> Kernels:
 
 @functools.cache
 def chosen(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernels that pass their trial on a GPU, tried once in a process."""
+    """The kernels that pass their trial on a GPU, tried once on a machine."""
     try:
         from chatglm2 import kernels_triton
     except ImportError as error:
         runs_slower(f"Without Triton ({error}) each operation is a kernel of its own.")
         return NONE
-    taken, left_out = {}, []
-    with torch.no_grad(), torch.autocast("cuda", enabled=False):
+
+    def is_whole(found):  # with kernels that failed it is not: a full GPU may have been the reason
+        return isinstance(found, list) and len(found) == 2 and set(found[0]) <= set(Kernels._fields) and not found[1]
+
+    key = trial_key(kernels_triton, device, dtype)
+    taken, left_out = kept_or_measured("kernels", key, lambda: try_all(kernels_triton, device, dtype), is_whole)
+    if left_out:
+        runs_slower(f"Left to torch, because their Triton kernels do not work here: {'; '.join(left_out)}.")
+    if not {"rotate_into_cache", "attend_step"} <= set(taken):  # a step takes both
+        taken = [name for name in taken if name not in ("rotate_into_cache", "attend_step")]
+    return Kernels(**{name: getattr(kernels_triton, name) for name in taken})
+
+
+def trial_key(module, device: torch.device, dtype: torch.dtype) -> str:
+    """What the result of a trial of the kernels in `module` holds for."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    versions = f"torch {torch.__version__}, triton {module.triton.__version__}"
+    return f"{name}, {dtype}, {versions}, {Path(module.__file__).name} {file_sha256(module.__file__)[:12]}"
+
+
+@torch.no_grad()
+def try_all(module, device, dtype) -> list[list[str]]:
+    """[operations whose kernels are right and fast enough, why others do not work]."""
+    taken, left_out = [], []
+    with torch.autocast("cuda", enabled=False):
         for name, (arguments, reference) in trials(device, dtype).items():
-            kernel = getattr(kernels_triton, name)
+            kernel = getattr(module, name)
             try:
                 check(kernel(*arguments), reference(*arguments))
                 if seconds(kernel, arguments) <= MARGIN * seconds(reference, arguments):
-                    taken[name] = kernel
+                    taken.append(name)
             except Exception as error:  # Triton's compiler and the driver raise what they like
                 left_out.append(f"{name}: {type(error).__name__}: {(str(error).strip() or 'no message')[:200]}")
-    if left_out:
-        runs_slower(f"Left to torch, because their Triton kernels do not work here: {'; '.join(left_out)}.")
-    if not {"rotate_into_cache", "attend_step"} <= taken.keys():  # a step takes both
-        taken = {name: kernel for name, kernel in taken.items() if name not in ("rotate_into_cache", "attend_step")}
-    return Kernels(**taken)
+    return [taken, left_out]
 
 
 def check(results, expected):

@@ -14,6 +14,7 @@ What bounds the time, for a weight of N x K at 4 bits (ChatGLM2-6B's largest: N 
 """
 
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chatglm2.kernels import MARGIN, seconds
+from chatglm2.kernels import MARGIN, seconds, trial_key
+from common.machine_cache import kept_or_measured
 
 FEW_ROWS = 64  # rows of input that the fused product takes at most; most_rows() decides by the clock
 
@@ -212,8 +214,15 @@ def multiply_few_rows(input: Tensor, weight: Tensor, scale: Tensor, bits: int) -
 def most_rows(device: torch.device, bits: int, dtype: torch.dtype) -> int:
     """The most rows that multiply_few_rows takes no longer for than dequantizing and torch's product, by the clock.
 
-    0 where it never pays, as without tensor cores. Measured once in a process, for two layers of ChatGLM2-6B.
+    0 where it never pays, as without tensor cores. Measured once on a machine, for two layers of ChatGLM2-6B.
     """
+    key = f"int{bits}, {trial_key(sys.modules[__name__], device, dtype)}"
+    return kept_or_measured(
+        "most_rows", key, lambda: measure_rows(device, bits, dtype), lambda kept: kept in (0, *TILES)
+    )
+
+
+def measure_rows(device, bits, dtype):
     found = 0
     layers = []
     for out_features, in_features in ((4608, 4096), (4096, 13696)):

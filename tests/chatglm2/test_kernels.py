@@ -201,6 +201,24 @@ def try_kernels(monkeypatch, slow=(), broken=()):
     return kernels.chosen.__wrapped__(torch.device("cpu"), torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_a_machine_tries_its_kernels_once_and_again_where_one_did_not_work(monkeypatch):
+    with pytest.warns(UserWarning, match="swiglu"):
+        assert try_kernels(monkeypatch, broken={"swiglu"}).swiglu is None
+    assert try_kernels(monkeypatch, slow={"rotate"}).swiglu
+    assert try_kernels(monkeypatch, broken=Kernels._fields).swiglu and not try_kernels(monkeypatch).rotate
+
+
+def test_a_changed_kernel_is_tried_again(monkeypatch):
+    try_kernels(monkeypatch, slow={"rotate"})
+    monkeypatch.setattr(kernels, "file_sha256", lambda file: "another")
+    assert try_kernels(monkeypatch).rotate
+
+
 def test_a_kernel_that_takes_longer_than_torch_is_left_out(monkeypatch):
     chosen = try_kernels(monkeypatch, slow={"rotate"})
     assert chosen.rotate is None and None not in chosen._replace(rotate=0)
