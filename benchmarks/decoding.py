@@ -5,7 +5,8 @@
 The model has the layers of ChatGLM2-6B, --layers of them, with the full vocabulary and random weights. A turn feeds a
 prompt of --prompt tokens and then decodes --new_tokens greedily. The contenders are processes of their own that take
 turns; the figures are medians over --repeats turns. chatglm.cpp takes part where `pip install chatglm-cpp tabulate`
-has been done: its q4_0 and q8_0 quantize embedding and head, too, which are float here.
+has been done: its q4_0 and q8_0 quantize embedding and head, too, which are float here; "int8 head" stands for
+--quantize_output_layer.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"int4": 4, "int8": 8, "float32": 0}
+INT8_HEAD = ", int8 head"
+OURS = {"int4": 4, f"int4{INT8_HEAD}": 4, "int8": 8, f"int8{INT8_HEAD}": 8, "float32": 0}
 CHATGLM_CPP = {"chatglm.cpp q4_0": "q4_0", "chatglm.cpp q8_0": "q8_0"}
 BLOCK = 2**24  # random numbers drawn, and used again and again
 
@@ -50,12 +52,15 @@ def build_ours(name, layers):
     import torch
 
     from chatglm2.generation import Batch, choose
-    from chatglm2.quantization import choose_backend, quantize_model_, use_backend_
+    from chatglm2.quantization import QuantizedLinear, choose_backend, quantize_model_, use_backend_
 
     model = random_model(layers)
     if bits := OURS[name]:
         quantize_model_(model, bits)
-        use_backend_(model, choose_backend("auto", "cpu", bits, torch.float32))
+    if name.endswith(INT8_HEAD):
+        model.transformer.output_layer = QuantizedLinear.from_linear(model.transformer.output_layer, 8).eval()
+    for bits in (4, 8):
+        use_backend_(model, choose_backend("auto", "cpu", bits, torch.float32), bits)
 
     def turn(prompts, new_tokens):
         batch = Batch(model, len(prompts), len(prompts[0]) + new_tokens)
@@ -122,10 +127,11 @@ def main():
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=[*OURS, *CHATGLM_CPP], default=[*OURS, *CHATGLM_CPP])
     settings = parser.parse_args()
-    names = list(OURS)
+    names = [name for name in settings.contenders if name in OURS]
     if all(importlib.util.find_spec(package) for package in ("chatglm_cpp", "tabulate")):
-        names += CHATGLM_CPP
+        names += [name for name in settings.contenders if name in CHATGLM_CPP]
     else:
         print("Without chatglm.cpp: it needs pip install chatglm-cpp tabulate.")
     context = multiprocessing.get_context("spawn")

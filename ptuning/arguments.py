@@ -78,6 +78,9 @@ class ModelArguments:
         "torch: plain operations, on any device.",
         default="auto",
     )
+    quantize_output_layer: bool = declare(
+        "For answers: the output layer in int8, which is the largest weight.", default=False
+    )
     cache_dir: str | None = declare("Folder for models downloaded from the hub.")
     model_revision: str | None = declare("Branch, tag or commit on the hub.")
 
@@ -224,6 +227,10 @@ def check(model_args, data_args, training_args):
     for group in (model_args, data_args, training_args):
         check_ranges(group)
     check_quantization_bit(model_args.quantization_bit)
+    if model_args.quantize_output_layer and training_args.do_train:
+        raise ValueError(
+            "--quantize_output_layer is for answers; its loss would not be the model's. Leave it out in training."
+        )
     check_precision(training_args)
     for name, reason in UNSUPPORTED.items():
         if getattr(training_args, name) not in (None, False):
@@ -306,6 +313,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "with commas.",
     )
     parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
+    parser.add_argument("--quantize_output_layer", action="store_true", help="The output layer in int8, too.")
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
     parser.add_argument("--concurrency", type=int, default=8, help="Answers computed at once [8].")
     parser.add_argument("--max_queue", type=int, default=64, help="Requests that may wait for a place [64].")

@@ -34,7 +34,13 @@ from chatglm2.bits import SUPPORTED_BITS, check_quantization_bit
 from chatglm2.chat import unknown_token_ids
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.matmul import Linear, convert
-from chatglm2.quantization import choose_backend, is_quantized_weight, quantize_weight, use_backend_
+from chatglm2.quantization import (
+    QuantizedLinear,
+    choose_backend,
+    prepare_output_layer_,
+    quantize_weight,
+    use_backend_,
+)
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from checkpoints.file_names import INDEX_FILES, TENSORS_FILE, weight_files
 from checkpoints.placing import IGNORED, check_settings, device_of, own_memory, wanted_devices, wanted_dtype
@@ -150,12 +156,14 @@ def load_model(
     device: torch.device | str | dict = "cpu",
     quantization_bit: int | None = None,
     quantization_backend: str = "auto",
+    quantize_output_layer: bool = False,
 ) -> modeling_chatglm.ChatGLMForConditionalGeneration:
     """A base model from a folder in the official layout, frozen, in eval mode, with a fresh prefix encoder.
 
     The module tree is built without storage; every tensor then goes from the memory-mapped file straight to
     `dtype` and `device`, quantized on the way with `quantization_bit` 4 or 8 (or already so in the folder). What
-    computes with integer weights is one of quantization.BACKENDS, tried before any weight is read.
+    computes with integer weights is one of quantization.BACKENDS, tried before any weight is read. With
+    `quantize_output_layer` the output layer is int8, too: a model for answers, not for training.
     `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
     prefix. The prefix encoder is float32 and is the only part with gradients; a prefix among the weights fills it.
     `device` may be a dictionary of modules to devices. `model.fingerprint` tells base models apart;
@@ -165,11 +173,14 @@ def load_model(
     wrongly shaped tensors, by name.
     """
     config = config or read_config(folder, pre_seq_len=None)
-    bits = config.quantization_bit = check_quantization_bit(quantization_bit, config.quantization_bit)
+    config.quantization_bit = check_quantization_bit(quantization_bit, config.quantization_bit)
     with torch.device("meta"):
         model = modeling_chatglm.ChatGLMForConditionalGeneration(config)
-    if bits:
-        use_backend_(model, choose_backend(quantization_backend, device_of("", device), bits, dtype))
+    if quantize_output_layer:
+        prepare_output_layer_(model)
+    integers = {f"{name}.weight": m.bits for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for kind in set(integers.values()):
+        use_backend_(model, choose_backend(quantization_backend, device_of("", device), kind, dtype), kind)
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
     for name in expected:
         device_of(name, device)  # or an error, before any weight is read
@@ -190,8 +201,9 @@ def load_model(
             if stored_name == FINGERPRINT_TENSOR:
                 model.fingerprint = hashlib.sha256(stored.float().numpy().tobytes()).hexdigest()[:16]
             tensors = {stored_name: stored.to(device_of(stored_name, device))}
-            if bits and is_quantized_weight(stored_name) and stored.is_floating_point():
-                weight, scale = quantize_weight(tensors[stored_name], bits)  # in the file's dtype, as official
+            if stored_name in integers and stored.is_floating_point():
+                # In the file's dtype, as official.
+                weight, scale = quantize_weight(tensors[stored_name], integers[stored_name])
                 tensors = {stored_name: weight, stored_name + "_scale": scale}
             for name, tensor in tensors.items():
                 check_tensor(tensor, name, expected[name], file)

@@ -67,8 +67,7 @@ def main():
     found, damaged = find_trained(model_args.ptuning_checkpoint)
     for problem in damaged:
         say(f"{problem} It is passed over.")
-    flags = {**vars(model_args), **vars(data_args)}
-    session = resolve_session(flags, found, do_train=trains, resumes=bool(resume_from))
+    session = resolve_session(vars(model_args) | vars(data_args), found, do_train=trains, resumes=bool(resume_from))
     session.fill_flags(model_args, data_args)
     check_complete(model_args, data_args, training_args)
     check_engine(session, engine)
@@ -100,6 +99,7 @@ def main():
         device="cpu" if engine else training_args.device,  # an engine gives each its part
         quantization_bit=session.quantization_bit,
         quantization_backend=choose_products(training_args, model_args.quantization_backend),
+        quantize_output_layer=model_args.quantize_output_layer,
     )
     say(f"Loaded {session.folder} in {time.monotonic() - started:.1f} s.")
     described = session.prepare(model)

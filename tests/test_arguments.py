@@ -177,6 +177,7 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
         (f"{MINIMAL} --temperature 0", "--do_sample false is greedy"),
         (f"{MINIMAL} --fp16 maybe", "--fp16: expected true or false, not 'maybe'"),
         (f"{MINIMAL} --lr_scheduler_type linaer", "--lr_scheduler_type: invalid choice: 'linaer'.*linear"),
+        (f"{MINIMAL} --quantize_output_layer", "--quantize_output_layer is for answers"),
         (f"{MINIMAL} --quantization_backend cuda", "--quantization_backend: invalid choice: 'cuda'.*triton"),
         (f"--do_train --train_file t.json --output_dir o {NAMED}", "--do_train needs --pre_seq_len"),
         (f"--do_predict --test_file t.json --output_dir o --pre_seq_len 8 {NAMED}", "with a random prefix"),

@@ -219,8 +219,8 @@ class Batch:
 
     def _record(self, rows, slots):
         if self._graph_logits is None:
-            weight = self.model.transformer.output_layer.weight
-            self._graph_logits = torch.empty(self.max_rows, len(weight), dtype=weight.dtype, device=weight.device)
+            dtype, weight = self.model.transformer.dtype_of_blocks, self.model.transformer.output_layer.weight
+            self._graph_logits = torch.empty(self.max_rows, len(weight), dtype=dtype, device=weight.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are chosen and compiled before they are recorded

@@ -39,9 +39,17 @@ def load_server(args, say=print):
     tokenizer = load_tokenizer(folder, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, reason = choose_dtype(device)
-    precision = f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}"
+    output_layer = " with the output layer in int8" if args.quantize_output_layer else ""
+    precision = f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}{output_layer}"
     say(f"Loading {session.base} on {device}: {precision} ({reason}).")
-    model = load_model(folder, config=config, dtype=dtype, device=device, quantization_bit=bits)
+    model = load_model(
+        folder,
+        config=config,
+        dtype=dtype,
+        device=device,
+        quantization_bit=bits,
+        quantize_output_layer=args.quantize_output_layer,
+    )
     model.requires_grad_(False)
     tuned = session.prepare(model) if checkpoint and not method.beside_model else None
     prefixes = {checkpoint.name: checkpoint} if checkpoint and method.beside_model else {}
