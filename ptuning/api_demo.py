@@ -19,7 +19,7 @@ import uuid
 from datetime import datetime
 from typing import Annotated
 
-from arguments import add_model_arguments, parse_words
+from arguments import add_model_arguments, parse_demo_words
 from common.failure import run
 from first_look import look_at_demo
 
@@ -31,7 +31,7 @@ def parse_arguments(argv):
     parser.add_argument("--server_port", type=int, default=8000, help="Port to listen on [8000].")
     parser.add_argument("--api_key", help="Ask clients for this key (Authorization: Bearer …).")
     parser.add_argument("--cors_origin", action="append", default=[], help="Let pages of this origin ask; repeatable.")
-    return parse_words(parser, argv)
+    return parse_demo_words(parser, argv)
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
@@ -246,6 +246,7 @@ async def stream_chat(pending, head, include_usage):
 
 def create_app(server, api_key=None, cors_origins=()):
     """The API of a ChatServer."""
+    given = server.sampling  # where a request says nothing
     app = FastAPI(title="ChatGLM2 P-Tuning", description=__doc__.partition("\n")[0], redoc_url=None, docs_url=None)
     app.add_middleware(JsonWithoutAType)
     app.add_middleware(BodyLimit)
@@ -319,9 +320,11 @@ def create_app(server, api_key=None, cors_origins=()):
         stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         samplings = [
             Sampling(
-                max_new_tokens=body.max_completion_tokens or body.max_tokens or server.model.config.seq_length,
-                top_p=0.8 if body.top_p is None else body.top_p,
-                temperature=0.95 if body.temperature is None else body.temperature,
+                max_new_tokens=body.max_completion_tokens
+                or body.max_tokens
+                or given.get("max_new_tokens", server.model.config.seq_length),
+                top_p=given.get("top_p", 0.8) if body.top_p is None else body.top_p,
+                temperature=given.get("temperature", 0.95) if body.temperature is None else body.temperature,
                 seed=None if body.seed is None else (body.seed + index) % 2**63,
                 stop=stop,
                 logprobs=(body.top_logprobs or 0) if body.logprobs or body.top_logprobs else None,
@@ -370,8 +373,8 @@ def create_app(server, api_key=None, cors_origins=()):
             )
         sampling = Sampling(
             max_new_tokens=max_length - len(token_ids),
-            top_p=0.7 if body.top_p is None else body.top_p,
-            temperature=0.95 if body.temperature is None else body.temperature,
+            top_p=given.get("top_p", 0.7) if body.top_p is None else body.top_p,
+            temperature=given.get("temperature", 0.95) if body.temperature is None else body.temperature,
         )
         await pending.submit(token_ids, server.default, [sampling])
         await pending.finish()

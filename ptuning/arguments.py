@@ -18,8 +18,10 @@ from types import SimpleNamespace
 from typing import Literal
 
 from chatglm2.bits import check_quantization_bit
+from checkpoints.ways import EFFICIENT_TUNING, RULES, default_method
 from common.failure import refuse
 from common.flags import (
+    YAML_ENDS,
     add_flag,
     check_object,
     check_ranges,
@@ -29,13 +31,14 @@ from common.flags import (
     library_flags,
     own_flags,
     split_flags,
+    true_or_false,
 )
-from common.flags_of_2023 import translate_flags
+from common.flags_of_2023 import RENAMED, RETIRED, translate_flags
 from common.paths import READ, seen_from_caller
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
 from training.flags import TrainingArguments
 from training.saving import check_saving
-from tuning.rules import DEFAULT_METHOD, LORA_TARGETS, RULES, check_method
+from tuning.rules import LORA_TARGETS, check_method
 
 
 @dataclass
@@ -48,6 +51,11 @@ class ModelArguments:
         "checkpoint or else the last; or run/best, run/last, or run/all to evaluate each prefix; or several LoRA "
         "adapters with commas. --checkpoint_dir is the same."
     )
+    stage: Literal["sft", "rm", "dpo", "ppo"] = declare(
+        "What is learned: sft: the answers of the rows; rm, dpo, ppo: what people prefer. With it the defaults of "
+        "ChatGLM-Efficient-Tuning hold: --finetuning_type lora, lengths of 512 [sft]."
+    )
+    reward_model: str | None = declare("ppo: checkpoint of an rm run, which judges the answers.")
     finetuning_type: Literal["p_tuning", "full", "freeze", "lora", "none"] = declare(
         "What trains: p_tuning: a prefix; full: all weights; freeze: some layers; lora: an adapter; none: nothing, the "
         "untouched base answers. Read from a given checkpoint [p_tuning]."
@@ -140,18 +148,14 @@ class DataTrainingArguments:
 def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments, dict, list[str]]:
     """(ModelArguments, DataTrainingArguments, {name: value} of the given flags of training, notes), without torch.
 
-    One word that ends in .json is read as a file of flags. Raises ValueError or FileNotFoundError for what
+    One word that ends in .json, .yaml or .yml is read as a file of flags. Raises ValueError or FileNotFoundError for what
     cannot be meant; notes are lines to show the user.
     """
-    if argv and argv[0].endswith(".json"):
+    if argv and argv[0].endswith((".json", *YAML_ENDS)):
         if len(argv) > 1:
             raise ValueError(f"{argv[0]} stands alone: {argv[1]} cannot be added behind it. Write it into the file.")
         argv = flags_of_file(argv[0])
-    flags = {
-        "model": own_flags(ModelArguments),
-        "data": own_flags(DataTrainingArguments),
-        "training": {**library_flags(), **own_flags(TrainingArguments)},
-    }
+    flags = flags_of_main()
     known = {name: flag for group in flags.values() for name, flag in group.items()}
     argv, notes = translate_flags(argv, known.keys())
     for name, values in split_flags(argv):
@@ -175,6 +179,9 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
+    if model_args.stage and EFFICIENT_TUNING.keys() - given.keys():
+        left = ", ".join(f"--{name} {value}" for name, value in EFFICIENT_TUNING.items() if name not in given)
+        notes.append(f"--stage {model_args.stage}: where no checkpoint says otherwise, its old defaults hold: {left}.")
     if data_args.dataset:
         replaced = ["train_file"] if given.get("do_train") else ["validation_file", "test_file"]
         notes += [f"--{name} {given[name]} is not read: --dataset counts." for name in replaced if name in given]
@@ -183,6 +190,15 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     defaults = {flag.name: flag.default for flag in flags["training"].values()}
     check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
     return model_args, data_args, chosen["training"], notes
+
+
+def flags_of_main() -> dict[str, dict]:
+    """{title in --help: {name: Flag}} of all that main.py reads."""
+    return {
+        "model": own_flags(ModelArguments),
+        "data": own_flags(DataTrainingArguments),
+        "training": {**library_flags(), **own_flags(TrainingArguments)},
+    }
 
 
 def what_to_check(data_args, given):
@@ -218,7 +234,7 @@ def check(model_args, data_args, training_args):
         raise ValueError("Nothing to do: give --do_train, --do_eval or --do_predict.")
     for split, file in FILES.items():
         if getattr(training_args, f"do_{split}") and source_of(split, data_args, training_args) is None:
-            raise ValueError(f"--do_{split} needs --{file}.")
+            raise ValueError(f"--do_{split} needs --{file}{'' if data_args.dataset else ', or --dataset'}.")
     if training_args.eval_strategy != "no" and not (data_args.validation_file or data_args.dev_ratio):
         raise ValueError(f"--eval_strategy {training_args.eval_strategy} needs --validation_file or --dev_ratio.")
     check_mixture(data_args)
@@ -277,8 +293,10 @@ EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content
 
 def check_complete(model_args, data_args, training_args):
     """Raise ValueError where flags and checkpoint together leave out what a run needs, or contradict each other."""
+    if model_args.stage not in (None, "sft"):
+        raise ValueError(f"--stage {model_args.stage}: this version trains on answers only, --stage sft.")
     check_method(model_args, training_args)
-    needs_prefix = RULES[model_args.finetuning_type or DEFAULT_METHOD].needs_prefix
+    needs_prefix = RULES[model_args.finetuning_type or default_method(model_args.stage)].needs_prefix
     if training_args.do_train and needs_prefix and not model_args.pre_seq_len and not data_args.check_data:
         raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
     if model_args.pre_seq_len and not (training_args.do_train or model_args.ptuning_checkpoint):
@@ -300,11 +318,20 @@ def check_complete(model_args, data_args, training_args):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")
 
 
-# ---- the demos
+# ---- the demos and the export
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that all three programs share, with the official names."""
+LENGTHS_OF_ANSWERS = ("max_length", "max_new_tokens")
+# What ChatGLM-Efficient-Tuning's demos can be asked for, and the ones here do in one way only.
+ONE_WAY = {
+    "top_k": (50, "a token is chosen from the 50 likeliest, as in the official demos; a lower --top_p leaves fewer"),
+    "num_beams": (1, "an answer is written token by token; --do_predict of main.py searches with beams"),
+    "repetition_penalty": (1.0, "repetition is not penalized, as in the official demos"),
+}
+
+
+def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model the demos answer with, and the export writes."""
     parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from the checkpoint.")
     parser.add_argument(
         "--ptuning_checkpoint",
@@ -312,19 +339,57 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="What was trained: a checkpoint folder, or a run (its best one, or else the last); several LoRA adapters "
         "with commas.",
     )
+    parser.add_argument("--finetuning_type", choices=list(RULES), help="Not needed: read from the checkpoint.")
+    parser.add_argument("--cache_dir", help="Folder for models downloaded from the hub.")
+    parser.add_argument("--model_revision", help="Branch, tag or commit on the hub.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser.set_defaults(notes=(), sampling={})
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that all three demos share, with the official names."""
+    add_trained_arguments(parser)
     parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
     parser.add_argument("--quantize_output_layer", action="store_true", help="The output layer in int8, too.")
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
+    parser.add_argument("--source_prefix", help="Text before every prompt. Read from the checkpoint.")
+    parser.add_argument("--max_length", "--max_new_tokens", type=int, help="Longest answer, in new tokens [8192].")
+    parser.add_argument("--top_p", type=float, help="Probability mass to choose from [0.8].")
+    parser.add_argument("--temperature", type=float, help="0: always the likeliest token [0.95].")
+    parser.add_argument(
+        "--do_sample", type=true_or_false, nargs="?", const=True, default=True, help="false: as --temperature 0 [true]."
+    )
+    for name, (only, _) in ONE_WAY.items():
+        parser.add_argument(f"--{name}", type=float, default=only, help=f"Accepted, with the value {only} only.")
     parser.add_argument("--concurrency", type=int, default=8, help="Answers computed at once [8].")
     parser.add_argument("--max_queue", type=int, default=64, help="Requests that may wait for a place [64].")
     parser.add_argument("--max_sessions", type=int, default=32, help="Conversations that keep their cache [32].")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
 
 
-def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The words as `parser` reads them. ValueError for an unknown one, with the nearest flag there is."""
+def parse_demo_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """As parse_words, for a parser of add_model_arguments; `sampling` are the given settings of an answer."""
+    args = parse_words(parser, argv, accepts_all=True)
+    for name, (only, way) in ONE_WAY.items():
+        if getattr(args, name) != only:
+            raise ValueError(f"--{name} {getattr(args, name):g}: {way}. Leave it out.")
+    sampling = {"max_new_tokens": args.max_length, "top_p": args.top_p, "temperature": args.temperature}
+    if not args.do_sample:
+        sampling["temperature"] = 0.0
+    args.sampling = {name: value for name, value in sampling.items() if value is not None}
+    return args
+
+
+def parse_words(parser: argparse.ArgumentParser, argv: list[str], accepts_all=False) -> argparse.Namespace:
+    """The words as `parser` reads them. ValueError for an unknown one, with the nearest flag there is.
+
+    ChatGLM-Efficient-Tuning's programs read the flags of all others: where the parser `accepts_all`, `notes` has a line
+    for each that changes nothing here.
+    """
     parser.error = refuse
     args, unknown = parser.parse_known_args(argv)
+    if accepts_all:
+        names = [name for group in flags_of_main().values() for name in group]
+        unknown, args.notes = without_accepted(unknown, {*names, *RENAMED, *RETIRED, *ONE_WAY, *LENGTHS_OF_ANSWERS})
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], parser._option_string_actions, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"python ptuning/{parser.prog} --help lists the flags."
@@ -333,3 +398,17 @@ def parse_words(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     if "quantization_bit" in args:
         check_quantization_bit(args.quantization_bit)
     return args
+
+
+def without_accepted(words: list[str], accepted: set[str]) -> tuple[list[str], list[str]]:
+    """(the words without the accepted flags and their values, a line for each of these)."""
+    left, notes, taken = [], [], False
+    for word in words:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--"):
+            taken = name in accepted
+            if taken:
+                notes.append(f"--{name} is accepted and has no effect here: {RETIRED.get(name, 'main.py reads it')}.")
+        if not taken:
+            left.append(word)
+    return left, notes

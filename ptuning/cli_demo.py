@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from arguments import add_model_arguments, parse_words
+from arguments import add_model_arguments, parse_demo_words
 from common.failure import printable, run
 from first_look import look_at_demo
 
@@ -20,11 +20,8 @@ from first_look import look_at_demo
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="cli_demo.py", description="Talk to the tuned model in a terminal.")
     add_model_arguments(parser)
-    parser.add_argument("--max_length", type=int, default=8192, help="Longest answer, in new tokens [8192].")
-    parser.add_argument("--top_p", type=float, default=0.8, help="Probability mass to choose from [0.8].")
-    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token [0.95].")
     parser.add_argument("--seed", type=int, help="Makes sampled answers repeatable.")
-    return parse_words(parser, argv)
+    return parse_demo_words(parser, argv)
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
@@ -143,7 +140,7 @@ def answer_lines(server, sampling, lines):
 
 def main(argv):
     args = parse_arguments(argv)
-    sampling = Sampling(args.max_length, args.top_p, args.temperature, args.seed)
+    sampling = Sampling(**args.sampling, seed=args.seed)
     server = load_server(args, say=lambda line: print(printable(line), file=sys.stderr))
     try:
         if sys.stdin.isatty():

@@ -21,7 +21,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from arguments import parse_words
+from arguments import add_trained_arguments, parse_words
 from chatglm2.bits import check_quantization_bit
 from common.failure import run
 from first_look import NO_BASE_OF, look_at_model
@@ -29,21 +29,14 @@ from first_look import NO_BASE_OF, look_at_model
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="export_model.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--model_name_or_path", help="Base model: folder or hub id. Read from a given checkpoint.")
-    parser.add_argument(
-        "--ptuning_checkpoint",
-        "--checkpoint_dir",
-        dest="ptuning_checkpoint",
-        help="What was tuned: a checkpoint or a run's folder; several LoRA adapters with commas.",
-    )
+    add_trained_arguments(parser)
     parser.add_argument("--output_dir", help="New folder for the result.")
     parser.add_argument("--quantization_bit", type=int, help="4 or 8: write integer weights. [as they are]")
     parser.add_argument("--max_shard_size", default="2GB", help="Largest weight file: a number and KB, MB or GB. [2GB]")
     parser.add_argument(
         "--format", choices=("safetensors", "bin"), default="safetensors", help="Of the weight files. [safetensors]"
     )
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-    args = parse_words(parser, argv)
+    args = parse_words(parser, argv, accepts_all=True)
     if not args.output_dir:
         raise ValueError("--output_dir is missing: the new folder for the result.")
     if Path(args.output_dir).exists() and (not Path(args.output_dir).is_dir() or any(Path(args.output_dir).iterdir())):
@@ -87,10 +80,11 @@ def main(argv):
     args = parse_arguments(argv)
     logging.set_verbosity_error()
     found, damaged = find_trained(args.ptuning_checkpoint)
-    for problem in damaged:
-        print(problem)
+    for line in (*args.notes, *damaged):
+        print(line)
     # --quantization_bit is about what is written: the session has the bits that the checkpoint was trained on
-    session = resolve_session({"model_name_or_path": args.model_name_or_path}, found)
+    given = {name: getattr(args, name) for name in ("model_name_or_path", "finetuning_type")}
+    session = resolve_session(given, found)
     if not found or not session.method.beside_model:
         return export_weights(args, session)
     if len(found) > 1:
@@ -98,11 +92,11 @@ def main(argv):
     export_prefix(args, session)
 
 
-def open_source(session, **overrides):
+def open_source(args, session, **overrides):
     """Open the base model that a session means. ValueError where nothing says which."""
     if not session.base:
         raise ValueError(NO_BASE_OF.format(checkpoint=session.checkpoint))
-    open_base(session, **overrides)
+    open_base(session, revision=args.model_revision, cache_dir=args.cache_dir, **overrides)
     return session.folder, session.config
 
 
@@ -141,7 +135,7 @@ def compare(before, after, what):
 
 def export_weights(args, session):
     """Write the weights of a model in the official layout, what was tuned merged; read them again, and compare."""
-    source, config = open_source(session, pre_seq_len=None)
+    source, config = open_source(args, session, pre_seq_len=None)
     tokenizer = load_tokenizer(source, config)
     bits = check_quantization_bit(args.quantization_bit, config.quantization_bit)
     dtype = stored_dtype(source)
@@ -209,7 +203,7 @@ def export_prefix(args, session):
             "base model, export it without --ptuning_checkpoint."
         )
     checkpoint, base, bits = session.checkpoint, session.base, session.quantization_bit
-    source, config = open_source(session, **session.prefix_shape)
+    source, config = open_source(args, session, **session.prefix_shape)
     tokenizer = load_tokenizer(source, config)
     model = load_model(source, config=config, quantization_bit=bits, quantization_backend="torch")
     load_prefix(model, checkpoint)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from arguments import add_model_arguments, parse_words
+from arguments import add_model_arguments, parse_demo_words
 from common.failure import catch_signals, leave_on_signal, run
 from first_look import look_at_demo
 
@@ -26,7 +26,7 @@ def parse_arguments(argv):
     parser.add_argument("--server_port", type=int, default=7860, help="Port to listen on [7860].")
     parser.add_argument("--share", action="store_true", help="A public link through gradio's servers.")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask visitors for this user and password.")
-    args = parse_words(parser, argv)
+    args = parse_demo_words(parser, argv)
     if args.auth is not None:
         user, colon, password = args.auth.partition(":")
         if not (user and colon and password):
@@ -283,6 +283,7 @@ def build(server):
     page = Page(server)
     has_prefix = server.default != server.base
     longest = min(32768, server.model.config.seq_length)
+    chosen = {"max_new_tokens": 8192, "top_p": 0.8, "temperature": 0.95, **server.sampling}
     with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True) as blocks:
         turns = gr.State({side: [] for side in SIDES})
         with gr.Row(elem_id="head"):
@@ -335,9 +336,11 @@ def build(server):
             retry, undo, clear = (gr.Button(i18n(name), size="sm", elem_id=name) for name in ("retry", "undo", "clear"))
         gr.Examples([[prompt] for prompt in EXAMPLES], inputs=[box], label=i18n("examples"), elem_id="examples")
         with gr.Accordion(i18n("settings"), open=False, elem_id="settings"):
-            max_length = gr.Slider(1, longest, value=min(8192, longest), step=1, label=i18n("max_length"))
-            top_p = gr.Slider(0.01, 1, value=0.8, step=0.01, label=i18n("top_p"))
-            temperature = gr.Slider(0, 2, value=0.95, step=0.01, label=i18n("temperature"))
+            max_length = gr.Slider(
+                1, longest, value=min(chosen["max_new_tokens"], longest), step=1, label=i18n("max_length")
+            )
+            top_p = gr.Slider(0.01, 1, value=max(0.01, chosen["top_p"]), step=0.01, label=i18n("top_p"))
+            temperature = gr.Slider(0, 2, value=min(2, chosen["temperature"]), step=0.01, label=i18n("temperature"))
 
         settings = [mode, checkpoint, max_length, top_p, temperature]
         outputs = [box, *chats, status, turns, stop, submit, retry, undo, clear, mode]

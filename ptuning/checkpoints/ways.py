@@ -46,3 +46,10 @@ RULES = {
 DEFAULT_METHOD = next(iter(RULES))
 METHOD_FLAGS = {flag: name for name, rules in RULES.items() for flag in rules.flags}  # {flag: the way that reads it}
 TRAINED = [name for name, rules in RULES.items() if rules.trains]  # those that write checkpoints
+# What holds with --stage, a flag of ChatGLM-Efficient-Tuning, where neither another flag nor a checkpoint decides.
+EFFICIENT_TUNING = {"finetuning_type": "lora", "max_source_length": 512, "max_target_length": 512}
+
+
+def default_method(stage: str | None) -> str:
+    """The way of tuning where neither a flag nor a checkpoint names one."""
+    return EFFICIENT_TUNING["finetuning_type"] if stage else DEFAULT_METHOD

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.quoting import as_typed
-from common.text import load_json, parse_json
+from common.text import load_json, load_yaml, parse_json
+
+YAML_ENDS = (".yaml", ".yml")
 
 
 def check_word(word, flag):
@@ -75,12 +77,12 @@ def is_switch(values):
 
 
 def flags_of_file(file: str) -> list[str]:
-    """The flags in a JSON file of {"name": value}, as on the command line."""
+    """The flags in a JSON or, by its name, YAML file of {"name": value}, as on the command line."""
     try:
         data = Path(file).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: there is no such file of arguments.") from None
-    settings = load_json(data, file)
+    settings = (load_yaml if file.endswith(YAML_ENDS) else load_json)(data, file)
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold one object of flags and values, not a {type(settings).__name__}.")
     argv = []
@@ -161,7 +163,8 @@ def own_flags(owner: type) -> dict[str, Flag]:
     }
 
 
-def true_or_false(word):
+def true_or_false(word: str) -> bool:
+    """What the value of a switch says; argparse's error for another word."""
     if not is_switch([word]):
         raise argparse.ArgumentTypeError(f"expected true or false, not {word!r}")
     return is_true([word])

@@ -1,4 +1,5 @@
-"""Flags of transformers 4.30 and of the official scripts that have another name today, or no effect any more.
+"""Flags of 2023 that have another name today, or no effect any more: of transformers 4.30, the official scripts and
+ChatGLM-Efficient-Tuning.
 
 Every one of them is accepted: renamed ones are mapped, and what has no effect (most never had any) is said in a line.
 """
@@ -19,9 +20,10 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "activation_checkpointing": "gradient_checkpointing",  # the other way round: newer than transformers 5.17
-    "checkpoint_dir": "ptuning_checkpoint",  # ChatGLM-Efficient-Tuning's name
+    # ChatGLM-Efficient-Tuning's names
+    "checkpoint_dir": "ptuning_checkpoint",
+    "eval_num_beams": "num_beams",
 }
-
 
 # Flags of 2023 that change nothing, and why.
 UNREAD = "the official scripts never read it"
@@ -43,6 +45,10 @@ RETIRED = {
         "transformers dropped it",
     ),
     "use_auth_token": "log in with `hf auth login`, or set HF_TOKEN",
+    "use_v2": "the base model's config.json tells which ChatGLM it is",
+    "quantization_type": "integer weights are ChatGLM2's own int4, not bitsandbytes' fp4 or nf4",
+    "double_quantization": "integer weights are ChatGLM2's own int4, whose scales stay as they are",
+    "compute_dtype": "--fp16, --bf16 or the GPU decide",
     "save_safetensors": "a prefix is always pytorch_model.bin, an adapter always safetensors",
     "logging_dir": "",  # handled in translate_flags
     "group_by_length": "",

@@ -1,4 +1,4 @@
-"""Bytes -> text -> JSON, for files that a user writes.
+"""Bytes -> text -> JSON or YAML, for files that a user writes.
 
 Answers to nothing in the official scripts, which read UTF-8 only, and of a key that stands twice the last value.
 """
@@ -180,3 +180,41 @@ def load_json(data: bytes, name: str):
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
+
+
+# ---- text -> YAML
+
+
+def load_yaml(data: bytes, name: str):
+    """The value in a user's YAML file, in any encoding that data files may have. ValueError naming file and line.
+
+    A key that stands twice is refused, and so is an alias: a few of them can stand for gigabytes.
+    """
+    import yaml  # transformers needs it
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(
+                    problem="an alias (*) is not read here", problem_mark=self.peek_event().start_mark
+                )
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if (name := str(key.value)) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {name!r} stands twice", problem_mark=key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    text = decode_text(data, name)
+    try:
+        return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as error:
+        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{name}{place} is not valid YAML: {error.problem}") from None
+    except RecursionError:
+        raise ValueError(f"{name} is not valid YAML: brackets are nested too deep") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None

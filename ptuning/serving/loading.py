@@ -22,6 +22,8 @@ def load_server(args, say=print):
     check_ranges(args)
     found, damaged = find_trained(args.ptuning_checkpoint)
     checkpoint = Path(found[-1]) if found else None
+    for note in args.notes:
+        say(note)
     for problem in damaged:
         say(f"{problem} Using {checkpoint.name}.")
     if args.pre_seq_len and not checkpoint:
@@ -32,7 +34,7 @@ def load_server(args, say=print):
         raise contradiction("pre_seq_len", args.pre_seq_len, "none", checkpoint)
     if not session.base:
         raise ValueError(NO_BASE)
-    config = open_base(session, pre_seq_len=None)
+    config = open_base(session, revision=args.model_revision, cache_dir=args.cache_dir, pre_seq_len=None)
     check_base(session)
     folder, bits = session.folder, session.quantization_bit
 
@@ -64,6 +66,7 @@ def load_server(args, say=print):
         max_queue=args.max_queue,
         max_sessions=args.max_sessions,
     )
+    server.sampling, server.given_source_prefix = args.sampling, args.source_prefix
     server.name = Path(session.base).name
     if method.is_complete and saved.get("base_model"):
         server.name = Path(saved["base_model"]).name

@@ -143,6 +143,8 @@ class ChatServer:
         self.max_batch, self.max_queue, self.max_sessions = max_batch, max_queue, max_sessions
         self.name = BASE  # of the base model, for people
         self.run_folder = None  # rescanned for new checkpoints
+        self.sampling = {}  # of an answer, where who asks says nothing
+        self.given_source_prefix = None  # before every prompt, whatever a model was trained with
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
         self._prefixes_of_worker = {}  # on the model's device; only the worker computes there
@@ -201,10 +203,10 @@ class ChatServer:
     # ---- prompts
 
     def source_prefix(self, name=None):
-        """The text that stood before every prompt in the training of a model, "" where there was none."""
+        """The text before every prompt: the given one, else that of the training of a model; "" where there is none."""
         name = name or self.default
         self.prefix(name)
-        return self._source_prefixes[name]
+        return self._source_prefixes[name] if self.given_source_prefix is None else self.given_source_prefix
 
     def encode(self, query, history=(), model=None):
         """Token ids of the chat prompt for a model; ValueError for text that no UTF-8 file could hold."""

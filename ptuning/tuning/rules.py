@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from checkpoints.ways import DEFAULT_METHOD, METHOD_FLAGS, RULES
+from checkpoints.ways import METHOD_FLAGS, RULES, default_method
 
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
 
 
 def check_method(model_args, training_args):
     """Raise ValueError for flags that do not go with the way of tuning."""
-    method = model_args.finetuning_type or DEFAULT_METHOD
+    method = model_args.finetuning_type or default_method(model_args.stage)
     rules = RULES[method]
     for name, owner in METHOD_FLAGS.items():
         value = getattr(model_args, name)

@@ -19,7 +19,7 @@ from pathlib import Path
 from chatglm2.bits import check_quantization_bit
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from checkpoint import read_config, resolve_folder
-from checkpoints.ways import DEFAULT_METHOD, METHOD_FLAGS
+from checkpoints.ways import EFFICIENT_TUNING, METHOD_FLAGS, default_method
 from tuning.method import Method
 from tuning.methods import METHODS, read_settings
 
@@ -144,7 +144,9 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
     checkpoint = found[-1] if found else None
     if len(found) > 1 and do_train and METHODS[saved["finetuning_type"]].beside_model:
         raise ValueError(f"--ptuning_checkpoint {given['ptuning_checkpoint']}: a run starts from one checkpoint.")
-    method = METHODS[given.get("finetuning_type") or saved.get("finetuning_type") or DEFAULT_METHOD]
+    stage = given.get("stage")
+    method = METHODS[given.get("finetuning_type") or saved.get("finetuning_type") or default_method(stage)]
+    defaults = {name: EFFICIENT_TUNING.get(name, old) if stage else old for name, old in DATA_FIELDS.items()}
     resume_adapter = given.get("resume_lora_training", True) or resumes
     flags = method.normalized({**given, "model_name_or_path": given.get("model_name_or_path") or None})
     bound = {name: saved[name] for name in method.bound_flags(resume_adapter) if name in saved}
@@ -160,7 +162,7 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
         base=holds["model_name_or_path"],
         quantization_bit=holds["quantization_bit"],
         settings={name: holds[name] for name in METHOD_FLAGS},
-        data_fields={name: default if holds[name] is None else holds[name] for name, default in DATA_FIELDS.items()},
+        data_fields={name: default if holds[name] is None else holds[name] for name, default in defaults.items()},
         checkpoint=checkpoint,
         checkpoints=method.to_load(saved.get("checkpoints", [])),
         saved=saved,

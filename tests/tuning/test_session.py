@@ -47,6 +47,13 @@ def test_without_flags_and_checkpoint_a_prefix_and_the_defaults_hold():
     assert set(session.decided_by.values()) == {"default"}
 
 
+def test_with_a_stage_the_defaults_of_chatglm_efficient_tuning_hold(checkpoint_of):
+    session = resolve_session({"stage": "sft"}, [])
+    assert (session.method.name, *session.limits.values()) == ("lora", 512, 512)
+    session = resolve_session({"stage": "sft", "max_target_length": 9}, [checkpoint_of("p_tuning")])
+    assert (session.method.name, *session.limits.values()) == ("p_tuning", 64, 9)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if RULES[name].trains])
 def test_what_no_flag_says_is_read_from_the_checkpoint(method, checkpoint_of):
     session = resolve_session({}, [checkpoint_of(method)])
