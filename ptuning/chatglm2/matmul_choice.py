@@ -4,7 +4,7 @@ Neither is right for everything. An AMD EPYC takes half the time with oneDNN thr
 of it with MKL for 8 rows, three quarters with oneDNN for 64. So each kind of product is measured: few, some or many
 rows, by a weight whose rows or whose columns lie contiguous (backward has the other one of the two). That takes about
 150 ms. The result is kept in the user's cache, for this processor, number of threads and version of torch, so that all
-runs of a machine compute alike. PTUNING_MATMUL=mkl or onednn says it without measuring.
+runs of a machine compute alike. PTUNING_MATMUL=mkl or onednn says it without measuring; --debug shows it.
 """
 
 import time
@@ -47,6 +47,16 @@ def decisions(threads: int) -> list[str]:
         measure,
         lambda found: isinstance(found, list) and len(found) == kinds and all(name in LIBRARIES for name in found),
     )
+
+
+def decision_table() -> str:
+    """Text: the library that multiplies each kind of product on this CPU in float32, a line for each number of rows."""
+    found = decisions(torch.get_num_threads())
+    names = (f"up to {ROWS[0]} rows", f"up to {ROWS[1]} rows", "more rows")
+    lines = [f"  {'float32 products':<18}{'rows contiguous':>17}{'columns contiguous':>20}"]
+    for kind, name in enumerate(names):
+        lines.append(f"  {name:<18}{found[kind]:>17}{found[kind + len(ROWS)]:>20}")
+    return "\n".join(lines)
 
 
 def shortest_seconds(products, repeats: int, clock=time.perf_counter) -> list[float]:

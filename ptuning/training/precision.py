@@ -2,7 +2,10 @@
 
 import torch
 
+from chatglm2.matmul import onednn_runs
+from chatglm2.matmul_choice import decision_table
 from checkpoint import choose_dtype
+from common.failure import wants_traceback
 from common.messages import dtype_name
 from tuning.methods import METHODS
 
@@ -26,9 +29,11 @@ def set_precision(training_args, method: str) -> tuple[torch.dtype, str]:
 
 
 def describe_precision(dtype: torch.dtype, reason: str, training_args) -> str:
-    """One line: the formats of weights and of all else, the device, and why."""
+    """One line: the formats of weights and of all else, the device, and why. With --debug what multiplies, too."""
     others = "prefix" if training_args.precision == "official" else "prefix, optimizer, loss and gradient norm"
-    return f"Weights: {dtype_name(dtype)} on {training_args.device} ({reason}); {others}: float32."
+    line = f"Weights: {dtype_name(dtype)} on {training_args.device} ({reason}); {others}: float32."
+    shown = wants_traceback() and onednn_runs(training_args.device, dtype)
+    return f"{line}\n{decision_table()}" if shown else line
 
 
 def choose_products(training_args, backend: str) -> str:

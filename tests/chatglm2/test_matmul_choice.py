@@ -1,6 +1,7 @@
 """Which library multiplies on a CPU: measured once a machine, kept, pinned by PTUNING_MATMUL."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,3 +122,16 @@ def test_either_library_gives_the_product(name, rows, monkeypatch):
     torch.testing.assert_close(multiply(x, weight), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(multiply(x, weight.t().contiguous().t()), expected, rtol=1e-5, atol=1e-5)
     assert bool(used) == (name == "onednn")
+
+
+@needs_onednn
+def test_debug_shows_what_was_decided(monkeypatch, nothing_decided, measured):
+    from training.precision import describe_precision
+
+    args = SimpleNamespace(precision="auto", device=torch.device("cpu"))
+    assert "\n" not in describe_precision(torch.float32, "no GPU", args)
+    monkeypatch.setenv("PTUNING_TRACEBACK", "1")
+    _, head, *lines = describe_precision(torch.float32, "no GPU", args).split("\n")
+    assert head.split() == "float32 products rows contiguous columns contiguous".split()
+    assert [line.split()[-2:] for line in lines] == [["mkl", "mkl"]] * len(ROWS)
+    assert "\n" not in describe_precision(torch.bfloat16, "the GPU has it", args)
