@@ -101,7 +101,7 @@ class DataTrainingArguments:
     dataset_dir: str = declare(
         "Folder of the data sets, with the dataset_info.json that describes them.", default="data"
     )
-    split: str = declare("Accepted; a data file has one split, train.", default="train")
+    split: str = declare("Split of the data sets of a hub; a data file has one split, train.", default="train")
     mix_ratios: str | None = declare(
         "Share of each data set in the training rows, such as 0.7,0.3 [all rows of all data sets]."
     )
@@ -114,6 +114,10 @@ class DataTrainingArguments:
     messages_column: str | None = declare(
         "Column of whole dialogues, lists of role (system, user, assistant) and content; used in place of the other "
         "three columns. The last answer is the response."
+    )
+    query_separator: str | None = declare(
+        "Data sets: text between prompt and query, \\n for a line break; '' as in ChatGLM-Efficient-Tuning. Read from a "
+        "given checkpoint [\\n]."
     )
     source_prefix: str | None = declare("Text put before every prompt.")
     max_source_length: int | None = declare(
@@ -174,6 +178,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     for group in chosen.values():
         group.update({name: seen_from_caller(group[name]) for name in READ if name in group})
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
+    if data_args.query_separator:
+        data_args.query_separator = data_args.query_separator.replace("\\n", "\n").replace("\\t", "\t")
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
     if model_args.stage and EFFICIENT_TUNING.keys() - given.keys():

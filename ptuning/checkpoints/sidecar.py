@@ -13,7 +13,7 @@ from common.values import is_count
 SIDECAR_FILE = "ptuning.json"
 SIDECAR_KINDS = {
     **dict.fromkeys("base_model prompt_column response_column history_column messages_column".split(), str),
-    **dict.fromkeys(("source_prefix", "base_fingerprint", "engine"), str),
+    **dict.fromkeys(("source_prefix", "query_separator", "base_fingerprint", "engine"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
     "training": dict,
     "merged_checkpoints": list,
