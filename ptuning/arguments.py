@@ -51,11 +51,7 @@ class ModelArguments:
         "checkpoint or else the last; or run/best, run/last, or run/all to evaluate each prefix; or several LoRA "
         "adapters with commas. --checkpoint_dir is the same."
     )
-    stage: Literal["sft", "rm", "dpo", "ppo"] = declare(
-        "What is learned: sft: the answers of the rows; rm, dpo, ppo: what people prefer. With it the defaults of "
-        "ChatGLM-Efficient-Tuning hold: --finetuning_type lora, lengths of 512 [sft]."
-    )
-    reward_model: str | None = declare("ppo: checkpoint of an rm run, which judges the answers.")
+    stage = None  # no flag of the model, but where --stage was given other defaults hold
     finetuning_type: Literal["p_tuning", "full", "freeze", "lora", "none"] = declare(
         "What trains: p_tuning: a prefix; full: all weights; freeze: some layers; lora: an adapter; none: nothing, the "
         "untouched base answers. Read from a given checkpoint [p_tuning]."
@@ -104,7 +100,7 @@ class DataTrainingArguments:
     dataset_dir: str = declare(
         "Folder of the data sets, with the dataset_info.json that describes them.", default="data"
     )
-    split: str = declare("Accepted; a data file has one split, train.", default="train")
+    split: str = declare("Split of the data sets of a hub; a data file has one split, train.", default="train")
     mix_ratios: str | None = declare(
         "Share of each data set in the training rows, such as 0.7,0.3 [all rows of all data sets]."
     )
@@ -117,6 +113,10 @@ class DataTrainingArguments:
     messages_column: str | None = declare(
         "Column of whole dialogues, lists of role (system, user, assistant) and content; used in place of the other "
         "three columns. The last answer is the response."
+    )
+    query_separator: str | None = declare(
+        "Data sets: text between prompt and query, \\n for a line break; '' as in ChatGLM-Efficient-Tuning. Read from a "
+        "given checkpoint [\\n]."
     )
     source_prefix: str | None = declare("Text put before every prompt.")
     max_source_length: int | None = declare(
@@ -177,8 +177,11 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     for group in chosen.values():
         group.update({name: seen_from_caller(group[name]) for name in READ if name in group})
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])
+    if data_args.query_separator:
+        data_args.query_separator = data_args.query_separator.replace("\\n", "\n").replace("\\t", "\t")
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
+    model_args.stage = given.get("stage")
     if model_args.stage and EFFICIENT_TUNING.keys() - given.keys():
         left = ", ".join(f"--{name} {value}" for name, value in EFFICIENT_TUNING.items() if name not in given)
         notes.append(f"--stage {model_args.stage}: where no checkpoint says otherwise, its old defaults hold: {left}.")
@@ -293,8 +296,8 @@ EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content
 
 def check_complete(model_args, data_args, training_args):
     """Raise ValueError where flags and checkpoint together leave out what a run needs, or contradict each other."""
-    if model_args.stage not in (None, "sft"):
-        raise ValueError(f"--stage {model_args.stage}: this version trains on answers only, --stage sft.")
+    if training_args.stage != "sft":
+        raise ValueError(f"--stage {training_args.stage}: this version trains on answers only, --stage sft.")
     check_method(model_args, training_args)
     needs_prefix = RULES[model_args.finetuning_type or default_method(model_args.stage)].needs_prefix
     if training_args.do_train and needs_prefix and not model_args.pre_seq_len and not data_args.check_data:

@@ -111,7 +111,7 @@ ITS_OWN = """--dataset a --dataset_dir data --split train --overwrite_cache True
 --source_prefix 你好 --dev_ratio 0.1 --finetuning_type lora --lora_rank 8 --lora_alpha 32.0 --lora_dropout 0.1
 --lora_target query_key_value,dense --stage sft --model_name_or_path m --config_name c --tokenizer_name t --cache_dir d
 --use_fast_tokenizer True --model_revision main --use_auth_token False --quantization_bit 4 --quantization_type nf4
---double_quantization True --compute_dtype float16 --checkpoint_dir a,b --reward_model r --resume_lora_training True
+--double_quantization True --compute_dtype float16 --checkpoint_dir a,b --resume_lora_training True
 --plot_loss True --use_v2 True --prompt_column p --response_column r"""
 SAMPLING = """--do_sample false --temperature 0.5 --top_p 0.6 --top_k 50 --num_beams 1 --max_length 99 --max_new_tokens 77
 --repetition_penalty 1.0"""
@@ -121,7 +121,7 @@ SILENT |= {"double_quantization", "compute_dtype"}
 
 def test_every_flag_of_its_training_is_accepted_and_what_has_no_effect_is_said():
     model_args, data_args, _, notes = parse_flags(shlex.split(f"--do_train --output_dir o {ITS_OWN}"))
-    assert (data_args.num_beams, data_args.source_prefix, model_args.reward_model) == (2, "你好", "r")
+    assert (data_args.num_beams, data_args.source_prefix, model_args.cache_dir) == (2, "你好", "d")
     assert {note.split()[0][2:] for note in notes} == SILENT
     assert "--quantization_type is accepted and has no effect: integer weights are ChatGLM2's own int4" in " ".join(
         notes

@@ -7,6 +7,7 @@ from common.files import read_json
 # The official name; holds what was trained as plain tensors: transformer.prefix_encoder.*, or what freeze trains.
 TENSORS_FILE = "pytorch_model.bin"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+FINETUNING_FILE = "finetuning_args.json"  # ChatGLM-Efficient-Tuning's, beside what it has trained: the flags of the way
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 

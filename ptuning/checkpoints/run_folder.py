@@ -13,7 +13,7 @@ import math
 import shutil
 from pathlib import Path
 
-from checkpoints.file_names import INDEX_FILES, TENSORS_FILE, weight_files
+from checkpoints.file_names import FINETUNING_FILE, INDEX_FILES, TENSORS_FILE, weight_files
 from checkpoints.sidecar import SIDECAR_FILE
 from checkpoints.trainer_state import check_state
 from checkpoints.ways import ADAPTER_FILES
@@ -90,6 +90,8 @@ def find_checkpoints(path: Path | str, verified: bool = True) -> tuple[list[Path
     """
     path = Path(path)
     run, wanted = path, None
+    if (path / FINETUNING_FILE).is_file() and (path / trained_file(path)).is_file():
+        return [path], []  # ChatGLM-Efficient-Tuning puts what its run ended with beside the checkpoints
     if path.name in ("last", "all") and (path / trained_file(path)).is_file():
         return [path], []  # a checkpoint that the user has called so
     if path.name in ("best", "last", "all") and not list_checkpoints(path):

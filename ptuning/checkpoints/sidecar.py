@@ -5,15 +5,17 @@ Answers to nothing in the official scripts, whose users repeat these as flags. A
 
 from pathlib import Path
 
+from checkpoints.file_names import FINETUNING_FILE
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import short_json
 from common.values import is_count
 
 SIDECAR_FILE = "ptuning.json"
+TELLING_FILES = (SIDECAR_FILE, FINETUNING_FILE)  # of the way in which a checkpoint was trained
 SIDECAR_KINDS = {
     **dict.fromkeys("base_model prompt_column response_column history_column messages_column".split(), str),
-    **dict.fromkeys(("source_prefix", "base_fingerprint", "engine"), str),
+    **dict.fromkeys(("source_prefix", "query_separator", "base_fingerprint", "engine"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
     "training": dict,
     "merged_checkpoints": list,
@@ -30,11 +32,11 @@ def read_sidecar(checkpoint: Path | str) -> dict:
 def finetuning_type(checkpoint: Path | str) -> str | None:
     """The way in which the contents of a checkpoint folder were trained; None for other folders."""
     checkpoint = Path(checkpoint)
-    if (checkpoint / SIDECAR_FILE).is_file():
-        kind = read_json(checkpoint / SIDECAR_FILE).get("finetuning_type", DEFAULT_METHOD)
+    if file := next((checkpoint / name for name in TELLING_FILES if (checkpoint / name).is_file()), None):
+        kind = read_json(file).get("finetuning_type", DEFAULT_METHOD)
         if kind not in TRAINED:
             expected = f"{', '.join(TRAINED[:-1])} or {TRAINED[-1]}"
-            raise ValueError(f"{checkpoint / SIDECAR_FILE}: finetuning_type is {kind!r}, expected {expected}.")
+            raise ValueError(f"{file}: finetuning_type is {kind!r}, expected {expected}.")
         return kind
     return next((name for name in TRAINED if any((checkpoint / file).is_file() for file in RULES[name].files)), None)
 

@@ -29,7 +29,7 @@ def check_word(word, flag):
         raise ValueError(
             f"{word!r} ({place}) ends in \\r: your script has Windows line ends. Remove them: sed -i 's/\\r$//' train.sh"
         )
-    if flag == "source_prefix" or re.match(r"--[\w-]+=", word):  # any text
+    if flag in ("source_prefix", "query_separator") or re.match(r"--[\w-]+=", word):  # any text
         return
     if word.startswith(("#", " #")) or (word and not word.strip()):
         kind = "comment" if "#" in word else "space"

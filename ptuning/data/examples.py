@@ -18,6 +18,7 @@ from data.cache import cached
 from data.rows import glance, kind_of_value, read_data, read_rows
 
 COLUMNS = ("prompt", "query", "response", "history", "messages")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
 
 
@@ -53,9 +54,11 @@ def _text(name: str, number: int, column: str | None, row: dict, flag: str, take
     if value is None:
         return ""
     if not isinstance(value, str):
+        remedy = "put the value in double quotes or name another column"
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value):
+            remedy = "a pair of answers is for --stage rm or dpo"
         raise ValueError(
-            f"{name} row {number}: column {column!r} ({flag}) holds {kind_of_value(value)}, expected text; "
-            "put the value in double quotes or name another column"
+            f"{name} row {number}: column {column!r} ({flag}) holds {kind_of_value(value)}, expected text; {remedy}"
         )
     return checked(value, f"{name} row {number}", column)
 
@@ -110,6 +113,8 @@ def _dialogue(
     turns, expected = [], ("system", "user")
     for position, message in enumerate(messages, start=1):
         place = f"{where}, turn {position}"
+        if isinstance(message, dict) and message.keys() >= {"from", "value"}:  # as ShareGPT names them
+            message = {"role": SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             is_object = isinstance(message, dict)
             found = f"an object of {', '.join(message) or 'nothing'}" if is_object else kind_of_value(message)
@@ -136,13 +141,13 @@ def _dialogue(
     return question, answer or "", [list(turn) for turn in history]
 
 
-def _parts_of(row, number, path, columns, flags, taken, keep_unlabelled):
+def _parts_of(row, number, path, columns, flags, taken, keep_unlabelled, query_separator="\n"):
     """(prompt, response, history) of a row; ValueError where its columns are not as they should be."""
     if columns["messages"]:
         return _dialogue(path, number, columns["messages"], row, flags["messages"], keep_unlabelled)
     prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
     if columns["query"] in row and (query := _text(path, number, columns["query"], row, flags["query"])):
-        prompt += "\n" + query
+        prompt += query_separator + query
     response = ""
     if not keep_unlabelled or columns["response"] in row:
         response = _text(path, number, columns["response"], row, flags["response"], taken["response"])
@@ -167,7 +172,7 @@ def look_at_file(path: str | os.PathLike, columns: dict, keep_unlabelled: bool) 
     return count
 
 
-def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
+def _generate_examples(path, columns, query_separator, place, max_samples, keep_unlabelled, key):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
     flags, taken = _names_of(columns, place)
@@ -178,7 +183,9 @@ def _generate_examples(path, columns, place, max_samples, keep_unlabelled, key):
             raise _missing_column(path, 1, column, rows[0], flags[name], taken[name])
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
-        prompt, response, history = _parts_of(row, number, path, columns, flags, taken, keep_unlabelled)
+        prompt, response, history = _parts_of(
+            row, number, path, columns, flags, taken, keep_unlabelled, query_separator
+        )
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
         yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
@@ -222,6 +229,9 @@ def load_examples(
     keep_unlabelled: bool = False,
     messages_column: str | None = None,
     query_column: str | None = None,
+    query_separator: str = "\n",
+    chosen_column: str | None = None,
+    rejected_column: str | None = None,
     place: str | None = None,
     overwrite_cache: bool = False,
     say=silent,
@@ -230,7 +240,8 @@ def load_examples(
 
     Columns: `prompt` and `response` (text), `history` (list of [question, answer]), `row` (1-based, in the file).
     `messages_column` holds whole dialogues in place of the other columns, `query_column` text that is put behind the
-    prompt, on a line of its own. Errors name columns by their flags, or by their entry in `place`.
+    prompt and `query_separator`. Pairs of answers, with a `chosen_column` and a `rejected_column`, are
+    refused. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
     (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's
     content; `say` is told where the cache is damaged.
@@ -239,6 +250,11 @@ def load_examples(
     from datasets import Dataset, Features, List, Value
     from datasets.exceptions import DatasetGenerationError
 
+    if chosen_column or rejected_column:
+        raise ValueError(
+            f"{place} has pairs of answers, which --stage rm and dpo learn from. To learn the better one as the answer, give "
+            f'"response": {json.dumps(chosen_column, ensure_ascii=False)} in place of "chosen" and "rejected"'
+        )
     path = Path(path)
     content = hashlib.sha256(read_data(path)).hexdigest()
     if max_samples is not None and max_samples < 1:
@@ -262,6 +278,7 @@ def load_examples(
     settings = {
         "path": str(path),
         "columns": columns,
+        "query_separator": query_separator,
         "place": place,
         "max_samples": max_samples,
         "keep_unlabelled": keep_unlabelled,

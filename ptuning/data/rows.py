@@ -120,18 +120,31 @@ def check_data_file(path: Path) -> None:
         raise FileNotFoundError(f"{path} does not exist (looked for {path.absolute()}); check the data file's name")
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that a path means: itself, or of `folder/*` every file in that folder, hidden ones left out, by name."""
+    if path.name != "*" or path.exists() or not path.parent.is_dir():
+        return [path]
+    return sorted(file for file in path.parent.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
 def read_data(path: Path) -> bytes:
-    check_data_file(path)
-    return path.read_bytes()
+    """All bytes of what files_of gives. Raises as check_data_file."""
+    files = files_of(path)
+    for file in files:
+        check_data_file(file)
+    return b"".join(file.read_bytes() for file in files)
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:
-    """Rows of a JSON-lines, JSON-array or (by its suffix) CSV file, in order, as dicts.
+    """Rows of a JSON-lines, JSON-array or (by its suffix) CSV file, in order, as dicts; of `folder/*` those of its files.
 
     FileNotFoundError or ValueError, each naming the file and where it has one the line, for a file that is missing,
     a folder, empty, not text, or not in one of these formats.
     """
-    path = Path(path)
+    return [row for file in files_of(Path(path)) for row in _rows_of_file(file)]
+
+
+def _rows_of_file(path):
     text = decode_text(read_data(path), str(path))
     if not text.strip():
         raise ValueError(f"{path} is empty; expected JSON lines, a JSON array or CSV")

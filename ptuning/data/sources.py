@@ -49,11 +49,8 @@ def check_mixture(data_args) -> None:
         )
     if data_args.dev_ratio and not (data_args.dataset or data_args.train_file):
         raise ValueError("--dev_ratio needs --train_file or --dataset, whose rows it divides.")
-    if data_args.split != "train":
-        raise ValueError(
-            f"--split {data_args.split}: a data file has one split, train. Describe the other rows as a data set of "
-            "their own in dataset_info.json, and name it in --dataset."
-        )
+    if data_args.split != "train" and not names:
+        raise ValueError(f"--split {data_args.split} is of data sets of a hub: a data file has one split, train.")
 
 
 def split_ratios(text):

@@ -81,13 +81,20 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
     if source == "dev_ratio":
         source = "dataset" if data_args.dataset else "train_file"
     if source == "dataset":
-        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset)
+        files, notes = read_dataset_info(data_args.dataset_dir, data_args.dataset, data_args.split)
     else:
         columns = {f"{name}_column": getattr(data_args, f"{name}_column", None) for name in COLUMNS}
         files, notes = {"": {"path": getattr(data_args, source), **columns}}, []
     name_of_limit = "max_train_samples" if data_args.dev_ratio and split == "eval" else f"max_{split}_samples"
     limit = getattr(data_args, name_of_limit) or data_args.max_samples
+    if any(file.get("query_column") for file in files.values()):
+        notes.append(
+            f"A query stands behind its prompt and {data_args.query_separator!r}: --query_separator chooses, "
+            "ChatGLM-Efficient-Tuning has nothing there."
+        )
     for name, file in files.items():
+        if file.get("query_column"):
+            file["query_separator"] = data_args.query_separator
         if encode is encode_prediction and not file["messages_column"]:
             place = file.get("place")
             both = f'"prompt" and "response" of {place}' if place else "--prompt_column and --response_column"

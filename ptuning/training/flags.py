@@ -36,3 +36,9 @@ class TrainingArguments:
     )
     # Off, or one NaN would be logged as a loss of 0.0.
     logging_nan_inf_filter: bool = declare("Leave NaN losses out of the log (hides a failed run).", default=False)
+    stage: Literal["sft", "rm", "dpo", "ppo"] = declare(
+        "What is trained for: sft: to give the answers of the rows; rm: a reward model, from pairs of answers; dpo: to "
+        "prefer the chosen answer of each pair; ppo: to please a reward model.",
+        default="sft",
+    )
+    reward_model: str | None = declare("ppo: the reward model, a checkpoint or run of --stage rm.")

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import warn_of_other_base
-from checkpoints.file_names import TENSORS_FILE
+from checkpoints.file_names import FINETUNING_FILE, TENSORS_FILE
 from checkpoints.weight_files import check_trained, read_tensors
+from common.files import read_json
 from tuning.method import Method, named
 
 FREEZE_MODULES = {"mlp": "mlp", "qkv": "self_attention.query_key_value"}
@@ -47,6 +48,18 @@ class Freeze(Method):
     name = "freeze"
     defaults = {"num_layer_trainable": 3, "name_module_trainable": "mlp"}
     changes_weights = True
+
+    def read_own(self, checkpoint):
+        file = Path(checkpoint) / FINETUNING_FILE
+        settings = (
+            {name: value for name, value in read_json(file).items() if name in self.defaults} if file.is_file() else {}
+        )
+        count, module = {**self.defaults, **settings}.values()
+        if type(count) is not int or count == 0 or module not in tuple(FREEZE_MODULES):
+            raise ValueError(
+                f"{file}: {settings} are no settings of freeze; expected a number of layers, and {' or '.join(FREEZE_MODULES)}."
+            )
+        return settings
 
     def check(self, settings, config, checkpoints, bits, *, do_train, resume):
         super().check(settings, config, checkpoints, bits, do_train=do_train, resume=resume)

@@ -29,6 +29,7 @@ DATA_FIELDS = {
     "response_column": None,
     "history_column": None,
     "messages_column": None,
+    "query_separator": "\n",
     "source_prefix": "",
     "max_source_length": 1024,
     "max_target_length": 128,

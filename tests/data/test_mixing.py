@@ -100,7 +100,7 @@ def test_a_matching_checksum_is_silent_and_another_one_is_said(folder):
     [
         ("talk.json", r"'talk' in \S+dataset_info.json is text .*expected an object with file_name"),
         ({}, "'talk' in .* has no file: give the file's name"),
-        ({"hf_hub_url": "a/b"}, "is fetched by hf_hub_url, which is not done here: download it"),
+        ({"script_url": "a"}, "is made by a program, script_url 'a', and none of a data set is run here"),
         ({"file_name": "talk.json", "columns": ["a"]}, "\"columns\" of 'talk' in .* is a list"),
         ({"file_name": "talk.json", "columns": {"system": "s"}}, "'system'; expected names of columns for prompt, que"),
         ({"file_name": "talk.json", "columns": {"prompt": 3}}, r"a number \(3\) for 'prompt'"),
@@ -230,7 +230,7 @@ TRAIN_LINE = "--do_train --model_name_or_path m --pre_seq_len 8 --output_dir o "
         ("--train_file t --mix_ratios 0.7,0.3", "mixes data sets: name them with --dataset"),
         ("--dataset a --dev_ratio 1", "--dev_ratio 1.0: expected a share from 0 up to 1"),
         ("--dataset a --dev_ratio 0.1 --validation_file v", "both name dev rows"),
-        ("--dataset a --split validation", "--split validation: a data file has one split"),
+        ("--train_file t --split validation", "--split validation is of data sets of a hub"),
         ("--dataset a --max_samples 0", "--max_samples 0: expected at least 1"),
         ("", "--do_train needs --train_file"),
         ("--dataset a --do_predict", "--do_predict needs --test_file"),
