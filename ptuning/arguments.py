@@ -190,6 +190,19 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
         notes += [f"--{name} {given[name]} is not read: --dataset counts." for name in replaced if name in given]
     if data_args.check_data:
         chosen["training"].update(what_to_check(data_args, given))
+    if (
+        given.get("load_best_model_at_end")
+        and "eval_strategy" not in given
+        and (data_args.dev_ratio or data_args.validation_file)
+    ):
+        strategy = given.get("save_strategy", "steps")
+        if strategy in ("steps", "epoch"):
+            chosen["training"].update(
+                eval_strategy=strategy, eval_steps=given.get("eval_steps", given.get("save_steps", 500))
+            )
+            notes.append(
+                f"--load_best_model_at_end needs a dev loss, so --eval_strategy {strategy}: one at every save."
+            )
     defaults = {flag.name: flag.default for flag in flags["training"].values()}
     check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
     return model_args, data_args, chosen["training"], notes

@@ -327,3 +327,16 @@ def test_help_and_mistakes_do_not_wait_for_the_libraries(words, status, text):
     assert text in done.stdout + done.stderr
     assert "arguments" in imported
     assert not imported & {"torch", "transformers", "gradio", "fastapi", "numpy"}
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_an_engine_that_only_accelerates_file_names_is_refused(engine, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(ValueError, match=f"accelerate is configured for {engine}, which a flag decides here"):
+        parse(MINIMAL)
+
+
+def test_one_process_is_said_where_accelerate_was_asked_for_more(monkeypatch):
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "accelerate launch --cpu starts one process" in parse(MINIMAL)[3][0]

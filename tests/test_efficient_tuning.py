@@ -5,6 +5,8 @@ import shlex
 
 import pytest
 from conftest import TINY
+from support.finetuned import TRAIN as FINETUNING
+from support.finetuned import run as run_here
 from support.refusals import forks  # noqa: F401, fixture
 
 import api_demo
@@ -102,6 +104,14 @@ def test_its_commands_train_evaluate_predict_answer_and_export_one_after_the_oth
     predictions = tmp_path / "path_to_predict_result" / "generated_predictions.txt"
     assert len(predictions.read_text(encoding="utf-8").splitlines()) == 3
     assert (tmp_path / "path_to_export" / "config.json").is_file()
+
+
+def test_the_best_adapter_is_loaded_at_the_end_where_dev_rows_are_held_out(monkeypatch, tmp_path, capsys):
+    settings = {**FINETUNING, "stage": "sft", "finetuning_type": "lora", "load_best_model_at_end": True}
+    run_here(monkeypatch, settings, dev_ratio=0.1, save_steps=2, output_dir=tmp_path)
+    output = capsys.readouterr().out
+    assert "--load_best_model_at_end needs a dev loss, so --eval_strategy steps: one at every save." in output
+    assert f"The best checkpoint has been loaded: {(tmp_path / 'best').resolve()}" in output
 
 
 # ---- every flag of its parsers

@@ -73,12 +73,31 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
         super().__post_init__()
 
 
+def read_launch(given: dict) -> list[str]:
+    """Lines on what `accelerate launch` has made of its settings. ValueError where it asks for an engine by itself."""
+
+    def asks(name):
+        return strtobool(os.environ.get(name, "false"))
+
+    for engine, flag in {"deepspeed": "--deepspeed ptuning/deepspeed.json", "fsdp": "--fsdp full_shard"}.items():
+        if asks(f"ACCELERATE_USE_{engine.upper()}") and not given.get(engine):
+            raise ValueError(
+                f"accelerate is configured for {engine}, which a flag decides here. Give {flag} with --finetuning_type full, "
+                "and set distributed_type: MULTI_GPU in accelerate's file."
+            )
+    if asks("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        return [
+            "accelerate launch --cpu starts one process; --multi_gpu --num_processes 2 starts two, on a CPU as well."
+        ]
+    return []
+
+
 def make_training_arguments(given: dict) -> tuple[PrefixTrainingArguments, list[str]]:
     """(PrefixTrainingArguments of the given flags {name: value}, lines to show the user).
 
     ValueError for flags that cannot be used on this machine, or that transformers refuses.
     """
-    given, notes = dict(given), []
+    given, notes = dict(given), read_launch(given)
     settings = {"report_to": "all", "ddp_find_unused_parameters": False}  # every parameter of the prefix is always used
     if not torch.cuda.is_available():
         settings["use_cpu"] = True  # without it several processes on a CPU would each train alone

@@ -20,6 +20,11 @@ def check_saving(training_args) -> None:
                 "--save_strategy best saves where the dev loss is lowest, so it needs one: give --eval_strategy steps "
                 "and --validation_file or --dev_ratio."
             )
+        if training_args.load_best_model_at_end:
+            raise ValueError(
+                "--load_best_model_at_end needs a dev loss: give --validation_file or --dev_ratio, and --eval_strategy as "
+                "--save_strategy."
+            )
         return
     metric = training_args.metric_for_best_model
     known = ["loss", *(METRICS if training_args.eval_with_generate else ())]

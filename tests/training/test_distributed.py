@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, TINY
+from support.over_http import free_port
 from support.runs import losses, predictions
 from support.shell import bash
 
@@ -272,6 +273,22 @@ def test_a_process_that_never_comes_is_waited_for_no_longer_than_ddp_timeout(tmp
         said = done.stderr.splitlines()[-1]
         assert said.startswith("error: Another process does not answer, and --ddp_timeout has passed; "), said
         assert said.endswith("Seen here: timeout: not every process has come within 5 seconds")
+
+
+def test_accelerate_launch_gives_the_losses_of_torchrun(tmp_path):
+    settings = f"--do_train --train_file {SAMPLE}/train.json --prompt_column content --response_column summary "
+    settings += f"--model_name_or_path {TINY} --finetuning_type lora --max_steps 3 --per_device_train_batch_size 4 "
+    settings += f"--max_train_samples 42 --logging_steps 1 --disable_tqdm true --report_to none --output_dir {tmp_path}"
+    launchers = {
+        "torchrun": "torchrun --standalone --nproc-per-node=2",
+        "accelerate": "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision bf16 "
+        f"--dynamo_backend no --main_process_port {free_port()}",
+    }
+    for name, launcher in launchers.items():
+        done = bash(f"{launcher} ptuning/main.py {settings}/{name}", OMP_NUM_THREADS=1)
+        assert done.returncode == 0 and "x 2 processes = 8 rows a step" in done.stdout, done.stderr[-3000:]
+    assert len(losses(tmp_path / "torchrun")) == 3
+    assert losses(tmp_path / "accelerate") == losses(tmp_path / "torchrun")
 
 
 def test_under_plain_torchrun_the_error_of_the_process_that_died_comes_first(tmp_path):
