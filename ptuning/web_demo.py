@@ -164,7 +164,7 @@ def build(server, feedback=None):
         dark = "document.body.classList.toggle('dark'"
         theme.click(None, None, [look], js=f"() => {dark}) ? 'dark' : 'light'", **browser)
         blocks.load(None, [look], None, js=f"(look) => {{ if (look) {dark}, look === 'dark') }}", **browser)
-        blocks.load(page.opened, [kept, mode], [checkpoint, mode, *chats, box, status, kept], **quick)
+        blocks.load(page.opened, [kept], [checkpoint, mode, *chats, box, status, kept], **quick)
         blocks.unload(page.close)
         gr.api(page.chat, api_name="chat", concurrency_limit=None)
     return blocks, i18n
@@ -185,7 +185,7 @@ class OwnPartsOnly:
     async def __call__(self, scope, receive, send):
         app = self.app
         if scope["type"] == "http":
-            path = scope["path"].strip("/")
+            path = scope["path"].removeprefix(scope.get("root_path", "")).strip("/")  # as gradio's router reads it
             name = path.removeprefix("gradio_api/")
             known = name in ALLOWED or name.startswith("heartbeat/")
             if path.startswith("monitoring") or path != name and not known:

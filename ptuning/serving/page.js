@@ -89,8 +89,14 @@
     for (const message of document.querySelectorAll("[data-testid=user][aria-label], [data-testid=bot][aria-label]")) {
       message.removeAttribute("aria-label");
     }
-    for (const toast of document.querySelectorAll(".toast-body.error .toast-text")) {
-      if (toast.textContent.includes("Connection to the server was lost")) toast.textContent = words.lost;
+    for (const toast of document.querySelectorAll(".toast-body.error:not([role=alert])")) {
+      const [title, text] = [".toast-title", "[data-testid=toast-text]"].map((part) => toast.querySelector(part));
+      title.textContent = words.error;
+      if (text?.textContent.includes("Connection to the server was lost")) text.textContent = words.lost;
+      if (text?.textContent.includes("Queue is full")) text.textContent = words.busy;
+      for (const name of ["role", "tabindex"]) title.closest(".toast-header").removeAttribute(name);  // a button holds none
+      toast.setAttribute("role", "alert");
+      toast.setAttribute("aria-live", "assertive");
     }
     find(".examples[role=list]")?.removeAttribute("role");  // its children are buttons
     const drawer = find(".sidebar .toggle-button:not([title])");

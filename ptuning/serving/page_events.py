@@ -19,6 +19,7 @@ from serving.server import BASE, Busy, Sampling, TooLong
 SIDES = ("left", "right")  # the places of the columns; the right one is there in mode both only
 YIELD_SECONDS = 0.05  # a page that is told of every token does little else
 LONG_TEXT = 4000  # characters; one that is longer is refreshed less often, because all of it is rendered anew
+EXPECTED = 'Expected a text, and a history such as [["question", "answer"]].'
 CUT_SHORT = ("cancelled", "error")  # why no further question is asked
 NOTHING = "\u200b"  # without a character there would be no bubble
 
@@ -225,16 +226,23 @@ class Page:
         except (ValueError, OSError) as error:
             return as_status([self.explain(error, words)], "error")
 
-    def opened(self, request: gr.Request, kept, mode):
+    def opened(self, request: gr.Request, kept):
         """The page as the browser kept it, with the checkpoints of now: a running training gets new ones."""
         kept, words, names = checked(kept), said_in(request), self.server.models()[:-1]
+        mode = kept["mode"] if kept["mode"] in COLUMNS else "tuned"
         if self.server.default == self.server.base:
-            kept["mode"] = "base"
-        mode = kept["mode"] if kept["mode"] in COLUMNS else mode
+            mode = "base"
         chosen = kept["checkpoint"] if kept["checkpoint"] in names else self.server.default
         status = as_status([self.describe(self.server.base if mode == "base" else chosen, words)])
         choices = gr.update(choices=names, value=chosen if names else None)
-        return [choices, mode, *self.columns(kept, mode, words), kept["draft"], status, {**kept, "draft": ""}]
+        return [
+            choices,
+            mode,
+            *self.columns(kept, mode, words),
+            kept["draft"],
+            status,
+            {**kept, "mode": mode, "draft": ""},
+        ]
 
     # ---- what else the buttons do
 
@@ -294,7 +302,7 @@ class Page:
         """The growing answer to a question; `history` is [[question, answer]]. A client that goes away stops it."""
         history = [] if history is None else history
         if not (isinstance(prompt, str) and is_turns(history)):
-            raise gr.Error('Expected a text, and a history such as [["question", "answer"]].')
+            raise gr.Error(EXPECTED, print_exception=False)
         client = client_key(request.client.host)
         try:
             with self.server.preparing(client):
@@ -302,6 +310,6 @@ class Page:
             for answer in self.server.stream(token_ids, client=client):
                 yield answer.text
         except (ValueError, OSError, Busy) as error:
-            raise gr.Error(self.explain(error, said_in(request))) from error
+            raise gr.Error(self.explain(error, said_in(request)), print_exception=False) from error
         if answer.finish_reason == "error":
-            raise gr.Error(self.explain(answer.error, said_in(request)))
+            raise gr.Error(self.explain(answer.error, said_in(request)), print_exception=False)

@@ -47,6 +47,7 @@ WORDS = {  # name -> English, Chinese
         "This is too long: the model takes {limit} tokens for question and answer together.",
         "内容过长：问题与回答合计最多 {limit} 个 token。",
     ),
+    "error": ("Error", "出错"),
     "lost": (
         "The server does not answer. The conversation is kept; this page goes on as soon as the server is back.",
         "服务器没有响应。对话已保留，服务器恢复后本页会自动继续。",

@@ -202,9 +202,7 @@ def test_two_visitors_at_once_see_their_own_conversation_only(visit, server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "locale, scheme", [("zh-CN", "light"), ("zh-TW", "dark"), ("en-US", "light"), ("en-US", "dark")]
-)
+@pytest.mark.parametrize("locale, scheme", [("zh-TW", "dark"), ("en-US", "light")])
 def test_the_page_speaks_the_browsers_language_and_is_readable_in_both_themes(visit, locale, scheme):
     page = visit(locale, scheme)
     ask(page, EXAMPLES[1])
