@@ -74,7 +74,7 @@ def build(server, feedback=None):
     place = f"{server.name}/{server.run_folder.name if server.run_folder else ''}"
     with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True, fill_height=True) as blocks:
         kept = gr.BrowserState(empty(), storage_key=f"conversation of {place}", secret="kept in this browser")
-        look = gr.BrowserState(None, storage_key="theme", secret="kept in this browser")
+        look = gr.BrowserState(None, storage_key="theme of the page", secret="kept in this browser")
         with gr.Sidebar(open=False, label=i18n("settings"), elem_id="settings"):
             checkpoint = gr.Dropdown(
                 server.models()[:-1],
@@ -148,18 +148,21 @@ def build(server, feedback=None):
         }
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         browser = {"show_progress": "hidden", "api_visibility": "private"}  # nothing is asked of the server
-        gr.on([submit.click, box.submit], page.respond, **{**answering, "inputs": [box, kept, *settings]})
-        gr.on([chat.retry for chat in chats], page.retry, **answering)
-        gr.on([chat.edit for chat in chats], page.edit, **answering)
-        mode.input(page.switch, **answering)
-        chats[0].example_select(page.example, **answering)
+        for asking in (
+            gr.on([submit.click, box.submit], page.respond, **{**answering, "inputs": [box, kept, *settings]}),
+            gr.on([chat.retry for chat in chats], page.retry, **answering),
+            gr.on([chat.edit for chat in chats], page.edit, **answering),
+            mode.input(page.switch, **answering),
+            chats[0].example_select(page.example, **answering),
+        ):
+            asking.failure(None, None, [status], js="() => window.refused", **browser)
         stop.click(page.stop, **quick)
         gr.on([chat.undo for chat in chats], page.undo, [kept, mode], outputs, **quick)
-        gr.on([clear.click, *[chat.clear for chat in chats]], page.clear, [kept, mode], outputs, **quick)
+        gr.on([clear.click, *[chat.clear for chat in chats]], page.clear, [mode, checkpoint], outputs, **quick)
         if feedback:
             gr.on([chat.like for chat in chats], page.judge, [kept, mode], [status], **quick)
         checkpoint.input(page.choose, [checkpoint], [status], **quick)
-        kept.change(None, [kept], None, js="(kept) => window.onKept(kept)", **browser)
+        kept.change(None, [kept], None, js="(kept) => window.onKept?.(kept)", **browser)
         export.click(None, None, None, js="() => window.saveConversation()", **browser)
         dark = "document.body.classList.toggle('dark'"
         theme.click(None, None, [look], js=f"() => {dark}) ? 'dark' : 'light'", **browser)

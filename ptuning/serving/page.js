@@ -8,6 +8,7 @@
   const shown = () => (window.kept.mode === "both" ? ["tuned", "base"] : [window.kept.mode]);
   document.documentElement.lang = words === texts.en ? "en" : "zh";
   window.kept = { tuned: [], base: [], mode: "tuned" };
+  window.refused = `<p class="error" role="alert">${words.refused}</p>`;
   window.onKept = (kept) => {
     window.kept = kept;
     if (document.activeElement === document.body) focus();
@@ -97,6 +98,14 @@
       for (const name of ["role", "tabindex"]) title.closest(".toast-header").removeAttribute(name);  // a button holds none
       toast.setAttribute("role", "alert");
       toast.setAttribute("aria-live", "assertive");
+    }
+    for (const log of document.querySelectorAll("[role=log]")) {
+      log.tabIndex = 0;  // the arrow keys scroll it
+      const name = log.closest(".wrapper").querySelector("label").textContent.trim();
+      if (log.getAttribute("aria-label") !== name) log.setAttribute("aria-label", name);
+    }
+    for (const button of document.querySelectorAll("button[aria-label='Copy message']")) {
+      for (const name of ["title", "aria-label"]) button.setAttribute(name, words.copy);
     }
     find(".examples[role=list]")?.removeAttribute("role");  // its children are buttons
     const drawer = find(".sidebar .toggle-button:not([title])");

@@ -235,14 +235,8 @@ class Page:
         chosen = kept["checkpoint"] if kept["checkpoint"] in names else self.server.default
         status = as_status([self.describe(self.server.base if mode == "base" else chosen, words)])
         choices = gr.update(choices=names, value=chosen if names else None)
-        return [
-            choices,
-            mode,
-            *self.columns(kept, mode, words),
-            kept["draft"],
-            status,
-            {**kept, "mode": mode, "draft": ""},
-        ]
+        draft, kept = kept["draft"] or gr.skip(), {**kept, "mode": mode, "draft": ""}  # what was typed meanwhile stays
+        return [choices, mode, *self.columns(kept, mode, words), draft, status, kept]
 
     # ---- what else the buttons do
 
@@ -255,14 +249,13 @@ class Page:
         kept = {**kept, "earlier": {}, **{name: kept[name][:-1] for name in shown}}
         return self.update(question, self.columns(kept, mode, said_in(request)), "", kept)
 
-    def clear(self, request: gr.Request, kept, mode):
-        """Start a new conversation with every model."""
-        words = said_in(request)
+    def clear(self, request: gr.Request, mode, checkpoint):
+        """Start a new conversation with every model, however long the one that was kept."""
         if request.session_hash in self.running:
-            return self.update(columns=self.columns(checked(kept), mode, words))
+            return self.update()
         self.close(request)
-        kept = {**empty(), **{name: checked(kept)[name] for name in ("mode", "checkpoint")}}
-        return self.update("", self.columns(kept, mode, words), "", kept)
+        kept = {**empty(), "mode": mode, "checkpoint": checkpoint}
+        return self.update("", self.columns(kept, mode, said_in(request)), "", kept)
 
     def judge(self, request: gr.Request, event: gr.LikeData, kept, mode):
         """Write down which of two answers a thumb prefers."""

@@ -22,10 +22,11 @@ WORDS = {  # name -> English, Chinese
     "top_p": ("Top P", "Top P"),
     "temperature": ("Temperature (0: always the likeliest)", "温度（0 表示总选最可能的词）"),
     "export": ("Save the conversation", "保存对话"),
+    "copy": ("Copy the message", "复制消息"),
     "edit": ("Edit the message", "修改消息"),
     "empty": (
-        "Ask something: the model answers here as it was tuned. Everything stays in this browser.\n\nTry one of these:",
-        "在下方输入，微调后的模型会在这里回答。对话只保存在本浏览器中。\n\n可以试试：",
+        "Ask something; the answer appears here. The conversation is kept in this browser only.\n\nTry one of these:",
+        "在下方输入，回答会显示在这里。对话只保存在本浏览器中。\n\n可以试试：",
     ),
     "empty_base": (
         "The base model, without tuning, is asked the same questions here.",
@@ -51,6 +52,10 @@ WORDS = {  # name -> English, Chinese
     "lost": (
         "The server does not answer. The conversation is kept; this page goes on as soon as the server is back.",
         "服务器没有响应。对话已保留，服务器恢复后本页会自动继续。",
+    ),
+    "refused": (
+        "The server did not take this; it may be too long. Nothing of it was lost.",
+        "服务器没有接受该请求，内容可能过长。输入的内容没有丢失。",
     ),
     "saved": ("Saved as a preference.", "已记录为偏好。"),
     "nothing_to_compare": (

@@ -18,10 +18,11 @@ from support.browser import (  # noqa: F401, fixtures
     visit,
 )
 from support.chat_server import QUERIES, finish
-from support.over_http import free_port, proxy
+from support.over_http import free_port, proxy, serve
 from support.page import request, server, url  # noqa: F401, fixtures
 
 import web_demo
+from api_demo import create_app
 from data.examples import COLUMNS as DATA_COLUMNS
 from data.examples import look_at_file
 from serving.page_kept import FeedbackFile
@@ -47,10 +48,10 @@ def opened(server, **how):
         blocks.close(verbose=False)
 
 
-def grave_faults(page):
-    """What axe-core calls serious or critical: [(rule, the first element)]."""
+def faults(page):
+    """What axe-core finds: [(how grave, rule, the first element)]."""
     found = Axe().run(page).response["violations"]
-    return [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
+    return [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in found]
 
 
 def box(page):
@@ -183,6 +184,13 @@ def test_an_error_is_red_announced_and_in_the_readers_language(visit, server):
     assert box(page).input_value() == text
 
 
+def test_what_the_server_does_not_take_stays_in_the_box(visit):
+    page = visit()
+    send(page, "a" * 2**20)
+    expect(page.locator("#status [role=alert]")).to_have_text(ENGLISH["refused"])
+    assert len(box(page).input_value()) == 2**20 and page.is_visible("#left .example >> nth=0")
+
+
 def test_a_server_that_went_keeps_the_conversation_and_is_taken_up_again(visit, url, server):
     behind = int(url.rpartition(":")[2])
     with proxy(behind, "") as (port, _):
@@ -193,7 +201,7 @@ def test_a_server_that_went_keeps_the_conversation_and_is_taken_up_again(visit, 
         expect(page.locator("#left .bot.message")).to_have_count(2)
     expect(page.locator(".toast-body.error[role=alert]")).to_contain_text(CHINESE["lost"])
     expect(page.locator("#left .bot.message").first).to_have_text(first)
-    assert grave_faults(page) == []
+    assert faults(page) == []
     screenshot(page, "server-gone")
     with proxy(behind, "", port):
         expect(page.locator(".toast-body.error")).to_have_count(0)
@@ -216,12 +224,12 @@ VISITORS = [
     "locale, scheme, size", VISITORS, ids=lambda value: value[0] if isinstance(value, tuple) else value
 )
 def test_every_state_fits_its_window_and_keeps_nobody_out(visit, server, locale, scheme, size):
-    page = visit(locale, scheme, size, reduced_motion="reduce")
+    page = visit(locale, scheme, size)
     words = CHINESE if locale == "zh-CN" else ENGLISH
 
     def look(state):
         screenshot(page, f"{state}-{locale}-{scheme}-{size[0]}")
-        assert grave_faults(page) == [], state
+        assert faults(page) == [], state
         assert page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]") == [*size]
         for part in ("#title", "#message textarea"):
             found = page.locator(part).bounding_box()
@@ -254,7 +262,11 @@ def test_every_state_fits_its_window_and_keeps_nobody_out(visit, server, locale,
     look("error")
     box(page).fill("")
     open_drawer(page)
+    page.wait_for_function("drawer => drawer.getBoundingClientRect().x === 0", arg=page.query_selector(".sidebar"))
     look("settings")
+    if size[0] > 768:  # it stands beside the conversation, and on a phone before it
+        drawer, chat = (page.locator(part).bounding_box() for part in (".sidebar", "#page"))
+        assert drawer["x"] + drawer["width"] <= chat["x"]
 
 
 # ---- elsewhere
@@ -269,6 +281,25 @@ def test_the_page_works_under_a_path_of_a_proxy(visit, server, monkeypatch):
         assert len(asked) > 10 and {path for path in asked if not path.startswith("/demo/")} <= {"/favicon.ico"}
         for path in ("/gradio_api/upload", "/demo/gradio_api/upload", "/demo/gradio_api/file=/etc/passwd"):
             assert request(f"http://127.0.0.1:{blocks.server_port}", "POST", path)[0] == 404
+
+
+def test_the_apis_documentation_is_read_without_internet(browser, server):
+    port, end = serve(create_app(server))
+    page = browser.new_page()
+    try:
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        assert "/docs" in page.goto(f"http://127.0.0.1:{port}/").text()
+        page.goto(f"http://127.0.0.1:{port}/docs")
+        assert page.locator("h2", has_text="POST /v1/chat/completions").count() == 1
+        assert faults(page) == []
+        screenshot(page, "api-docs")
+        page.click("text=openapi.json")
+        assert page.url.endswith("/openapi.json")
+        assert [address for address in asked if f"//127.0.0.1:{port}/" not in address] == []
+    finally:
+        page.close()
+        end()
 
 
 def test_programs_ask_through_gradio_client(url, server):
