@@ -276,8 +276,8 @@ def test_the_page_works_under_a_path_of_a_proxy(visit, server, monkeypatch):
     monkeypatch.setenv("GRADIO_ROOT_PATH", "/demo")
     with opened(server) as blocks, proxy(blocks.server_port, "/demo") as (port, asked):
         page = visit(address=f"http://127.0.0.1:{port}/demo/")
-        make_greedy(page)
-        assert ask(page, QUERIES[0]) == finish(server, QUERIES[0]).text
+        server.script = "好"
+        assert ask(page, QUERIES[0]) == "好"
         assert len(asked) > 10 and {path for path in asked if not path.startswith("/demo/")} <= {"/favicon.ico"}
         for path in ("/gradio_api/upload", "/demo/gradio_api/upload", "/demo/gradio_api/file=/etc/passwd"):
             assert request(f"http://127.0.0.1:{blocks.server_port}", "POST", path)[0] == 404
