@@ -299,8 +299,9 @@ class Page:
         client = client_key(request.client.host)
         try:
             with self.server.preparing(client):
-                token_ids, _ = self.server.fit(prompt, history, Sampling().max_new_tokens)
-            for answer in self.server.stream(token_ids, client=client):
+                sampling = Sampling(**self.server.sampling)
+                token_ids, _ = self.server.fit(prompt, history, sampling.max_new_tokens)
+            for answer in self.server.stream(token_ids, sampling=sampling, client=client):
                 yield answer.text
         except (ValueError, OSError, Busy) as error:
             raise gr.Error(self.explain(error, said_in(request)), print_exception=False) from error
