@@ -9,10 +9,10 @@ asking many visitors' questions at once, and in switching prefixes while it runs
 """
 
 import argparse
-import html
+import json
 import sys
-import threading
 import time
+from pathlib import Path
 
 from arguments import add_model_arguments, parse_demo_words
 from common.failure import catch_signals, leave_on_signal, run
@@ -26,12 +26,15 @@ def parse_arguments(argv):
     parser.add_argument("--server_port", type=int, default=7860, help="Port to listen on [7860].")
     parser.add_argument("--share", action="store_true", help="A public link through gradio's servers.")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="Ask visitors for this user and password.")
+    parser.add_argument("--feedback", metavar="FILE", help="Add what visitors prefer to this file, one JSON a line.")
     args = parse_demo_words(parser, argv)
     if args.auth is not None:
         user, colon, password = args.auth.partition(":")
         if not (user and colon and password):
             raise ValueError("--auth: expected user:password, such as --auth admin:secret.")
         args.auth = (user, password)
+    if args.feedback and not (Path(args.feedback).parent.is_dir() and not Path(args.feedback).is_dir()):
+        raise ValueError(f"--feedback {args.feedback}: expected a file in a folder that is there.")
     return args
 
 
@@ -45,307 +48,98 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from common.environment import before_page
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, client_key, uvicorn_settings
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, uvicorn_settings
 from serving.loading import opened_server
-from serving.markdown import LATEX_DELIMITERS, as_markdown, literally
-from serving.server import BASE, Busy, Sampling
+from serving.markdown import LATEX_DELIMITERS
+from serving.page_events import SIDES, Page
+from serving.page_examples import examples_of
+from serving.page_kept import COLUMNS, FeedbackFile, empty
+from serving.page_words import TEXTS
 
-EXAMPLES = (
-    "类型#上衣*材质#牛仔布*颜色#白色*风格#简约*图案#刺绣*衣样式#外套*衣款式#破洞",
-    "类型#裙*颜色#黑色*风格#性感*裙型#百褶*裙长#连衣裙",
-    "类型#锅*颜色#白色*风格#北欧*功能#聚热*锅款式#炒锅",
-)
-MODES = ("tuned", "base", "both")
-SIDES = ("left", "right")  # the two columns; the right one is there in mode both only
-YIELD_SECONDS = 0.05  # a page that is told of every token does little else
-LONG_TEXT = 4000  # characters; one that is longer is refreshed less often, because all of it is rendered anew
-WORDS = {  # name -> English, Chinese
-    "title": ("Talk to the tuned model", "与微调后的模型对话"),
-    "mode": ("Who answers", "由谁回答"),
-    "tuned": ("Tuned (with the prefix)", "微调模型（带前缀）"),
-    "base": ("Base (without it)", "原模型（不带前缀）"),
-    "both": ("Both, side by side", "两者并排"),
-    "checkpoint": ("Checkpoint of the run", "本次训练的检查点"),
-    "left": ("Conversation", "对话"),
-    "right": ("Base model", "原模型"),
-    "message": ("Your message", "输入"),
-    "placeholder": ("Enter sends, Shift+Enter starts a new line", "回车发送，Shift+回车换行"),
-    "submit": ("Submit", "发送"),
-    "stop": ("Stop", "停止"),
-    "retry": ("Retry", "重新回答"),
-    "undo": ("Undo", "撤回"),
-    "clear": ("Clear", "清空"),
-    "theme": ("Light / dark", "浅色 / 深色"),
-    "settings": ("Settings", "设置"),
-    "max_length": ("Maximum length of an answer (new tokens)", "回答的最大长度（新生成的 token 数）"),
-    "top_p": ("Top P", "Top P"),
-    "temperature": ("Temperature (0: always the likeliest)", "温度（0 表示总选最可能的词）"),
-    "examples": ("Examples", "示例"),
-    "prefix": ("{model} (prefix of {pre_seq_len})", "{model}（前缀长度 {pre_seq_len}）"),
-    "no_prefix": ("base model, no prefix", "原模型，不带前缀"),
-    "waiting": ("waiting for a place …", "正在排队 …"),
-    "speed": ("{tokens} tokens, {speed:.1f} tokens/s", "{tokens} 个 token，每秒 {speed:.1f} 个"),
-    "end_stop": ("ended by itself", "自然结束"),
-    "end_length": ("ended at the maximum length", "达到最大长度"),
-    "end_cancelled": ("stopped", "已停止"),
-    "end_error": ("failed: {error}", "出错：{error}"),
-    "dropped": ("the oldest {count} turns no longer fit and were left out", "历史过长，最早的 {count} 轮未送入模型"),
-    "busy": ("Too many requests at the moment. Try again in a while.", "当前请求过多，请稍后再试。"),
-}
-TEXTS = {code: {name: texts[place] for name, texts in WORDS.items()} for place, code in enumerate(("en", "zh-CN"))}
-
-
-# ---- what is shown
-
-
-def bubbles(turns):
-    """The chat's messages from [(question, answer)]."""
-    messages = []
-    for question, answer in turns:
-        for role, text in (("user", literally(question)), ("assistant", as_markdown(answer))):
-            # As a dictionary the text keeps its indentation; without a character there would be no bubble.
-            messages.append({"role": role, "content": [{"type": "text", "text": text or "\u200b"}]})
-    return messages
-
-
-def words_for(request):
-    """The texts written on the server, in the browser's first language."""
-    return TEXTS["zh-CN" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"]
-
-
-# ---- what the buttons do
-
-
-class Page:
-    """Handlers of the page's events. A conversation is {"left": turns, "right": turns}, one for each column."""
-
-    def __init__(self, server):
-        self.server = server
-        self.running = {}  # session of the page -> its answers that are being computed
-
-    def models(self, mode, checkpoint):
-        """Which model answers in which column."""
-        tuned, base = checkpoint or self.server.default, self.server.base
-        return {"tuned": {"left": tuned}, "base": {"left": base}, "both": {"left": tuned, "right": base}}[mode]
-
-    def respond(self, question, turns, mode, checkpoint, max_length, top_p, temperature, request: gr.Request):
-        """Answer in every column that is there; yields what `outputs` of `build` names, as the answers grow."""
-        session, client = request.session_hash, client_key(request.client.host)
-        if not question.strip() or session in self.running:
-            yield self.update()
-            return
-        words = words_for(request)
-        changed = threading.Event()
-        answers, notes = {}, {}
-        self.running[session] = answers
-        try:
-            sampling = Sampling(max_new_tokens=int(max_length), top_p=top_p, temperature=temperature)
-            for side, model in self.models(mode, checkpoint).items():
-                with self.server.preparing(client):
-                    token_ids, dropped = self.server.fit(question, turns[side], sampling.max_new_tokens, model)
-                notes[side] = [words["dropped"].format(count=dropped)] if dropped else []
-                answers[side] = self.server.submit(
-                    token_ids,
-                    model=model,
-                    sampling=sampling,
-                    notify=lambda answer: changed.set(),
-                    session=(session, side),
-                    client=client,
-                )
-            yield from self.show(question, turns, answers, notes, words, changed)
-        except (ValueError, OSError, Busy) as error:
-            message = words["busy"] if isinstance(error, Busy) else str(error)
-            yield self.update(box=question, status=as_status([message]), busy=False)
-        finally:  # also where the page was closed
-            self.cancel(answers)
-            self.running.pop(session, None)
-
-    def show(self, question, turns, answers, notes, words, changed):
-        """Yield the growing answers until all of them have ended."""
-        box, busy = "", True
-        before = {side: bubbles(turns[side]) for side in answers}  # once, not at every refresh
-        while True:
-            finished = all(answer.finish_reason for answer in answers.values())
-            new = {**turns, **{side: [*turns[side], (question, answer.text)] for side, answer in answers.items()}}
-            lines = [self.status(answer, notes[side], words) for side, answer in answers.items()]
-            yield self.update(
-                box=box,
-                columns=[[*before[side], *bubbles(new[side][-1:])] if side in answers else gr.skip() for side in SIDES],
-                status=as_status(lines),
-                turns=new,
-                busy=False if finished else busy,
-            )
-            if finished:
-                return
-            box, busy = gr.skip(), None
-            time.sleep(YIELD_SECONDS * (1 + sum(len(answer.text) for answer in answers.values()) / LONG_TEXT))
-            changed.wait(timeout=1)  # not longer: a yield lets the page close this generator
-            changed.clear()
-
-    @staticmethod
-    def update(box=None, columns=None, status=None, turns=None, busy=None):
-        """Values for `outputs` of `build`; None leaves one as it is."""
-        values = [box, *(columns or [None, None]), status, turns]
-        values = [gr.skip() if value is None else value for value in values]
-        if busy is None:
-            return [*values, *[gr.skip()] * 6]
-        return [*values, gr.update(interactive=busy), *[gr.update(interactive=not busy)] * 5]
-
-    def status(self, answer, notes, words):
-        """One line: model, checkpoint, prefix, bits, device, speed, why the answer ended."""
-        parts = [self.describe(answer.model, words)]
-        if answer.response_ids:
-            parts.append(words["speed"].format(tokens=len(answer.response_ids), speed=answer.tokens_per_second))
-        elif not answer.finish_reason:
-            parts.append(words["waiting"])
-        if answer.finish_reason:
-            parts.append(words[f"end_{answer.finish_reason}"].format(error=answer.error))
-        return " · ".join([*parts, *notes])
-
-    def retry(self, turns, mode, checkpoint, max_length, top_p, temperature, request: gr.Request):
-        """Ask the last question again."""
-        if not turns["left"]:
-            yield self.update()
-            return
-        question = turns["left"][-1][0]
-        turns = {side: turns[side][:-1] for side in SIDES}
-        yield from self.respond(question, turns, mode, checkpoint, max_length, top_p, temperature, request)
-
-    def undo(self, turns, request: gr.Request):
-        """Take back the last turn; its question returns to the box."""
-        if not turns["left"] or request.session_hash in self.running:
-            return self.update()
-        question = turns["left"][-1][0]
-        turns = {side: turns[side][:-1] for side in SIDES}
-        return self.update(question, [bubbles(turns[side]) for side in SIDES], "", turns)
-
-    def clear(self, request: gr.Request):
-        if request.session_hash in self.running:
-            return self.update()
-        self.close(request)
-        return self.update("", [[], []], "", {side: [] for side in SIDES})
-
-    def switch(self, turns, mode, request: gr.Request):
-        """Show the second column or hide it; it starts as a copy of the first, so both know the same history."""
-        words = words_for(request)
-        if mode != "both":
-            return gr.update(label=words["left"]), gr.update(visible=False), turns
-        turns = {**turns, "right": list(turns["left"])}
-        right = gr.update(visible=True, value=bubbles(turns["right"]))
-        return gr.update(label=words["tuned"]), right, turns
-
-    def describe(self, model, words):
-        facts = self.server.facts(model)
-        prefix = words["prefix"].format(**facts) if facts["pre_seq_len"] else words["no_prefix"]
-        if not facts["pre_seq_len"] and model != BASE:  # weights that were tuned themselves
-            prefix = model
-        parts = [facts["base_model"], prefix, facts["weights"], facts["device"], facts.get("slow_because")]
-        return " · ".join(filter(None, parts))
-
-    def choose(self, checkpoint, request: gr.Request):
-        """Read the prefix of a checkpoint, so that the first question need not wait for it."""
-        try:
-            return as_status([self.describe(checkpoint, words_for(request))])
-        except (ValueError, OSError) as error:
-            return as_status([str(error)])
-
-    def opened(self, request: gr.Request):
-        """The choices of checkpoints as they are now: a run that is still training gets new ones between two visits."""
-        names = self.server.models()[:-1]
-        return gr.update(choices=names), as_status([self.describe(self.server.default, words_for(request))])
-
-    @staticmethod
-    def cancel(answers):
-        for answer in list(answers.values()):
-            answer.cancel()
-
-    def stop(self, request: gr.Request):
-        self.cancel(self.running.get(request.session_hash, {}))
-
-    def close(self, request: gr.Request):
-        """The page was closed: nothing of it stays."""
-        self.stop(request)
-        for side in SIDES:
-            self.server.forget((request.session_hash, side))
-
-
-def as_status(lines):
-    return "<br>".join(html.escape(line) for line in lines)
-
+FILES = Path(__file__).parent / "serving"  # page.css and page.js
 
 # ---- the page
 
 
-def build(server):
-    """The page of a ChatServer as gr.Blocks, and its translations."""
+def build(server, feedback=None):
+    """The page of a ChatServer as gr.Blocks, and its translations; thumbs are written to a FeedbackFile."""
     chinese = {code: TEXTS["zh-CN"] for code in ("zh", "zh-CN", "zh-TW", "zh-HK")}
     i18n = gr.I18n(en=TEXTS["en"], **chinese)
-    page = Page(server)
+    page = Page(server, feedback)
     has_prefix = server.default != server.base
     longest = min(32768, server.model.config.seq_length)
     chosen = {"max_new_tokens": 8192, "top_p": 0.8, "temperature": 0.95, **server.sampling}
-    with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True) as blocks:
-        turns = gr.State({side: [] for side in SIDES})
-        with gr.Row(elem_id="head"):
-            gr.Markdown(i18n("title"), elem_id="title")
-            theme = gr.Button(i18n("theme"), size="sm", scale=0, min_width=140, elem_id="theme")
-        with gr.Row():
-            mode = gr.Radio(
-                [(i18n(name), name) for name in MODES],
-                value="tuned" if has_prefix else "base",
-                label=i18n("mode"),
-                visible=has_prefix,
-                elem_id="mode",
-                min_width=320,
-                scale=3,
-            )
+    examples = [{"text": text} for text in examples_of(server.checkpoints().get(server.default))]
+    # The browser reads what it keeps after a restart only if name and key are the same; the key hides nothing.
+    place = f"{server.name}/{server.run_folder.name if server.run_folder else ''}"
+    with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True, fill_height=True) as blocks:
+        kept = gr.BrowserState(empty(), storage_key=f"conversation of {place}", secret="kept in this browser")
+        look = gr.BrowserState(None, storage_key="theme of the page", secret="kept in this browser")
+        with gr.Sidebar(open=False, label=i18n("settings"), elem_id="settings"):
             checkpoint = gr.Dropdown(
                 server.models()[:-1],
                 value=server.default if has_prefix else None,
                 label=i18n("checkpoint"),
                 visible=has_prefix,
                 elem_id="checkpoint",
-                min_width=220,
-                scale=2,
             )
-        with gr.Row():
-            chats = [
-                gr.Chatbot(
-                    label=i18n(side),
-                    elem_id=side,
-                    visible=side == "left",
-                    height=460,
-                    buttons=[],
-                    feedback_options=None,
-                    sanitize_html=True,
-                    allow_tags=False,
-                    allow_file_downloads=False,
-                    latex_delimiters=list(LATEX_DELIMITERS),
-                )
-                for side in SIDES
-            ]
-        status = gr.HTML(elem_id="status")
-        with gr.Row():
-            box = gr.Textbox(
-                label=i18n("message"), placeholder=i18n("placeholder"), lines=1, max_lines=8, scale=8, elem_id="message"
-            )
-            with gr.Column(scale=1, min_width=120):
-                submit = gr.Button(i18n("submit"), variant="primary", elem_id="submit")
-                stop = gr.Button(i18n("stop"), variant="stop", interactive=False, elem_id="stop")
-        with gr.Row():
-            retry, undo, clear = (gr.Button(i18n(name), size="sm", elem_id=name) for name in ("retry", "undo", "clear"))
-        gr.Examples([[prompt] for prompt in EXAMPLES], inputs=[box], label=i18n("examples"), elem_id="examples")
-        with gr.Accordion(i18n("settings"), open=False, elem_id="settings"):
             max_length = gr.Slider(
                 1, longest, value=min(chosen["max_new_tokens"], longest), step=1, label=i18n("max_length")
             )
             top_p = gr.Slider(0.01, 1, value=max(0.01, chosen["top_p"]), step=0.01, label=i18n("top_p"))
             temperature = gr.Slider(0, 2, value=min(2, chosen["temperature"]), step=0.01, label=i18n("temperature"))
+            export = gr.Button(i18n("export"), elem_id="export")
+        with gr.Column(elem_id="page"):
+            with gr.Row(elem_id="head"):
+                gr.Markdown(i18n("heading"), elem_id="title")
+                mode = gr.Radio(
+                    [(i18n(name), name) for name in COLUMNS],
+                    value="tuned" if has_prefix else "base",
+                    label=i18n("mode"),
+                    show_label=False,
+                    visible=has_prefix,
+                    elem_id="mode",
+                )
+                clear = gr.Button(i18n("clear"), size="sm", scale=0, min_width=60, elem_id="clear")
+                theme = gr.Button(i18n("theme"), size="sm", scale=0, min_width=60, elem_id="theme")
+            with gr.Row(elem_id="chats"):
+                chats = [
+                    gr.Chatbot(
+                        label=i18n("tuned" if side == "left" and has_prefix else "base"),
+                        elem_id=side,
+                        visible=side == "left",
+                        height=None,
+                        min_width=280,
+                        buttons=["copy"],
+                        placeholder=i18n("empty" if side == "left" else "empty_base"),
+                        examples=examples if side == "left" else None,
+                        sanitize_html=True,
+                        allow_tags=False,
+                        allow_file_downloads=False,
+                        latex_delimiters=list(LATEX_DELIMITERS),
+                    )
+                    for side in SIDES
+                ]
+            status = gr.HTML(elem_id="status", js_on_load="element.setAttribute('role', 'status')")
+            with gr.Row(elem_id="ask"):
+                box = gr.Textbox(
+                    label=i18n("message"),
+                    show_label=False,
+                    placeholder=i18n("placeholder"),
+                    lines=1,
+                    max_lines=8,
+                    scale=8,
+                    min_width=160,
+                    elem_id="message",
+                )
+                submit = gr.Button(i18n("submit"), variant="primary", scale=0, min_width=80, elem_id="submit")
+                stop = gr.Button(i18n("stop"), variant="stop", scale=0, min_width=80, visible=False, elem_id="stop")
 
         settings = [mode, checkpoint, max_length, top_p, temperature]
-        outputs = [box, *chats, status, turns, stop, submit, retry, undo, clear, mode]
+        outputs = [box, *chats, status, kept, stop, submit, clear, mode]
         # The server has a queue of its own, so every question may come through at once.
         answering = {
+            "inputs": [kept, *settings],
             "outputs": outputs,
             "show_progress": "hidden",
             "concurrency_limit": None,
@@ -353,26 +147,36 @@ def build(server):
             "api_visibility": "private",
         }
         quick = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-        gr.on([submit.click, box.submit], page.respond, [box, turns, *settings], **answering)
-        retry.click(page.retry, [turns, *settings], **answering)
+        browser = {"show_progress": "hidden", "api_visibility": "private"}  # nothing is asked of the server
+        for asking in (
+            gr.on([submit.click, box.submit], page.respond, **{**answering, "inputs": [box, kept, *settings]}),
+            gr.on([chat.retry for chat in chats], page.retry, **answering),
+            gr.on([chat.edit for chat in chats], page.edit, **answering),
+            mode.input(page.switch, **answering),
+            chats[0].example_select(page.example, **answering),
+        ):
+            asking.failure(None, None, [status], js="() => window.refused", **browser)
         stop.click(page.stop, **quick)
-        undo.click(page.undo, [turns], outputs, **quick)
-        gr.on([clear.click, *[chat.clear for chat in chats]], page.clear, None, outputs, **quick)
-        mode.input(page.switch, [turns, mode], [*chats, turns], **quick)
+        gr.on([chat.undo for chat in chats], page.undo, [kept, mode], outputs, **quick)
+        gr.on([clear.click, *[chat.clear for chat in chats]], page.clear, [mode, checkpoint], outputs, **quick)
+        if feedback:
+            gr.on([chat.like for chat in chats], page.judge, [kept, mode], [status], **quick)
         checkpoint.input(page.choose, [checkpoint], [status], **quick)
-        theme.click(None, js="() => { document.body.classList.toggle('dark') }", api_visibility="private")
-        blocks.load(page.opened, None, [checkpoint, status], **quick)
+        kept.change(None, [kept], None, js="(kept) => window.onKept?.(kept)", **browser)
+        export.click(None, None, None, js="() => window.saveConversation()", **browser)
+        dark = "document.body.classList.toggle('dark'"
+        theme.click(None, None, [look], js=f"() => {dark}) ? 'dark' : 'light'", **browser)
+        blocks.load(None, [look], None, js=f"(look) => {{ if (look) {dark}, look === 'dark') }}", **browser)
+        blocks.load(page.opened, [kept], [checkpoint, mode, *chats, box, status, kept], **quick)
         blocks.unload(page.close)
+        gr.api(page.chat, api_name="chat", concurrency_limit=None)
     return blocks, i18n
 
 
-CSS = """
-#title { font-size: 1.25rem; }
-#status { min-height: 1.5em; font-size: .85rem; color: var(--body-text-color); overflow-wrap: anywhere; }
-.message { overflow-wrap: anywhere; }
-"""
 # All that the page itself asks of gradio; the rest, files, uploads and calls by name among it, is not there.
-ALLOWED = "queue/join queue/data run/predict heartbeat startup-events theme.css user login_check token".split()
+ALLOWED = (
+    "queue/join queue/data run/predict heartbeat startup-events theme.css user login_check token info app_id".split()
+)
 
 
 class OwnPartsOnly:
@@ -384,7 +188,7 @@ class OwnPartsOnly:
     async def __call__(self, scope, receive, send):
         app = self.app
         if scope["type"] == "http":
-            path = scope["path"].strip("/")
+            path = scope["path"].removeprefix(scope.get("root_path", "")).strip("/")  # as gradio's router reads it
             name = path.removeprefix("gradio_api/")
             known = name in ALLOWED or name.startswith("heartbeat/")
             if path.startswith("monitoring") or path != name and not known:
@@ -392,9 +196,9 @@ class OwnPartsOnly:
         await app(scope, receive, send)
 
 
-def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, auth=None, block=True):
+def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, auth=None, feedback=None, block=True):
     """Open the page; returns the gr.Blocks, to close() where `block` is false."""
-    blocks, i18n = build(server)
+    blocks, i18n = build(server, feedback)
     at_once = server.max_batch + server.max_queue
     login = [Middleware(LoginLimit, Attempts())] if auth else []
     settings = uvicorn_settings()
@@ -416,7 +220,8 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         footer_links=[],
         i18n=i18n,
         theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
-        css=CSS,
+        css=(FILES / "page.css").read_text(encoding="utf-8"),
+        js=f"() => ({(FILES / 'page.js').read_text(encoding='utf-8')})({json.dumps(TEXTS)})",
         app_kwargs={"middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login], "openapi_url": None},
     )
     # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
@@ -459,6 +264,7 @@ def main(argv):
         print(
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
         )
+    feedback = FeedbackFile(args.feedback) if args.feedback else None
     everyone = args.server_name in ("0.0.0.0", "::")
     with opened_server(args) as server:
         print(
@@ -470,7 +276,8 @@ def main(argv):
                 "HOST=127.0.0.1",
                 flush=True,
             )
-        launch(server, server_name=args.server_name, server_port=args.server_port, share=args.share, auth=args.auth)
+        where = {"server_name": args.server_name, "server_port": args.server_port, "share": args.share}
+        launch(server, **where, auth=args.auth, feedback=feedback)
 
 
 if __name__ == "__main__":

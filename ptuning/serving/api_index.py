@@ -34,8 +34,8 @@ def docs_page(app) -> str:
     title = html.escape(schema["info"]["title"])
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
-        f"<body><h1>{title}</h1><p>{html.escape(schema['info'].get('description', ''))}</p>"
-        f'<p>The schema for programs: <a href="openapi.json">openapi.json</a></p>{"".join(parts)}</body></html>'
+        f"<body><main><h1>{title}</h1><p>{html.escape(schema['info'].get('description', ''))}</p>"
+        f'<p>The schema for programs: <a href="openapi.json">openapi.json</a></p>{"".join(parts)}</main></body></html>'
     )
 
 

@@ -314,6 +314,11 @@ class ChatServer:
         finally:
             answer.cancel()
 
+    def ahead(self, answer):
+        """How many answers wait longer than this one; 0 for one that is computed."""
+        with self._changed:
+            return self._waiting.index(answer) if answer in self._waiting else 0
+
     def load(self):
         """(answers being computed, answers waiting)."""
         with self._changed:

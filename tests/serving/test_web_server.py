@@ -18,6 +18,8 @@ from support.over_http import free_port, wait_for
 from support.page import ask_over_http, request, server, url  # noqa: F401, fixtures
 
 import web_demo
+from serving.markdown import as_markdown, literally
+from serving.page_words import TEXTS
 
 # ---- without a browser
 
@@ -32,7 +34,7 @@ def test_sixteen_sessions_at_once_get_their_own_answers(url, server):
         assert messages[-1]["success"]
         question, answer = messages[-1]["output"]["data"][1]
         assert f"编号{number}&#42;" in question["content"][0]["text"]
-        assert answer["content"][0]["text"] == web_demo.as_markdown(alone[number])
+        assert answer["content"][0]["text"] == as_markdown(alone[number])
 
 
 @pytest.mark.slow
@@ -63,7 +65,7 @@ def test_without_a_checkpoint_the_page_is_one_of_the_base_model():
         assert visible["mode"] is visible["checkpoint"] is False
         told = ask_over_http(url, "visitor", QUERIES[0], "base", None)
         shown = told[-1]["output"]["data"][1][-1]["content"][0]["text"]
-        assert shown == web_demo.as_markdown(finish(server, QUERIES[0]).text)
+        assert shown == as_markdown(finish(server, QUERIES[0]).text)
     finally:
         blocks.close(verbose=False)
         server.close()
@@ -78,7 +80,6 @@ def test_without_a_checkpoint_the_page_is_one_of_the_base_model():
         ("GET", "/gradio_api/proxy=http://192.0.2.1/"),
         ("POST", "/gradio_api/call/respond"),
         ("POST", "/gradio_api/run/respond"),
-        ("GET", "/gradio_api/info"),
         ("GET", "/monitoring"),
     ],
 )
@@ -115,7 +116,7 @@ def test_the_page_asks_nothing_of_other_hosts(url):
     ],
 )
 def test_markup_is_escaped_outside_code_blocks(text, shown):
-    assert web_demo.as_markdown(text) == shown
+    assert as_markdown(text) == shown
 
 
 @pytest.mark.parametrize(
@@ -144,47 +145,47 @@ def test_markup_is_escaped_outside_code_blocks(text, shown):
 )
 def test_an_answer_is_prepared_in_linear_time(text):
     started = time.monotonic()
-    shown = web_demo.as_markdown(text)
+    shown = as_markdown(text)
     assert time.monotonic() - started < 15  # where it is quadratic: many minutes
     assert len(shown) < 12 * len(text) + 100
 
 
 def test_emphasis_is_left_out_where_finding_its_end_would_take_the_page_too_long():
-    assert web_demo.as_markdown("*a _b " * 100) == "*a _b " * 100
-    assert web_demo.as_markdown("*a [b " * 5000) == "&#42;a &#91;b " * 5000
+    assert as_markdown("*a _b " * 100) == "*a _b " * 100
+    assert as_markdown("*a [b " * 5000) == "&#42;a &#91;b " * 5000
     paragraphs = "**a** _b_ [c](d) " * 20 + "\n\n"
-    assert web_demo.as_markdown(paragraphs * 50) == paragraphs * 50  # of a usual length, however many
+    assert as_markdown(paragraphs * 50) == paragraphs * 50  # of a usual length, however many
     items = "1. **a**: b\n2. **c**: d\n" * 400
-    assert web_demo.as_markdown(items) == items
-    looked_at = sum(len(block) * block.count("*") for block in web_demo.as_markdown("*a\n" * 1900).split("\n\n"))
+    assert as_markdown(items) == items
+    looked_at = sum(len(block) * block.count("*") for block in as_markdown("*a\n" * 1900).split("\n\n"))
     assert looked_at <= 2_000_000
 
 
 def test_nesting_is_bounded_and_what_is_deeper_is_shown_as_written():
-    assert web_demo.as_markdown("> " * 16 + "*a*") == "> " * 16 + "*a*"
-    assert web_demo.as_markdown("> " * 17 + "*a*") == "> " * 16 + "&#62; &#42;a&#42;"
-    assert web_demo.as_markdown("- > 1. " * 2000).count("&#62;") > 1990
-    assert web_demo.as_markdown(" " * 42 + "- a") == " " * 40 + "\u00a0\u00a0- a"
+    assert as_markdown("> " * 16 + "*a*") == "> " * 16 + "*a*"
+    assert as_markdown("> " * 17 + "*a*") == "> " * 16 + "&#62; &#42;a&#42;"
+    assert as_markdown("- > 1. " * 2000).count("&#62;") > 1990
+    assert as_markdown(" " * 42 + "- a") == " " * 40 + "\u00a0\u00a0- a"
 
 
 def test_a_table_is_left_out_where_its_rows_times_its_columns_are_too_many():
     table = "|a|b|\n|-|-|\n" + "|c|d|\n" * 100
-    assert web_demo.as_markdown(table) == table
+    assert as_markdown(table) == table
     wide = "|a" * 500 + "\n" + "|-" * 500 + "\n" + "|\n" * 1000
-    assert "|" not in web_demo.as_markdown(wide)
+    assert "|" not in as_markdown(wide)
 
 
 def test_formulas_and_coloured_code_are_bounded():
-    assert web_demo.as_markdown("\\(a_1*b\\)") == "\\(a&#95;1&#42;b\\)"  # decoded before it becomes a formula
-    long = web_demo.as_markdown("$$" + "x" * 6000 + "$$ $$y$$")
+    assert as_markdown("\\(a_1*b\\)") == "\\(a&#95;1&#42;b\\)"  # decoded before it becomes a formula
+    long = as_markdown("$$" + "x" * 6000 + "$$ $$y$$")
     assert long.startswith("<code>&#36;&#36;xx") and long.count("$$") == 0
     block = "```python\n" + "a = 1 " * 1000 + "\n```\n"
-    assert web_demo.as_markdown(block * 2) == block + block.replace("python", "text")
+    assert as_markdown(block * 2) == block + block.replace("python", "text")
 
 
 @pytest.mark.parametrize("before", ["", "```python\n", "~~~~\n"])
 def test_what_follows_very_many_lines_is_shown_as_plain_text(before):
-    shown = web_demo.as_markdown(before + "a\n" * 5000 + "*b*\n~~~\n<i>")
+    shown = as_markdown(before + "a\n" * 5000 + "*b*\n~~~\n<i>")
     assert shown.endswith("\n*b*\n~~~\n<i>\n~~~~")
     assert shown.count("a\n") == 5000
     fence = before.strip("\n").removesuffix("python")
@@ -192,11 +193,11 @@ def test_what_follows_very_many_lines_is_shown_as_plain_text(before):
 
 
 def test_a_question_is_shown_to_the_letter():
-    assert web_demo.literally("a*b\n  <c>") == "a&#42;b\n\u00a0\u00a0&#60;c&#62;"
+    assert literally("a*b\n  <c>") == "a&#42;b\n\u00a0\u00a0&#60;c&#62;"
 
 
 def test_both_languages_have_the_same_texts():
-    english, chinese = web_demo.TEXTS["en"], web_demo.TEXTS["zh-CN"]
+    english, chinese = TEXTS["en"], TEXTS["zh-CN"]
     assert english.keys() == chinese.keys()
     for key in english:
         assert re.findall(r"{\w+", english[key]) == re.findall(r"{\w+", chinese[key])
