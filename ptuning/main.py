@@ -41,12 +41,12 @@ from evaluation.prediction import describe_prompts, dev_scores, predict, predict
 from trainer import PrefixTrainer
 from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
-from training.results import describe_trainable, write_missing_results, write_training_results
+from training.progress import say_above_bar
+from training.results import describe_end, describe_trainable, write_missing_results, write_training_results
 from training.resume import describe_differences, find_resume_checkpoint, lock_run, release_run, training_record
 from training.run_log import keep_printing
 from training.schedule import describe_steps
 from training.signals import describe_stop
-from training.watch import describe_checkpoints
 from tuning.methods import find_trained
 from tuning.session import check_base, check_engine, open_base, resolve_session
 
@@ -55,7 +55,7 @@ def main():
     # ------------------------------------------------------------------ 1. Flags and seed
     model_args, data_args, training_args, notes = parse_arguments(sys.argv[1:])
     logging.set_verbosity_error()
-    say = print if training_args.process_index == 0 else silent
+    say = say_above_bar if training_args.process_index == 0 else silent
     for note in notes:
         say(note)
     prepare_reports(training_args)
@@ -80,6 +80,7 @@ def main():
     tokenizer = load_tokenizer(session.folder, config)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
+    phases = {"encoding": time.time()}
     with training_args.main_process_first(desc="encoding"):
         if data_args.check_data:
             return check_data(data_args, training_args, tokenizer, config.seq_length, say)
@@ -91,7 +92,7 @@ def main():
     # ------------------------------------------------------------------ 5. Model: what is frozen, what trains
     dtype, reason = set_precision(training_args, session.method.name)
     say(describe_precision(dtype, reason, training_args))
-    started = time.monotonic()
+    phases["loading"] = time.time()
     model = load_model(
         session.folder,
         config=config,
@@ -101,7 +102,7 @@ def main():
         quantization_backend=choose_products(training_args, model_args.quantization_backend),
         quantize_output_layer=model_args.quantize_output_layer,
     )
-    say(f"Loaded {session.folder} in {time.monotonic() - started:.1f} s.")
+    say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s.")
     described = session.prepare(model)
     if resume_from and engine:
         session.method.load(model, resume_from)  # before it is divided
@@ -121,13 +122,7 @@ def main():
     labels = {"label_pad_id": -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id}
     if training_args.precision == "official":
         labels |= {"multiple_of": 1, "min_length": longest}
-    generation = {
-        "max_length": min(training_args.generation_max_length or longest, config.seq_length),
-        "num_beams": data_args.num_beams or training_args.generation_num_beams or 1,
-        "do_sample": data_args.do_sample,
-    }
-    if data_args.do_sample:
-        generation |= {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
+    generation = answer_settings(data_args, training_args, longest, config.seq_length)
     trainer = PrefixTrainer(
         model=model,
         args=training_args,
@@ -140,6 +135,7 @@ def main():
         sidecar=session.sidecar(model.fingerprint, engine=engine, training=record),
         say=say,
     )
+    trainer.run_log.phases = phases
     if data.dev_prompts is not None:
         trainer.score_dev_rows = partial(dev_scores, trainer, tokenizer, data.dev_prompts)
 
@@ -156,7 +152,7 @@ def main():
         result = trainer.train(resume_from_checkpoint=resume_from)
         if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
             write_training_results(trainer, model, result.metrics, len(data.train))
-            say(describe_checkpoints(trainer.state, training_args.output_dir))
+            say(describe_end(trainer.state, training_args, data_args.validation_file))
         if trainer.stop.agreed:
             close_reports(trainer)
             leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
@@ -170,10 +166,22 @@ def main():
         predict_with_each(session.checkpoints, trainer, tokenizer, prompts)
     else:
         predict(trainer, tokenizer, prompts)
-    close_reports(trainer)
+    trainer.close()
 
 
 # ---------------------------------------------------------------------- what main() leaves to functions
+
+
+def answer_settings(data_args, training_args, longest, most):
+    """How answers are found; prompt and answer have `longest` tokens together unless a flag says otherwise."""
+    settings = {
+        "max_length": min(training_args.generation_max_length or longest, most),
+        "num_beams": data_args.num_beams or training_args.generation_num_beams or 1,
+        "do_sample": data_args.do_sample,
+    }
+    if data_args.do_sample:
+        settings |= {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
+    return settings
 
 
 def prepare_run(model_args, training_args, say):

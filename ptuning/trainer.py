@@ -37,10 +37,10 @@ from accelerate.utils import save_fsdp_optimizer
 from accelerate.utils.memory import clear_device_cache
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from chatglm2.generation import answer_prompts
@@ -55,13 +55,16 @@ from checkpoints.run_folder import (
     stage_checkpoint,
 )
 from checkpoints.trainer_state import reading_known_keys
+from common.failure import last_words
 from common.files import RESULTS_FILE, STATE_FILE, read_json, write_text
 from common.ranks import gather, on_first_rank, on_writing_ranks
+from common.reports import close_reports
 from data.batches import EvenBatches, RowOrder, WithBlankRow
 from data.encoding import IGNORED_LABEL
 from data.splits import seed_of_rows
 from training.arguments import PrefixTrainingArguments  # noqa: F401 - named here by older training_args.bin
 from training.memory import explaining_out_of_memory, rows_that_fit
+from training.progress import ShownProgress
 from training.resume import (
     check_optimizer,
     check_schedule,
@@ -112,7 +115,10 @@ class PrefixTrainer(Seq2SeqTrainer):
         last_checkpoint = run_watch.last_checkpoint
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
         self.stop = StopOnSignal()
-        for callback in (run_watch, self.stop, RunLog(say)):
+        self.run_log = RunLog(say)
+        self.progress = ShownProgress(shown=self.args.process_index == 0, bar=not self.args.disable_tqdm, say=say)
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        for callback in (run_watch, self.stop, self.run_log, self.progress):
             self.add_callback(callback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LOGGERS):
@@ -129,6 +135,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             plugin = self.accelerator.state.deepspeed_plugin
             for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
                 config["checkpoint"] = {"load_universal": True}
+        last_words[:] = [self.run_log.end, self.progress.close]
         with reading_known_keys():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -253,6 +260,7 @@ class PrefixTrainer(Seq2SeqTrainer):
 
         Raises OSError in every process where one of them cannot write.
         """
+        self.run_log.enter("saving")
         self.store_flos()
         folder = Path(self.args.output_dir) / checkpoint_name(self.state.global_step)
         if best_step := self.state.best_global_step:
@@ -411,6 +419,11 @@ class PrefixTrainer(Seq2SeqTrainer):
                 logs["train_samples_per_second"] = round(sum(gather(int(self.rows_fed))) / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
+    def close(self):
+        """End what goes on beside the run: its log, and wandb's."""
+        self.run_log.end_training()
+        close_reports(self)
+
     def save_metrics(self, split, metrics, combined=True):
         """Write <split>_results.json and, with `combined`, all_results.json, each completely or not at all."""
         if not self.is_world_process_zero():
@@ -488,15 +501,15 @@ class PrefixTrainer(Seq2SeqTrainer):
                 )
         if config.num_beams > 1:
             return self._predict_with_beams(test_dataset, ignore_keys, metric_key_prefix, **generation_settings)
+        self.run_log.enter("evaluating")
         started = time.time()
         model, was_training = self.accelerator.unwrap_model(self.model), self.model.training
         model.eval()
         batch_size = self.args.prediction_batch_size or rows_that_fit(model, config.max_length)
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         mine = by_length[self.args.process_index :: self.args.world_size]  # equal work for all
-        hidden = self.args.disable_tqdm or self.args.process_index
-        bar = tqdm(total=len(mine), desc=metric_key_prefix, disable=hidden)
-        with explaining_out_of_memory(model, self.args, (batch_size, config.max_length), training=False), bar:
+        self.progress.begin(f"{metric_key_prefix} row", len(mine))
+        with explaining_out_of_memory(model, self.args, (batch_size, config.max_length), training=False):
             answers = answer_prompts(
                 model,
                 [prompts[index] for index in mine],
@@ -507,8 +520,9 @@ class PrefixTrainer(Seq2SeqTrainer):
                 seed=self.args.seed,
                 temperature=config.temperature if config.do_sample else 0.0,
                 top_p=config.top_p,
-                progress=bar.update,
+                progress=self.progress.advance,
             )
+        self.progress.end()
         model.train(was_training)
         answers = dict(pair for part in gather(list(zip(mine, answers, strict=True))) for pair in part)
         metrics = speed_metrics(metric_key_prefix, started, len(prompts), -(-len(prompts) // batch_size))
@@ -531,6 +545,7 @@ class PrefixTrainer(Seq2SeqTrainer):
     score_dev_rows = None  # with --eval_with_generate, a function that gives metrics of the answers to the dev rows
 
     def evaluate(self, *args, **kwargs):
+        self.run_log.enter("evaluating")
         metrics = super().evaluate(*args, **kwargs)
         if self.score_dev_rows is not None:
             with torch.random.fork_rng():  # training draws the same numbers with and without it

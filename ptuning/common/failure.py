@@ -188,9 +188,20 @@ def wait_for_others(error):
         time.sleep(3)
 
 
+last_words = []  # functions of the message with which a program ends, called before it is printed
+
+
+def speak_last_words(message):
+    """Let a run log why it ends. Whatever goes wrong with that is less than what the message says."""
+    while last_words:
+        with contextlib.suppress(Exception):
+            last_words.pop()(message)
+
+
 def end_with(kind, error, trace):
     """The end of a program by an exception: its message on stderr and its status, see describe(); a sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
+        speak_last_words("Interrupted.")
         flush()
         print("Interrupted.", file=sys.__stderr__, flush=True)
         os._exit(130)
@@ -199,6 +210,7 @@ def end_with(kind, error, trace):
     if wants_traceback():
         print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     message, status = describe(error)
+    speak_last_words(f"error: {message.splitlines()[0]}")
     rank = os.environ.get("RANK", "0")
     flush()
     with contextlib.suppress(OSError):  # a log on a full disk
@@ -208,6 +220,7 @@ def end_with(kind, error, trace):
 
 def leave(status: int, message: str) -> None:
     """End at once, with a message that is no error. For signal handlers too, which may have interrupted a print."""
+    speak_last_words(message)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(RuntimeError):
             flush()

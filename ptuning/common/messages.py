@@ -36,5 +36,15 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+def duration(seconds: float) -> str:
+    """A time in its two largest units: "48 s", "12 min 5 s", "3 h 4 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
 def silent(*lines: str) -> None:
     """Stands for `print` where nobody listens: says nothing."""

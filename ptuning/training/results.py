@@ -5,8 +5,13 @@ from pathlib import Path
 from common.failure import going_on_without
 from common.files import STATE_FILE
 from common.plots import plot_loss
+from common.quoting import as_typed
+from common.script_words import next_commands
 from common.slowness import slow_because
 from training.memory import count_weights, peak_memory_gb
+from training.watch import describe_checkpoints
+
+PLOT_FILE = "training_loss.png"  # in a run's folder
 
 
 def count_trainable(model) -> dict[str, int]:
@@ -31,7 +36,8 @@ def write_training_results(trainer, model, metrics: dict, num_rows: int):
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     if args.should_save and args.plot_loss:
-        plot = Path(args.output_dir) / "training_loss.png"
+        plot = Path(args.output_dir) / PLOT_FILE
+        trainer.say(f"Drawing {PLOT_FILE} …")
         with going_on_without(plot, trainer.say):
             plot_loss(trainer.state.log_history, plot)
 
@@ -40,3 +46,24 @@ def write_missing_results(trainer, model, checkpoint: str, num_rows: int):
     """Write the results of a run that was killed behind `checkpoint`, its last one; nothing where they are there."""
     if not (Path(trainer.args.output_dir) / STATE_FILE).is_file():
         write_training_results(trainer, model, trainer.end_from(checkpoint), num_rows)
+
+
+def describe_end(state, args, dev_file: str | None) -> str:
+    """Where the result of training is, and the commands to paste next; four lines at most."""
+    folder = args.output_dir
+    commands = next_commands(folder)
+    if not commands:
+        test_file = as_typed(str(dev_file)) if dev_file else "FILE"
+        trained, out = f"--ptuning_checkpoint {as_typed(folder)}", f"--output_dir {as_typed(folder)}"
+        commands = {
+            "evaluate": f"python ptuning/main.py --do_predict --test_file {test_file} {trained} {out}",
+            "talk": f"python ptuning/web_demo.py {trained}",
+        }
+    plot = Path(folder) / PLOT_FILE
+    lines = [
+        describe_checkpoints(state, folder),
+        f"Picture of the losses: {plot}" if args.plot_loss and plot.is_file() else "",
+        f"Evaluate it: {commands['evaluate']}",
+        f"Talk to it: {commands['talk']}",
+    ]
+    return "\n".join(filter(None, lines)) if lines[0] else ""

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -51,26 +52,43 @@ def guard_callback(callback: TrainerCallback, say) -> None:
 
 
 class RunLog(TrainerCallback):
-    """Writes trainer_log.jsonl: one line for every training loss and dev loss, as the run goes on.
+    """Writes trainer_log.jsonl, as the run goes on: a line for every training loss and dev loss, phase, and the end.
 
     For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
-    resumed run goes on where its checkpoint was: what was logged after that is dropped, and logged again. Lines that
-    cannot be written wait for a later one that can.
+    resumed run goes on where its checkpoint was: losses that were logged after that are dropped, and logged again.
+    Lines that cannot be written wait for a later one that can. `phases` are those before training, {name: seconds
+    since 1970}: they are written when training begins, because a run that is refused leaves no folder behind.
     """
 
     def __init__(self, say=print):
-        self.say = say
+        self.say, self.phases = say, {}
+        self.writes = False  # from when training begins until the end is logged, on the first process
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step, self.written = time.monotonic(), state.global_step, set()
         self.file = Path(args.output_dir) / LOG_FILE
         self.waiting, self.said = "", False
-        if not state.is_world_process_zero:
+        self.state, self.writes, self.phase = state, state.is_world_process_zero, None
+        if not self.writes:
             return
         with self.trouble_said():
             kept = self.lines_before(state.global_step)
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, "".join(kept))
+        for phase, seconds in self.phases.items():
+            self.enter(phase, seconds)
+
+    def enter(self, phase, seconds=None, **more):
+        """Log that a phase begins, now or at a time in seconds since 1970."""
+        if self.writes and phase != self.phase:
+            self.phase = phase
+            when = datetime.fromtimestamp(time.time() if seconds is None else seconds)
+            self.add({**self.entry({}), "phase": phase, "time": when.isoformat(timespec="seconds"), **more})
+
+    def end(self, reason: str) -> None:
+        """Log the end of the run and its reason, unless its end is logged already."""
+        self.enter("end", reason=reason)
+        self.writes = False
 
     def lines_before(self, step):
         """The lines of an earlier start of this run, up to `step`; notes in `written` what they are of."""
@@ -80,19 +98,29 @@ class RunLog(TrainerCallback):
                 # Half a line of a killed run is none.
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
-                    if entry["current_steps"] <= step:
+                    if entry["current_steps"] <= step and "phase" not in entry:
                         self.written.add((entry["current_steps"], entry["eval_loss"] is not None))
                         kept.append(line + "\n")
         return kept
+
+    def end_training(self) -> None:
+        """Log the end of a run that nothing has stopped but its own rules."""
+        early = self.writes and self.state.global_step < self.state.max_steps
+        self.end("stopped early: the loss had been rising" if early else "finished")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         event = state.global_step, "eval_loss" in logs
         if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
             return
         self.written.add(event)
-        elapsed = time.monotonic() - self.start
+        self.state = state
+        self.add(self.entry(logs))
+
+    def entry(self, logs):
+        """What a line holds: how far the run is, and the losses of `logs`."""
+        state, elapsed = self.state, time.monotonic() - self.start
         steps_to_go, steps_done = state.max_steps - state.global_step, state.global_step - self.first_step
-        entry = {
+        return {
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
@@ -101,8 +129,13 @@ class RunLog(TrainerCallback):
             "elapsed_time": clock(elapsed),
             "remaining_time": clock(elapsed * steps_to_go / steps_done) if steps_done else None,
         }
+
+    def add(self, entry):
         self.waiting += json.dumps(entry) + "\n"
         self.write()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.enter("training")
 
     def on_save(self, args, state, control, **kwargs):
         self.write()  # a save makes the folder anew where it was moved away
