@@ -101,7 +101,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.args.auto_find_batch_size = False
         self.say = say
         if self.official:
-            self.model.official_loss = official_loss
+            self.model.own_loss = official_loss
             self.model_accepts_loss_kwargs = False  # the mean of the batches' means
         # Every process has read the same frozen weights: only the prefix is synchronized, and its gradient summed.
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
@@ -112,11 +112,13 @@ class PrefixTrainer(Seq2SeqTrainer):
         last_checkpoint = run_watch.last_checkpoint
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
         self.stop = StopOnSignal()
-        for callback in (run_watch, self.stop, RunLog(say)):
+        for callback in (run_watch, self.stop, RunLog(say, self.logged)):
             self.add_callback(callback)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LOGGERS):
                 guard_callback(callback, say)
+
+    logged = ()  # what trainer_log.jsonl has beside losses and learning rate
 
     # ---- batches and steps
 
@@ -184,7 +186,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         """
         shape = tuple(inputs["input_ids"].shape)
         part_rows = -(-shape[0] // self.batch_parts)
-        explained = explaining_out_of_memory(self.model, self.args, (part_rows, shape[1]), training=True)
+        explained = explaining_out_of_memory(self.model, self.args, (part_rows, shape[-1]), training=True)
         if shape[0] <= self.least_rows:
             with explained:
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -208,7 +210,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         clear_device_cache(garbage_collection=True)
         self.batch_parts *= 2
         self.say(
-            f"Out of memory with {part_rows} rows x {shape[1]} tokens at step {self.state.global_step + 1}: from now on "
+            f"Out of memory with {part_rows} rows x {shape[-1]} tokens at step {self.state.global_step + 1}: from now on "
             f"{-(-shape[0] // self.batch_parts)} at a time, accumulated {self.batch_parts} times as often; a step keeps "
             "its rows."
         )
@@ -375,8 +377,11 @@ class PrefixTrainer(Seq2SeqTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:  # main.py has loaded the weights before they were divided
             return
-        model = self.accelerator.unwrap_model(model or self.model)
-        load_trained(model, resume_from_checkpoint, self.sidecar["finetuning_type"])
+        self.load_weights(resume_from_checkpoint)
+
+    def load_weights(self, checkpoint):
+        """Take what a checkpoint has trained."""
+        load_trained(self.accelerator.unwrap_model(self.model), checkpoint, self.sidecar["finetuning_type"])
 
     def _load_best_model(self):
         """Take what the best checkpoint has trained, for --load_best_model_at_end."""
@@ -384,7 +389,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         if self.sharded:  # nothing is computed after training, and the weights are divided
             self.say(f"--load_best_model_at_end: with an engine nothing is left to do for {best}.")
             return
-        load_trained(self.accelerator.unwrap_model(self.model), best, self.sidecar["finetuning_type"])
+        self.load_weights(best)
         self.say(f"The best checkpoint has been loaded: {best} (--load_best_model_at_end).")
 
     def _evaluate(self, *args, **kwargs):
@@ -547,9 +552,13 @@ class PrefixTrainer(Seq2SeqTrainer):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.gather_function = self.accelerator.gather
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, tokens = output.predictions.sum(axis=0, dtype="float64")
-        output.metrics[f"{metric_key_prefix}_loss"] = float(nats / tokens)
+        means = self.means_of(*output.predictions.sum(axis=0, dtype="float64"))
+        output.metrics.update({f"{metric_key_prefix}_{name}": float(mean) for name, mean in means.items()})
         return output
+
+    def means_of(self, nats, tokens):
+        """{name: mean} of the sums of a split, over its batches, of what prediction_step gives."""
+        return {"loss": nats / tokens}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation_settings):
         """The (1, 2) nats and supervised tokens of a batch in training form, or the answers to a batch of prompts,

@@ -55,11 +55,12 @@ class RunLog(TrainerCallback):
 
     For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
     resumed run goes on where its checkpoint was: what was logged after that is dropped, and logged again. Lines that
-    cannot be written wait for a later one that can.
+    cannot be written wait for a later one that can. `also` are further names that are logged, of training and of dev.
     """
 
-    def __init__(self, say=print):
+    def __init__(self, say=print, also=()):
         self.say = say
+        self.also = [*also, *(f"eval_{name}" for name in also)]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first_step, self.written = time.monotonic(), state.global_step, set()
@@ -96,6 +97,7 @@ class RunLog(TrainerCallback):
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
+            **{name: logs[name] for name in self.also if name in logs},
             "epoch": state.epoch,
             "percentage": round(100 * state.global_step / state.max_steps, 2),
             "elapsed_time": clock(elapsed),
