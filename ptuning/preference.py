@@ -92,7 +92,7 @@ def main(model_args, data_args, training_args, notes):
     )
     say(f"Loaded {session.folder} in {time.monotonic() - started:.1f} s.")
     described = session.prepare(model)
-    objective = OBJECTIVES[stage](model, session, training_args, resume_from)
+    objective = OBJECTIVES[stage](model, session, training_args, resume_from, say)
     if trains:
         batch = largest_batch(model, data.train, data_args, training_args)
         settle_batch(model, batch, training_args, say)
@@ -151,7 +151,7 @@ def main(model_args, data_args, training_args, notes):
 # ---------------------------------------------------------------------- what main() leaves to functions
 
 
-def reward_objective(model, session, training_args, resume_from):
+def reward_objective(model, session, training_args, resume_from, say):
     """Put a value head on the model: the checkpoint's, or a new one. Raises as read_value_head."""
     given = session.checkpoint
     if given and (has_value_head(given) or not training_args.do_train):
@@ -162,8 +162,12 @@ def reward_objective(model, session, training_args, resume_from):
     return RewardObjective(model.value_head)
 
 
-def preference_objective(model, session, training_args, resume_from):
+def preference_objective(model, session, training_args, resume_from, say):
     """Take what trains, as it is now, for the reference; or that of the run that goes on or is evaluated."""
+    if session.method.beside_model and not session.checkpoints:
+        say(
+            "The reference is a new prefix, of random numbers: --ptuning_checkpoint gives one that was tuned on answers."
+        )
     turn_dropout_off(model)
     objective = PreferenceObjective(start_of(model), training_args.dpo_beta, training_args.dpo_label_smoothing)
     if resume_from or not training_args.do_train:

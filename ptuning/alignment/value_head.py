@@ -2,8 +2,8 @@
 
 Answers to the `v_head` of ChatGLM-Efficient-Tuning, whose file it reads and writes: `value_head.bin` with summary.weight
 (1, H) and summary.bias (1). It differs in that it reads the hidden states behind the last norm, which have the same
-size in every model, and in what trains: summary.weight = weight / √H, so that a step moves a value by about the
-learning rate times √H, and one rate serves prefix, adapter and head.
+size in every model, and in what trains: summary.weight = weight / scale, with the power of two that is nearest to √H,
+so that a step moves a value by about the learning rate times √H, and one rate serves prefix, adapter and head.
 """
 
 import contextlib
@@ -34,9 +34,13 @@ class ValueHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))  # every value is 0 at first
         self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
+    @property
+    def scale(self):
+        return 2.0 ** round(math.log2(len(self.weight)) / 2)  # by which float32 is divided without rounding
+
     def forward(self, hidden_states):
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return hidden_states.float() @ self.weight / math.sqrt(len(self.weight)) + self.bias
+            return hidden_states.float() @ (self.weight / self.scale) + self.bias
 
     @contextlib.contextmanager
     def reading(self, model):
@@ -53,7 +57,7 @@ class ValueHead(nn.Module):
 
 def save_value_head(head: ValueHead, folder: Path | str) -> None:
     """Write value_head.bin into the folder of a checkpoint."""
-    weight = head.weight.detach().cpu() / math.sqrt(len(head.weight))
+    weight = head.weight.detach().cpu() / head.scale
     torch.save(dict(zip(KEYS, (weight[None], head.bias.detach().cpu()), strict=True)), Path(folder) / VALUE_HEAD_FILE)
 
 
@@ -86,7 +90,7 @@ def read_value_head(checkpoint: Path | str, hidden_size: int) -> ValueHead:
     sidecar = read_sidecar(checkpoint)
     head = ValueHead(hidden_size, before_norm=sidecar.get("value_head_before_norm", "stage" not in sidecar))
     with torch.no_grad():
-        head.weight.copy_(tensors[KEYS[0]][0].float() * math.sqrt(hidden_size))
+        head.weight.copy_(tensors[KEYS[0]][0].float() * head.scale)
         head.bias.copy_(tensors[KEYS[1]].float())
     return head
 

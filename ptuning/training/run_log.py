@@ -58,6 +58,8 @@ class RunLog(TrainerCallback):
     cannot be written wait for a later one that can. `also` are further names that are logged, of training and of dev.
     """
 
+    file = None  # without training
+
     def __init__(self, say=print, also=()):
         self.say = say
         self.also = [*also, *(f"eval_{name}" for name in also)]
@@ -88,7 +90,9 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         event = state.global_step, "eval_loss" in logs
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
+        if self.file is None or event in self.written:
+            return
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
             return
         self.written.add(event)
         elapsed = time.monotonic() - self.start

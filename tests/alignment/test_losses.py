@@ -1,7 +1,5 @@
 """The losses of pairs against their formulas, spelled out row by row, and against the model's plain forward."""
 
-import math
-
 import pytest
 import torch
 from conftest import relative_difference, synthetic_model
@@ -36,7 +34,7 @@ def hidden_states(model, pair, answer):
 
 def plain_value(model, head, pair, answer):
     last = hidden_states(model, pair, answer)[-1]
-    return (last * head.weight).sum() / math.sqrt(len(last)) + head.bias[0]
+    return (last * head.weight).sum() / head.scale + head.bias[0]
 
 
 def plain_log_prob(model, pair, answer):
