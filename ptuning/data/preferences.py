@@ -90,7 +90,9 @@ def _pair_of(row, number, path, columns, flags, taken, single, query_separator="
 
 
 def _flags_of(place):
-    return {name: flag_of(place, name) for name in (CHOSEN, REJECTED)}
+    """How a user names the columns of the answers, which have no flag of their own."""
+    words = {CHOSEN: "the better answer", REJECTED: "the worse answer"}
+    return {name: flag_of(place, name) if place else word for name, word in words.items()}
 
 
 def _generate_pairs(path, columns, query_separator, place, max_samples, single, key):
