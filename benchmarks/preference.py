@@ -52,34 +52,34 @@ def make_pairs(file):
         sentences = re.findall(r"[^。！；，]+[。！；，]?", row["summary"])
         without = "".join(sentence for sentence in sentences if colour is None or colour not in sentence)
         if colour and colour in row["summary"] and len(without) >= 10:
-            pairs.append({"content": row["content"], "chosen": row["summary"], "rejected": without})
+            pairs.append({"prompt": row["content"], "history": [], "chosen": row["summary"], "rejected": without})
     return pairs
 
 
 def write(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_rows(data, folder):
-    """Write pairs.json and dev_pairs.json, answers.json and dev_answers.json into a folder, from a folder of ADGEN."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write train.json and dev.json of pairs/ and of answers/ into a folder, from a folder of ADGEN."""
     rng = random.Random(0)
     train, dev = make_pairs(data / "train.json"), make_pairs(data / "dev.json")
     rng.shuffle(train)
     dev = (dev + train[PAIRS:])[:DEV_PAIRS]  # the sample has fewer dev rows that ask for a colour
-    held = {pair["content"] for pair in dev}
-    train = [pair for pair in train if pair["content"] not in held]
+    held = {pair["prompt"] for pair in dev}
+    train = [pair for pair in train if pair["prompt"] not in held]
 
     def answers(pairs):
+        kinds = ("chosen" if rng.random() < NAMES_COLOUR else "rejected" for _ in pairs)
         return [
-            {"content": pair["content"], "summary": pair["chosen" if rng.random() < NAMES_COLOUR else "rejected"]}
-            for pair in pairs
+            {"prompt": pair["prompt"], "history": [], "response": pair[kind]}
+            for pair, kind in zip(pairs, kinds, strict=True)
         ]
 
-    write(folder / "pairs.json", train[:PAIRS])
-    write(folder / "dev_pairs.json", dev)
-    write(folder / "answers.json", answers(train[:ANSWERS]))
-    write(folder / "dev_answers.json", answers(dev))
+    for split, pairs in (("train", train), ("dev", dev)):
+        write(folder / "pairs" / f"{split}.json", pairs[:PAIRS])
+        write(folder / "answers" / f"{split}.json", answers(pairs[:ANSWERS]))
 
 
 # ---- runs
@@ -97,9 +97,9 @@ def train(stage, method, bits, rows, folder, args, *more):
     steps = args.steps if stage == "sft" else args.pair_steps
     run_main(
         [
-            *("--stage", stage, "--do_train", "--train_file", rows / f"{kind}.json", "--eval_strategy", "steps"),
-            *("--validation_file", rows / f"dev_{kind}.json", "--prompt_column", "content", "--eval_steps", steps),
-            *(("--response_column", "summary") if stage == "sft" else ()),
+            *("--stage", stage, "--do_train", "--train_file", rows / kind / "train.json", "--eval_strategy", "steps"),
+            *("--validation_file", rows / kind / "dev.json", "--prompt_column", "prompt", "--eval_steps", steps),
+            *(("--response_column", "response") if stage == "sft" else ()),
             *("--model_name_or_path", args.model, "--output_dir", folder, "--overwrite_output_dir", *LENGTHS),
             *("--per_device_train_batch_size", args.batch, "--max_steps", steps, "--save_steps", steps),
             *("--learning_rate", RATES[method][stage], "--logging_steps", 10, "--report_to", "none"),
@@ -120,16 +120,16 @@ def sample(checkpoint, rows, folder):
     """(share of the sampled answers to the dev prompts that name the colour, these answers as rows)."""
     run_main(
         [
-            *("--do_predict", "--test_file", rows / "dev_answers.json", "--ptuning_checkpoint", checkpoint),
+            *("--do_predict", "--test_file", rows / "answers/dev.json", "--ptuning_checkpoint", checkpoint),
             *("--output_dir", folder, "--disable_tqdm", "true", "--do_sample", "true", "--seed", 0),
         ]
     )
-    prompts = [json.loads(line)["content"] for line in (rows / "dev_answers.json").read_text("utf-8").splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in (rows / "answers/dev.json").read_text("utf-8").splitlines()]
     lines = (folder / "generated_predictions.txt").read_text("utf-8").splitlines()
     answers = [json.loads(line)["predict"] for line in lines]
     named = sum(colour_of(prompt) in answer for prompt, answer in zip(prompts, answers, strict=True))
     return named / len(prompts), [
-        {"content": prompt, "summary": answer} for prompt, answer in zip(prompts, answers, strict=True) if answer
+        {"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True) if answer
     ]
 
 
@@ -151,7 +151,7 @@ def log_probs(checkpoint, files):
     prepare_model(model, settings["finetuning_type"], settings["checkpoints"])
     tokenizer, found = load_tokenizer(settings["base_model"], config), {}
     for name, file in files.items():
-        examples, _ = load_examples(file, "content", "summary")
+        examples, _ = load_examples(file, "prompt", "response")
         encoded = encode_training(examples, tokenizer, max_source_length=64, max_target_length=64)
         sums = []
         for start in range(0, len(encoded), 20):
@@ -166,7 +166,7 @@ def log_probs(checkpoint, files):
 def cost(policy, reference, sampled, rows):
     """(KL in nats an answer, dev loss of the reference, of the policy)."""
     write(sampled_file := rows / "sampled.json", sampled)
-    files = {"sampled": sampled_file, "dev": rows / "dev_answers.json"}
+    files = {"sampled": sampled_file, "dev": rows / "answers/dev.json"}
     now, before = log_probs(policy, files), log_probs(reference, files)
     kl = sum(p - q for p, q in zip(now["sampled"][0], before["sampled"][0], strict=True)) / len(sampled)
     return kl, *(-sum(found["dev"][0]) / found["dev"][1] for found in (before, now))
@@ -213,7 +213,7 @@ def main():
     parser.add_argument("--bits", default="0,4", help="0: float weights")
     parser.add_argument("--only_write", action="store_true")
     args = parser.parse_args()
-    rows = args.output_dir / "rows"
+    rows = args.output_dir
     write_rows(args.data, rows)
     if args.only_write:
         return

@@ -100,9 +100,9 @@ def _generate_pairs(path, columns, query_separator, place, max_samples, single, 
     rows = read_rows(path)
     flags, taken = _names_of(columns, place)
     flags |= _flags_of(place)
-    for name in ("query", "history"):  # may be absent from a row, but not from all
-        if columns[name] and not columns["messages"] and not any(columns[name] in row for row in rows):
-            raise _missing_column(path, 1, columns[name], rows[0], flags[name], taken[name])
+    query = columns["query"]  # may be absent from a row, but not from all
+    if query and not columns["messages"] and not any(query in row for row in rows):
+        raise _missing_column(path, 1, query, rows[0], flags["query"], taken["query"])
     for number, row in enumerate(rows[:max_samples], start=1):
         prompt, chosen, rejected, history = _pair_of(row, number, path, columns, flags, taken, single, query_separator)
         answers = [answer.strip() for answer in (chosen, rejected) if answer is not None]
@@ -157,6 +157,8 @@ def load_pairs(
     features = dict.fromkeys(("prompt", CHOSEN, REJECTED), "string") | {"row": "int64"}
     features |= dict.fromkeys(("skipped", "equal"), "bool")
     dataset = read_once(path, _generate_pairs, features, settings, overwrite_cache, say)
+    if names["history"] and not any(dataset["history"][:]):
+        say(f"{path}: no row has earlier turns in a column {names['history']!r}.")
     if equal := [row for row, same in zip(dataset["row"][:], dataset["equal"][:], strict=True) if same]:
         say(f"{path}: {len(equal)} pairs of two equal answers are left out, row {shown_rows(equal, 8)}.")
     dataset, skipped = without_skipped(dataset.remove_columns("equal"))
