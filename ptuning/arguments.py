@@ -38,7 +38,7 @@ from common.paths import READ, seen_from_caller
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
 from training.flags import TrainingArguments
 from training.saving import check_saving
-from training.stages import check_own_flags, check_stage, reads_pairs
+from training.stages import check_own_flags, check_stage
 from tuning.rules import LORA_TARGETS, check_method
 
 
@@ -317,8 +317,8 @@ def check_complete(model_args, data_args, training_args):
     for name, example in EXAMPLES.items():
         if name != "model_name_or_path" and not needs_columns:
             continue
-        # Rows that are answered, and not scored, or that have chosen and rejected answers
-        if name == "response_column" and (answers_only or reads_pairs(training_args.stage)):
+        # Rows that are answered, and not scored, or that have two answers or a reward model for them
+        if name == "response_column" and (answers_only or training_args.stage != "sft"):
             continue
         if not getattr(model_args if name == "model_name_or_path" else data_args, name):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")

@@ -81,6 +81,11 @@ def look_at_demo(args) -> None:
     if "server_port" in args:
         check_port(args.server_name, args.server_port)
     checkpoint = look_at_checkpoint(args.ptuning_checkpoint)
+    if checkpoint and read_sidecar(checkpoint).get("stage") == "rm":
+        raise ValueError(
+            f"--ptuning_checkpoint {checkpoint} is a reward model: it scores answers, and gives none. Its scores: "
+            "python ptuning/main.py --stage rm --do_predict"
+        )
     if args.pre_seq_len and not checkpoint:
         raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
     look_at_base(args.model_name_or_path, checkpoint)

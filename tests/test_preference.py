@@ -2,17 +2,26 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import SAMPLE
+from conftest import ROOT, SAMPLE
 from support.pairs import METHODS, TRAIN, pair_rows, run, write_pairs
 from support.resuming import flip_bit
+from support.runs import flags
 
 import preference
 from alignment.swapping import trained_weights
+from arguments import parse_flags
 from checkpoints.weight_files import read_tensors
+from first_look import look_at_demo, look_at_run
 
+COMPARED = ("loss", "margin", "accuracy", "eval_loss", "eval_margin", "eval_accuracy")
 STAGES = [("rm", method) for method in METHODS] + [("dpo", "prefix"), ("dpo", "lora"), ("dpo", "int4 prefix")]
 
 
@@ -134,6 +143,33 @@ def test_what_dpo_has_trained_answers_as_any_checkpoint_does(runs, monkeypatch, 
     assert len((tmp_path / "generated_predictions.txt").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_two_processes_train_evaluate_and_score_as_one(files, monkeypatch, tmp_path, stage):
+    settings = {**TRAIN, **files, **METHODS["prefix"], "stage": stage, "prefix_dropout": 0, "logging_steps": 1}
+    settings |= {"max_train_samples": 13, "do_eval": True}  # the last step of an epoch has 5 pairs
+    settings |= {"dpo_cache": True} if stage == "dpo" else {"do_predict": True, "test_file": files["validation_file"]}
+    run(monkeypatch, settings, output_dir=tmp_path / "one")
+    words = flags({**settings, "per_device_train_batch_size": 2, "output_dir": tmp_path / "two"})
+    launch = [ROOT / "ptuning" / "launch.py", "--standalone", "--nproc-per-node=2", ROOT / "ptuning" / "main.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *words], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        lines = [line[name] for line in figures(folder) for name in line if name in COMPARED and line[name] is not None]
+        results = read(folder / "eval_results.json")
+        lines += [results[name] for name in COMPARED if name in results]
+        if stage == "rm":
+            scores = (folder / "generated_predictions.jsonl").read_text().splitlines()
+            lines += [json.loads(line)[name] for line in scores for name in ("chosen", "rejected")]
+        found.append(lines)
+    assert len(found[0]) > 20
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
+
+
 # ---- refusals
 
 REFUSALS = {
@@ -162,10 +198,10 @@ def refuse_to_load(*args, **kwargs):
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_cannot_work_is_refused_before_the_model_is_read(monkeypatch, files, tmp_path, case):
-    flags, message = REFUSALS[case]
+    wrong, message = REFUSALS[case]
     monkeypatch.setattr(preference, "load_model", refuse_to_load)
     with pytest.raises(ValueError, match=message):
-        run(monkeypatch, {**TRAIN, **files, **METHODS["prefix"], "output_dir": tmp_path, **flags})
+        run(monkeypatch, {**TRAIN, **files, **METHODS["prefix"], "output_dir": tmp_path, **wrong})
 
 
 def test_a_run_goes_on_in_its_own_stage_only(runs, files, monkeypatch, tmp_path):
@@ -187,10 +223,30 @@ def test_a_checkpoint_that_is_no_reward_model_scores_nothing(runs, files, monkey
 
 
 def test_a_damaged_head_is_refused(runs, files, monkeypatch, tmp_path):
-    import shutil
-
     checkpoint = shutil.copytree(runs["rm", "prefix"][0] / "checkpoint-4", tmp_path / "checkpoint-4")
     flip_bit(checkpoint / "value_head.bin")
     settings = {"stage": "rm", "do_eval": True, "validation_file": files["validation_file"], "output_dir": tmp_path}
     with pytest.raises(ValueError, match=r"is damaged: value_head\.bin is not what was written"):
         run(monkeypatch, settings, ptuning_checkpoint=checkpoint)
+
+
+def test_what_needs_no_torch_is_told_before_it_is_loaded(runs, files, tmp_path):
+    folder = runs["dpo", "prefix"][0]
+    words = flags({**TRAIN, **files, "output_dir": tmp_path, "stage": "ppo", "pre_seq_len": 4})
+    for reward_model, message in ((folder, "is no reward model"), (tmp_path / "none", "there is no such folder")):
+        with pytest.raises(FileNotFoundError, match=message):
+            look_at_run(*parse_flags([*words, "--reward_model", str(reward_model)]))
+    evaluation = {"stage": "rm", "do_eval": True, "ptuning_checkpoint": folder, "output_dir": tmp_path}
+    with pytest.raises(FileNotFoundError, match="is no reward model"):
+        look_at_run(*parse_flags(flags({**evaluation, "validation_file": files["validation_file"]})))
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"content": "a", "chosen": ["b"], "rejected": 1}]')
+    words = flags({**TRAIN, **files, "train_file": bad, "output_dir": tmp_path, "stage": "dpo", "pre_seq_len": 4})
+    with pytest.raises(ValueError, match="bad.json row 1: column 'chosen'"):
+        look_at_run(*parse_flags(words))
+
+
+def test_a_demo_does_not_answer_with_a_reward_model(runs):
+    args = Namespace(ptuning_checkpoint=str(runs["rm", "lora"][0]), pre_seq_len=None, model_name_or_path=None)
+    with pytest.raises(ValueError, match="checkpoint-4 is a reward model: it scores answers, and gives none"):
+        look_at_demo(args)
