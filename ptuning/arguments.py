@@ -38,6 +38,7 @@ from common.paths import READ, seen_from_caller
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
 from training.flags import TrainingArguments
 from training.saving import check_saving
+from training.stages import check_own_flags, check_stage
 from tuning.rules import LORA_TARGETS, check_method
 
 
@@ -204,7 +205,9 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
                 f"--load_best_model_at_end needs a dev loss, so --eval_strategy {strategy}: one at every save."
             )
     defaults = {flag.name: flag.default for flag in flags["training"].values()}
-    check(model_args, data_args, SimpleNamespace(**{**defaults, **chosen["training"]}))
+    training_args = SimpleNamespace(**{**defaults, **chosen["training"]})
+    check_own_flags(training_args, defaults)
+    check(model_args, data_args, training_args)
     return model_args, data_args, chosen["training"], notes
 
 
@@ -309,9 +312,8 @@ EXAMPLES = {"model_name_or_path": "THUDM/chatglm2-6b", "prompt_column": "content
 
 def check_complete(model_args, data_args, training_args):
     """Raise ValueError where flags and checkpoint together leave out what a run needs, or contradict each other."""
-    if training_args.stage != "sft":
-        raise ValueError(f"--stage {training_args.stage}: this version trains on answers only, --stage sft.")
     check_method(model_args, training_args)
+    check_stage(model_args, data_args, training_args)
     needs_prefix = RULES[model_args.finetuning_type or default_method(model_args.stage)].needs_prefix
     if training_args.do_train and needs_prefix and not model_args.pre_seq_len and not data_args.check_data:
         raise ValueError("--do_train needs --pre_seq_len, the number of virtual tokens (official: 128).")
@@ -328,7 +330,8 @@ def check_complete(model_args, data_args, training_args):
     for name, example in EXAMPLES.items():
         if name != "model_name_or_path" and not needs_columns:
             continue
-        if name == "response_column" and answers_only:  # of rows that are answered, and not scored
+        # Rows that are answered, and not scored, or that have two answers or a reward model for them
+        if name == "response_column" and (answers_only or training_args.stage != "sft"):
             continue
         if not getattr(model_args if name == "model_name_or_path" else data_args, name):
             raise ValueError(f"--{name} is missing (for ADGEN: {example}).")

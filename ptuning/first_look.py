@@ -12,13 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from arguments import EXAMPLES
+from checkpoints.file_names import VALUE_HEAD_FILE
 from checkpoints.run_folder import check_holds_prefix, find_checkpoints, names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES
 from common.processes import check_port
 from data.examples import COLUMNS, look_at_file
+from data.preferences import look_at_pairs
 from data.sources import FILES, source_of
 from families import local_folder, read_base_settings
+from training.stages import reads_pairs
 
 NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
 NO_BASE_OF = "{checkpoint} does not say its base model; give --model_name_or_path."
@@ -33,6 +36,22 @@ def look_at_checkpoint(text: str | None) -> Path | None:
         folder = find_checkpoints(name, verified=False)[0][-1]
         if finetuning_type(folder) in (None, DEFAULT_METHOD):
             check_holds_prefix(folder)
+    return folder
+
+
+def look_at_reward_model(text: str) -> Path:
+    """The checkpoint folder that `--reward_model` means. FileNotFoundError where it is none of a reward model."""
+    if not Path(text).is_dir():
+        raise FileNotFoundError(f"--reward_model {text}: there is no such folder. Train one with --stage rm.")
+    return check_holds_head(find_checkpoints(text, verified=False)[0][-1], "--reward_model")
+
+
+def check_holds_head(folder: Path, flag: str) -> Path:
+    """`folder` itself; FileNotFoundError where it has no value head."""
+    if not (folder / VALUE_HEAD_FILE).is_file():
+        raise FileNotFoundError(
+            f"{flag} {folder} is no reward model: there is no {VALUE_HEAD_FILE} in it. Train one with --stage rm."
+        )
     return folder
 
 
@@ -62,6 +81,11 @@ def look_at_demo(args) -> None:
     if "server_port" in args:
         check_port(args.server_name, args.server_port)
     checkpoint = look_at_checkpoint(args.ptuning_checkpoint)
+    if checkpoint and read_sidecar(checkpoint).get("stage") == "rm":
+        raise ValueError(
+            f"--ptuning_checkpoint {checkpoint} is a reward model: it scores answers, and gives none. Its scores: "
+            "python ptuning/main.py --stage rm --do_predict"
+        )
     if args.pre_seq_len and not checkpoint:
         raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
     look_at_base(args.model_name_or_path, checkpoint)
@@ -75,6 +99,10 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     trains = given.get("do_train", False)
     resumes = trains and str(given.get("resume_from_checkpoint")).lower() not in ("none", "false")
     checkpoint = None if resumes else look_at_checkpoint(model_args.ptuning_checkpoint)
+    if given.get("stage") == "rm" and checkpoint and not trains:
+        check_holds_head(checkpoint, "--ptuning_checkpoint")
+    if given.get("reward_model"):
+        look_at_reward_model(given["reward_model"])
     base = model_args.model_name_or_path
     if base or not resumes:
         missing = f"--model_name_or_path is missing (for ADGEN: {EXAMPLES['model_name_or_path']})."
@@ -100,8 +128,10 @@ def look_at_data(data_args, given: dict, trains: bool) -> dict:
     for split, flag in FILES.items():
         wanted = given.get(f"do_{split}") or (split == "eval" and trains and given.get("eval_strategy", "no") != "no")
         if wanted and source_of(split, data_args, SimpleNamespace(do_train=trains)) == flag:
+            file, stage = getattr(data_args, flag), given.get("stage", "sft")
             answers = split != "train" and not (split == "eval" and trains) and not data_args.check_data
-            found[getattr(data_args, flag)] = look_at_file(
-                getattr(data_args, flag), columns, keep_unlabelled=answers or split == "predict"
-            )
+            if reads_pairs(stage):
+                found[file] = look_at_pairs(file, columns, single=split == "predict")
+            else:
+                found[file] = look_at_file(file, columns, answers or split == "predict" or stage == "ppo")
     return found

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from arguments import check_complete, parse_arguments, parse_flags
 from common.failure import catch_signals, end_with_launcher, leave, leave_on_signal, run
@@ -28,14 +27,13 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging
 
+import preference
 from chatglm2.chat import TOP_K
 from checkpoint import generation_config, load_model, load_tokenizer
 from common.messages import silent
-from common.ranks import on_first_rank
 from common.reports import close_reports, prepare_reports
 from data.batches import collate_prediction, collate_training
 from data.description import describe_training
-from data.encoding import digest
 from data.splits import check_data, check_fits, read_splits
 from evaluation.prediction import describe_prompts, dev_scores, predict, predict_with_each
 from trainer import PrefixTrainer
@@ -43,10 +41,11 @@ from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
 from training.progress import say_above_bar
 from training.results import describe_end, describe_trainable, write_missing_results, write_training_results
-from training.resume import describe_differences, find_resume_checkpoint, lock_run, release_run, training_record
+from training.resume import begin_run, describe_differences, prepare_run, release_run
 from training.run_log import keep_printing
 from training.schedule import describe_steps
 from training.signals import describe_stop
+from training.stages import check_stage_of_run
 from tuning.methods import find_trained
 from tuning.session import check_base, check_engine, open_base, resolve_session
 
@@ -54,6 +53,8 @@ from tuning.session import check_base, check_engine, open_base, resolve_session
 def main():
     # ------------------------------------------------------------------ 1. Flags and seed
     model_args, data_args, training_args, notes = parse_arguments(sys.argv[1:])
+    if training_args.stage != "sft":
+        return preference.main(model_args, data_args, training_args, notes)
     logging.set_verbosity_error()
     say = say_above_bar if training_args.process_index == 0 else silent
     for note in notes:
@@ -71,6 +72,7 @@ def main():
     session.fill_flags(model_args, data_args)
     check_complete(model_args, data_args, training_args)
     check_engine(session, engine)
+    check_stage_of_run(session, training_args.stage)
 
     # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
     source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
@@ -113,11 +115,8 @@ def main():
         say(described + (" A new run starts with it, at step 0." if session.checkpoints and trains else ""))
 
     # ------------------------------------------------------------------ 6. Trainer
-    record = None
-    if trains:  # only now: what is refused leaves no folder behind
-        on_first_rank(lock_run, training_args.output_dir)
-        files = data_args.dataset or data_args.train_file
-        record = training_record(training_args, files, digest(data.train), session.quantization_bit)
+    # Only now: what is refused leaves no folder behind.
+    record = begin_run(training_args, data_args, data.train, session.quantization_bit) if trains else None
     padding = {"pad_token_id": tokenizer.pad_token_id}
     labels = {"label_pad_id": -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id}
     if training_args.precision == "official":
@@ -182,23 +181,6 @@ def answer_settings(data_args, training_args, longest, most):
     if data_args.do_sample:
         settings |= {"top_p": data_args.top_p, "top_k": TOP_K, "temperature": data_args.temperature}
     return settings
-
-
-def prepare_run(model_args, training_args, say):
-    """The checkpoint folder to continue from, or None for a new run; refuses a folder that another run is using."""
-    output_dir = training_args.output_dir
-    if Path(output_dir).is_dir():  # one that is not there yet is made when there is something to put in it
-        on_first_rank(lock_run, output_dir)
-    wanted = training_args.resume_from_checkpoint
-    resume_from, lines = on_first_rank(find_resume_checkpoint, wanted, output_dir, training_args.overwrite_output_dir)
-    for line in lines:
-        say(line)
-    if resume_from:
-        if model_args.ptuning_checkpoint:
-            say(f"--ptuning_checkpoint {model_args.ptuning_checkpoint} is not read: the run has gone on from there.")
-        model_args.ptuning_checkpoint = resume_from  # its settings hold, as those of any given prefix
-        training_args.eval_on_start = False  # done when the run started
-    return resume_from
 
 
 if __name__ == "__main__":

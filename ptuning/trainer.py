@@ -56,7 +56,7 @@ from checkpoints.run_folder import (
 )
 from checkpoints.trainer_state import reading_known_keys
 from common.failure import last_words
-from common.files import RESULTS_FILE, STATE_FILE, read_json, write_text
+from common.files import STATE_FILE, read_json, write_text
 from common.ranks import gather, on_first_rank, on_writing_ranks
 from common.reports import close_reports
 from data.batches import EvenBatches, RowOrder, WithBlankRow
@@ -65,6 +65,7 @@ from data.splits import seed_of_rows
 from training.arguments import PrefixTrainingArguments  # noqa: F401 - named here by older training_args.bin
 from training.memory import explaining_out_of_memory, rows_that_fit
 from training.progress import ShownProgress
+from training.results import write_metrics
 from training.resume import (
     check_optimizer,
     check_schedule,
@@ -104,7 +105,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.args.auto_find_batch_size = False
         self.say = say
         if self.official:
-            self.model.official_loss = official_loss
+            self.model.own_loss = official_loss
             self.model_accepts_loss_kwargs = False  # the mean of the batches' means
         # Every process has read the same frozen weights: only the prefix is synchronized, and its gradient summed.
         frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
@@ -115,7 +116,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         last_checkpoint = run_watch.last_checkpoint
         self.watch = StepWatch(dtype=dtype, loss_scaling=self.args.fp16, last_checkpoint=last_checkpoint, say=say)
         self.stop = StopOnSignal()
-        self.run_log = RunLog(say)
+        self.run_log = RunLog(say, self.logged)
         self.progress = ShownProgress(shown=self.args.process_index == 0, bar=not self.args.disable_tqdm, say=say)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         for callback in (run_watch, self.stop, self.run_log, self.progress):
@@ -123,6 +124,8 @@ class PrefixTrainer(Seq2SeqTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, LOGGERS):
                 guard_callback(callback, say)
+
+    logged = ()  # what trainer_log.jsonl has beside losses and learning rate
 
     # ---- batches and steps
 
@@ -191,7 +194,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         """
         shape = tuple(inputs["input_ids"].shape)
         part_rows = -(-shape[0] // self.batch_parts)
-        explained = explaining_out_of_memory(self.model, self.args, (part_rows, shape[1]), training=True)
+        explained = explaining_out_of_memory(self.model, self.args, (part_rows, shape[-1]), training=True)
         if shape[0] <= self.least_rows:
             with explained:
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -215,7 +218,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         clear_device_cache(garbage_collection=True)
         self.batch_parts *= 2
         self.say(
-            f"Out of memory with {part_rows} rows x {shape[1]} tokens at step {self.state.global_step + 1}: from now on "
+            f"Out of memory with {part_rows} rows x {shape[-1]} tokens at step {self.state.global_step + 1}: from now on "
             f"{-(-shape[0] // self.batch_parts)} at a time, accumulated {self.batch_parts} times as often; a step keeps "
             "its rows."
         )
@@ -383,8 +386,11 @@ class PrefixTrainer(Seq2SeqTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.sharded:  # main.py has loaded the weights before they were divided
             return
-        model = self.accelerator.unwrap_model(model or self.model)
-        load_trained(model, resume_from_checkpoint, self.sidecar["finetuning_type"])
+        self.load_weights(resume_from_checkpoint)
+
+    def load_weights(self, checkpoint):
+        """Take what a checkpoint has trained."""
+        load_trained(self.accelerator.unwrap_model(self.model), checkpoint, self.sidecar["finetuning_type"])
 
     def _load_best_model(self):
         """Take what the best checkpoint has trained, for --load_best_model_at_end."""
@@ -392,7 +398,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         if self.sharded:  # nothing is computed after training, and the weights are divided
             self.say(f"--load_best_model_at_end: with an engine nothing is left to do for {best}.")
             return
-        load_trained(self.accelerator.unwrap_model(self.model), best, self.sidecar["finetuning_type"])
+        self.load_weights(best)
         self.say(f"The best checkpoint has been loaded: {best} (--load_best_model_at_end).")
 
     def _evaluate(self, *args, **kwargs):
@@ -426,18 +432,8 @@ class PrefixTrainer(Seq2SeqTrainer):
 
     def save_metrics(self, split, metrics, combined=True):
         """Write <split>_results.json and, with `combined`, all_results.json, each completely or not at all."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder / f"{split}_results.json", metrics)
-        if combined:
-            before, file = {}, folder / RESULTS_FILE
-            try:
-                before = read_json(file) if file.exists() else {}
-            except ValueError as error:
-                self.say(f"{error} It is written anew.")
-            write_results(file, {**before, **metrics})
+        if self.is_world_process_zero():
+            write_metrics(Path(self.args.output_dir), split, metrics, combined, self.say)
 
     def save_state(self):
         """Write trainer_state.json into the run's folder, completely or not at all."""
@@ -562,9 +558,13 @@ class PrefixTrainer(Seq2SeqTrainer):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.gather_function = self.accelerator.gather
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, tokens = output.predictions.sum(axis=0, dtype="float64")
-        output.metrics[f"{metric_key_prefix}_loss"] = float(nats / tokens)
+        means = self.means_of(*output.predictions.sum(axis=0, dtype="float64"))
+        output.metrics.update({f"{metric_key_prefix}_{name}": float(mean) for name, mean in means.items()})
         return output
+
+    def means_of(self, nats, tokens):
+        """{name: mean} of the sums of a split, over its batches, of what prediction_step gives."""
+        return {"loss": nats / tokens}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation_settings):
         """The (1, 2) nats and supervised tokens of a batch in training form, or the answers to a batch of prompts,
@@ -595,8 +595,3 @@ class PrefixTrainer(Seq2SeqTrainer):
         places = torch.arange(answers.shape[1], device=answers.device)
         answers = answers.masked_fill(places[None, :] >= room[:, None], config.pad_token_id)
         return None, answers, inputs["labels"]
-
-
-def write_results(file, metrics):
-    """Write figures as the Trainer writes them."""
-    write_text(file, json.dumps(metrics, indent=4, sort_keys=True))

@@ -20,7 +20,15 @@ READMES = ["README.md", "README_zh.md"]
 PAGES = [*ENGLISH, *(file.with_stem(f"{file.stem}_zh") for file in ENGLISH)]
 LINKED = [*PAGES, ROOT / "AdvertiseGen" / "README.md", ROOT / "benchmarks" / "RESULTS.md"]
 FLAG_PAGES = ["docs/flags.md", "docs/flags_zh.md"]
-SCRIPTS = ["train.sh", "train_chat.sh", "evaluate.sh", "finetune.sh", "evaluate_finetune.sh", "web_demo.sh"]
+SCRIPTS = [
+    "train.sh",
+    "train_chat.sh",
+    "train_preference.sh",
+    "evaluate.sh",
+    "finetune.sh",
+    "evaluate_finetune.sh",
+    "web_demo.sh",
+]
 LONGEST_CELL = 120  # characters: two lines
 
 

@@ -119,7 +119,7 @@ def test_a_variable_without_its_second_quotation_mark_is_said_with_its_line(fold
     assert done.stderr.startswith(f"error: train.sh, line {number}: a quotation mark without its partner.\n")
 
 
-SCRIPTS = ["train.sh", "train_chat.sh", "finetune.sh", "evaluate.sh", "evaluate_finetune.sh"]
+SCRIPTS = ["train.sh", "train_chat.sh", "train_preference.sh", "finetune.sh", "evaluate.sh", "evaluate_finetune.sh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS + ["web_demo.sh"])

@@ -10,7 +10,9 @@ HOUSE = ROOT / "ptuning"
 # From the top floor down. A file imports from its own room and from floors below, never from one above.
 FLOORS = (
     ("main", "web_demo", "cli_demo", "api_demo", "export_model", "compare", "launch"),
+    ("preference",),
     ("serving",),
+    ("alignment",),
     ("trainer",),
     ("first_look",),
     ("arguments",),

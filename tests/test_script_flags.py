@@ -81,6 +81,15 @@ FINETUNE = """
 --per_device_eval_batch_size 8 --gradient_accumulation_steps 1 --predict_with_generate --max_steps 5000
 --logging_steps 10 --save_steps 1000 --learning_rate 1e-4
 """
+TRAIN_PREFERENCE = """
+--stage dpo --finetuning_type p_tuning --do_train --train_file data/train.json --validation_file data/dev.json
+--eval_strategy steps --eval_steps 500 --eval_on_start --max_eval_samples 200 --preprocessing_num_workers 10
+--prompt_column prompt --response_column response --history_column history --model_name_or_path hub/glm
+--output_dir output/dpo-glm-p_tuning-5e-3 --overwrite_output_dir --max_source_length 256 --max_target_length 256
+--per_device_train_batch_size 1 --per_device_eval_batch_size 8 --gradient_accumulation_steps 16
+--predict_with_generate --max_steps 1000 --logging_steps 10 --save_steps 500 --learning_rate 5e-3 --pre_seq_len 128
+--quantization_bit 4
+"""
 EVALUATE = """
 --do_predict --validation_file AdvertiseGen/dev.json --test_file AdvertiseGen/dev.json --prompt_column content
 --response_column summary --model_name_or_path hub/glm --ptuning_checkpoint output/adgen-glm-pt-128-2e-2
@@ -100,6 +109,7 @@ WEB_DEMO = """
 DEFAULTS = {
     "train.sh": TRAIN,
     "train_chat.sh": TRAIN_CHAT,
+    "train_preference.sh": TRAIN_PREFERENCE,
     "finetune.sh": FINETUNE,
     "evaluate.sh": EVALUATE,
     "evaluate_finetune.sh": EVALUATE_FINETUNE,
@@ -187,6 +197,10 @@ CASES = [
      "--validation_file 'my rows/dev.json' --test_file 'my rows/dev.json' --max_source_length 9 --max_target_length 8", ""),
     ("web_demo.sh", {"HOST": "127.0.0.1", "PORT": "80", "STEP": "best"},
      "--server_name 127.0.0.1 --server_port 80 --ptuning_checkpoint output/adgen-glm-pt-128-2e-2/best", ""),
+    ("train_preference.sh", {}, "", ""),
+    ("train_preference.sh", {"STAGE": "rm", "START": "output/a", "FINETUNING_TYPE": "lora"},
+     "--stage rm --finetuning_type lora --ptuning_checkpoint output/a --learning_rate 1e-4 "
+     "--output_dir output/rm-glm-lora-1e-4", "pre_seq_len"),
     # empty: the default, or no flag where the script says so
     ("train.sh", {"QUANTIZATION_BIT": "", "EVAL_BATCH_SIZE": "", "PRE_SEQ_LEN": ""}, "", "quantization_bit"),
     ("train_chat.sh", {"QUANTIZATION_BIT": "", "EVAL_BATCH_SIZE": "", "LR": ""}, "", "quantization_bit"),

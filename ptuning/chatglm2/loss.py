@@ -21,6 +21,8 @@ def loss_rows(device_type: str) -> int:
 class SupervisedLoss(OwnGradient):
     """Sum of the cross-entropies, float32, of targets (U,) under the logits hidden_states (U, H) @ weight (V, H)ᵀ.
 
+    With `each` it is every one of them, (U,), for a weight that does not train.
+
     The logits of all U tokens never exist: a few rows at a time are multiplied out, and while they are there their
     gradient, softmax - onehot, is multiplied back into that of the hidden states (and of the weight, if it trains).
     Each logit is thus computed once and kept nowhere. A run of ADGEN with 8 x 78 supervised tokens would otherwise
@@ -28,11 +30,12 @@ class SupervisedLoss(OwnGradient):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets):
+    def forward(ctx, hidden_states, weight, targets, each=False):
         count, rows = len(targets), loss_rows(weight.device.type)
-        total = hidden_states.new_zeros((), dtype=torch.float32)
+        losses = hidden_states.new_zeros(count if each else (), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        assert not (each and ctx.needs_input_grad[1])
         factor = FLOAT16_SCALE if weight.dtype == torch.float16 else 1
         missing = round_rows(count) - count  # filled with zeros, for the products
         hidden_states, targets = F.pad(hidden_states, (0, 0, 0, missing)), F.pad(targets, (0, missing))
@@ -41,7 +44,11 @@ class SupervisedLoss(OwnGradient):
             filled = slice(min(rows, count - start))
             logits = multiply(hidden, weight).float()  # (rows, V)
             log_odds = logits.log_softmax(dim=-1)
-            total -= log_odds.gather(1, target)[filled].sum()
+            found = log_odds.gather(1, target)[filled, 0]
+            if each:
+                losses[start : start + rows] = -found
+            else:
+                losses -= found.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             gradient = torch.exp(log_odds, out=logits)  # softmax
@@ -55,31 +62,46 @@ class SupervisedLoss(OwnGradient):
                 grad_weight += gradient.t() @ hidden  # in autocast's dtype, which addmm_ in place does not take
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.factor = factor
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        gradient = gradient / ctx.factor
-        return *(None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors), None
+        gradient = (gradient[:, None] if gradient.ndim else gradient) / ctx.factor
+        grads = (None if saved is None else (saved * gradient).to(saved.dtype) for saved in ctx.saved_tensors)
+        return *grads, None, None
 
 
 class OutputLayer(Linear):
-    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), their loss.
+    """The language-model head: logits (…, V) of hidden states (…, H) or, with targets (U,), the sum of their losses or
+    `each`.
 
     The loss is computed in this module's own forward because FSDP and DeepSpeed bring the parts of a weight together
     for the module that it belongs to.
     """
 
-    def forward(self, hidden_states, targets=None):
+    def forward(self, hidden_states, targets=None, each=False):
         if targets is None:
             return super().forward(hidden_states)
-        return SupervisedLoss.apply(hidden_states, self.weight, targets)
+        return SupervisedLoss.apply(hidden_states, self.weight, targets, each)
 
 
 def next_tokens(labels):
     """The target of each place of labels (B, S): the label one place behind, -100 at the last."""
     return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def row_log_probs(hidden_states, targets, output_layer, packing):
+    """Log-probability, float32, of each row's targets (B, S), those of -100 left out: (B,).
+
+    Hidden states are the (tokens, H) of a `packing`.
+    """
+    batch_size, length = targets.shape
+    targets = targets.flatten()[packing.places]
+    supervised = (targets != -100).nonzero()[:, 0]
+    losses = output_layer(hidden_states.index_select(0, supervised), targets[supervised], each=True)
+    rows = packing.places[supervised] // length
+    return -losses.new_zeros(batch_size).index_add(0, rows, losses)
 
 
 def supervised_loss(hidden_states, targets, output_layer, num_items_in_batch=None, packing=None):

@@ -493,7 +493,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat.py)."""
 
-    official_loss = None  # with --precision official, the function of official_recipe.py that training goes through
+    # A function of the model, input ids, labels, num_items_in_batch and what else a batch holds: its loss is then the one
+    # of training, and what it computes with is its own business.
+    own_loss = None
 
     def __init__(self, config, empty_init=True, device=None):
         """The official constructor: integer layers where `quantization_bit` asks for them; only a prefix trains.
@@ -558,10 +560,10 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         `logits_to_keep` last positions to compute logits for, 0 for all, or their indices. Returns CausalLMOutputWithPast with `loss` float32 (), `logits` float32 (B, S, V).
         While training with labels, `logits` is None: nothing needs them and they are the largest tensor.
         """
+        if self.own_loss is not None and self.training and labels is not None:
+            return CausalLMOutputWithPast(loss=self.own_loss(self, input_ids, labels, num_items_in_batch, **kwargs))
         targets = next_tokens(labels) if shift_labels is None and labels is not None else shift_labels
         only_loss = self.training and targets is not None
-        if only_loss and self.official_loss is not None:
-            return CausalLMOutputWithPast(loss=self.official_loss(self, input_ids, labels))
         if only_loss and position_ids is not None:
             check_positions(position_ids, attention_mask)
         config = self.config

@@ -82,10 +82,10 @@ def block(layer, x, mask, cos, sin, prefix_key, prefix_value):
     return (normed if layer.residual_after_norm else x) + F.dropout(update, layer.dropout, layer.training)
 
 
-def official_loss(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def official_loss(model, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
     """The loss of a batch in the official recipe: a scalar in the dtype of the frozen weights.
 
-    `input_ids` and `labels` are (B, S); labels of -100 cost nothing.
+    `input_ids` and `labels` are (B, S); labels of -100 cost nothing. It is the mean of its batch in any case.
     """
     transformer = model.transformer
     batch_size, length = input_ids.shape

@@ -8,6 +8,10 @@ from common.files import read_json
 TENSORS_FILE = "pytorch_model.bin"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FINETUNING_FILE = "finetuning_args.json"  # ChatGLM-Efficient-Tuning's, beside what it has trained: the flags of the way
+# Of preference training: what makes a number of a hidden state, with ChatGLM-Efficient-Tuning's name and keys, and the
+# values with which what trains has begun.
+VALUE_HEAD_FILE = "value_head.bin"
+REFERENCE_FILE = "reference.bin"
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 

@@ -194,11 +194,12 @@ RANGES = {
     "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
     "max_steps": (lambda value: value >= 1 or value == -1, "at least 1, or -1 for --num_train_epochs to count"),
     "label_smoothing_factor": PROBABILITY,
+    "dpo_label_smoothing": (lambda value: 0 <= value < 0.5, "from 0 up to, but not, 0.5"),
     "top_p": PROBABILITY,
     "temperature": (lambda value: 0 <= value <= 100, "from 0 to 100"),
     "server_port": (lambda value: 1 <= value <= 65535, "a port from 1 to 65535"),
     **dict.fromkeys(
-        "learning_rate num_train_epochs save_steps eval_steps logging_steps lora_alpha".split(),
+        "learning_rate num_train_epochs save_steps eval_steps logging_steps lora_alpha dpo_beta".split(),
         (lambda value: 0 < value < math.inf, "a number above 0"),
     ),
     **dict.fromkeys(

@@ -91,6 +91,30 @@ def collate_training(
     }
 
 
+def collate_pairs(features: list[dict], *, pad_token_id: int, multiple_of: int = 8) -> dict:
+    """`input_ids` and `labels`, int64 (B, 2, S), of chosen and rejected answers, padded on the right as collate_training
+    pads; `lengths` (B, 2) in tokens, `weight` float32 (B,), 0 of a blank row, and `row` (B,).
+
+    `reference` float32 (B, 2) where the rows have it.
+    """
+    import torch
+
+    rejected = "rejected_input_ids"  # a blank row has none
+    ids = [ids for row in features for ids in (row["input_ids"], row.get(rejected, row["input_ids"]))]
+    labels = [ids for row in features for ids in (row["labels"], row.get("rejected_labels", row["labels"]))]
+    length = -(-max(map(len, ids)) // multiple_of) * multiple_of
+    batch = {
+        "input_ids": _pad(ids, pad_token_id, length).unflatten(0, (-1, 2)),
+        "labels": _pad(labels, IGNORED_LABEL, length).unflatten(0, (-1, 2)),
+        "lengths": torch.tensor(list(map(len, ids))).unflatten(0, (-1, 2)),
+        "weight": torch.tensor([float(row["row"] != BLANK_ROW["row"]) for row in features]),
+        "row": torch.tensor([row["row"] for row in features], dtype=torch.int64),
+    }
+    if any("reference" in row for row in features):
+        batch["reference"] = torch.tensor([row.get("reference", (0.0, 0.0)) for row in features])
+    return batch
+
+
 # Stands for no row of the file: one token that is neither learned nor counted.
 BLANK_ROW = {"input_ids": [0], "labels": [IGNORED_LABEL], "row": 0}
 

@@ -18,9 +18,11 @@ def _length_line(name: str, lengths, limit: int) -> str:
 def describe_training(
     dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int, marked="what the model learns"
 ) -> str:
-    """Text about an encode_training dataset: rows, token lengths, shares cut, and its first example decoded.
+    """Text about an encode_training dataset, or one of encode_pairs: rows, token lengths, shares cut, and its first
+    example decoded.
 
-    ⟦ and ⟧ enclose the part of the example that the model learns, called `marked`.
+    ⟦ and ⟧ enclose the part of the example that the model learns, called `marked`; of a pair the chosen answer, with the
+    rejected one on a line of its own.
     """
     source_lengths, target_lengths = dataset["source_length"][:], dataset["target_length"][:]
     lines = [
@@ -29,6 +31,8 @@ def describe_training(
         _length_line("prompt", source_lengths, max_source_length),
         _length_line("response", target_lengths, max_target_length),
     ]
+    if paired := "rejected_target_length" in dataset.column_names:
+        lines.append(_length_line("rejected", dataset["rejected_target_length"][:], max_target_length))
     shortened = [turns > 0 for turns in dataset["dropped_turns"][:]]
     cut = [length > max_source_length and not fits for length, fits in zip(source_lengths, shortened, strict=True)]
     cut_responses = [length > max_target_length for length in target_lengths]
@@ -44,8 +48,10 @@ def describe_training(
     start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
     prompt = tokenizer.decode(example["input_ids"][:start])
     answer = tokenizer.decode(example["input_ids"][start:])
+    rejected = f"Rejected: {cut_short(tokenizer.decode(example['rejected_input_ids'][start:]), 400)}" if paired else ""
     lines += [
         f"The first example, with {marked} between ⟦ and ⟧:",
         f"[gMASK] sop {cut_short(prompt, 400)}⟦{cut_short(answer, 400)} {tokenizer.eos_token}⟧",
+        *([rejected] if paired else []),
     ]
     return "\n".join(lines)

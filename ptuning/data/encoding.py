@@ -116,18 +116,27 @@ def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_leng
 
 
 def _encode(
-    dataset, encode_batch, columns, tokenizer, settings, *, num_workers=None, overwrite_cache=False, say=silent
+    dataset,
+    encode_batch,
+    columns,
+    tokenizer,
+    settings,
+    *,
+    lists=("input_ids", "labels"),
+    num_workers=None,
+    overwrite_cache=False,
+    say=silent,
 ):
     """`encode_batch` mapped over the dataset, cached by rows, vocabulary, settings and code.
 
-    `columns`: what it returns beside the lists `input_ids` and `labels`. At most `num_workers` processes encode; `say`
+    `columns`: what it returns beside the `lists`. At most `num_workers` processes encode; `say`
     is told where the cache is damaged.
     """
     from datasets import Features, List, Value
 
     check_lengths(tokenizer, *map(settings.get, ("source_prefix", "max_source_length", "max_target_length")))
     # Named, because to find out the types of lists datasets looks at each of their numbers.
-    features = dict.fromkeys(("input_ids", "labels"), List(Value("int32"))) | dict.fromkeys(columns, Value("int64"))
+    features = dict.fromkeys(lists, List(Value("int32"))) | dict.fromkeys(columns, Value("int64"))
     # datasets' own fingerprint names the functions, and does not notice a change in them.
     key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
@@ -196,8 +205,9 @@ def encode_prediction(
 def digest(dataset) -> str:
     """Names the token ids of an encoded dataset and their order, whatever file they came from."""
     sha256 = hashlib.sha256()
-    for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000):
-        for ids in batch["input_ids"].chunks:
+    names = [name for name in ("input_ids", "rejected_input_ids") if name in dataset.column_names]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(10_000):
+        for ids in (chunk for name in names for chunk in batch[name].chunks):
             sha256.update(ids.value_lengths().to_numpy().tobytes())
             sha256.update(ids.flatten().to_numpy().tobytes())
     return sha256.hexdigest()[:16]

@@ -220,6 +220,43 @@ def progress_bars(shown: bool):
             enable_progress_bars()
 
 
+def read_once(path, generate, features: dict, settings: dict, overwrite_cache=False, say=silent):
+    """The rows that `generate` makes of a data file as a datasets.Dataset, cached by the file's content.
+
+    `features` are {column: its type}; a `history` is there, too. `settings` are the arguments of `generate`, a `key`
+    aside, which only tells the cache of `datasets` files apart; `say` is told where the cache is damaged.
+    """
+    from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    content, count = hashlib.sha256(read_data(Path(path))).hexdigest(), settings["max_samples"]
+    if count is not None and count < 1:
+        raise ValueError(f"{count} samples of {path} were asked for; set 1 or more, or leave the flag out")
+    features = Features(
+        {"history": List(List(Value("string"))), **{name: Value(kind) for name, kind in features.items()}}
+    )
+    settings = {**settings, "key": f"{content} {code_sha256()}"}
+
+    def build(folder):
+        with progress_bars(False):
+            return Dataset.from_generator(generate, features=features, gen_kwargs=settings, cache_dir=str(folder))
+
+    key = json.dumps([generate.__name__, settings])
+    try:
+        return cached(key, build, what=f"{path} is read", overwrite=overwrite_cache, say=say)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def without_skipped(dataset):
+    """(the rows that are not marked as `skipped`, how many are)."""
+    kept = [index for index, skipped in enumerate(dataset["skipped"][:]) if not skipped]
+    skipped = len(dataset) - len(kept)
+    if skipped:
+        dataset = dataset.select(kept)
+    return dataset.remove_columns("skipped"), skipped
+
+
 def load_examples(
     path: str | os.PathLike,
     prompt_column: str | None,
@@ -247,27 +284,12 @@ def load_examples(
     content; `say` is told where the cache is damaged.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
     """
-    from datasets import Dataset, Features, List, Value
-    from datasets.exceptions import DatasetGenerationError
-
     if chosen_column or rejected_column:
         raise ValueError(
             f"{place} has pairs of answers, which --stage rm and dpo learn from. To learn the better one as the answer, give "
             f'"response": {json.dumps(chosen_column, ensure_ascii=False)} in place of "chosen" and "rejected"'
         )
-    path = Path(path)
-    content = hashlib.sha256(read_data(path)).hexdigest()
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"{max_samples} samples of {path} were asked for; set 1 or more, or leave the flag out")
-    features = Features(
-        {
-            "prompt": Value("string"),
-            "response": Value("string"),
-            "history": List(List(Value("string"))),
-            "row": Value("int64"),
-            "skipped": Value("bool"),
-        }
-    )
+    features = {"prompt": "string", "response": "string", "row": "int64", "skipped": "bool"}
     columns = {
         "prompt": prompt_column,
         "query": query_column,
@@ -282,21 +304,6 @@ def load_examples(
         "place": place,
         "max_samples": max_samples,
         "keep_unlabelled": keep_unlabelled,
-        "key": f"{content} {code_sha256()}",
     }
-
-    def build(folder):
-        with progress_bars(False):
-            return Dataset.from_generator(
-                _generate_examples, features=features, gen_kwargs=settings, cache_dir=str(folder)
-            )
-
-    try:
-        dataset = cached(json.dumps(settings), build, what=f"{path} is read", overwrite=overwrite_cache, say=say)
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
-    kept = [index for index, skipped in enumerate(dataset["skipped"][:]) if not skipped]
-    skipped = len(dataset) - len(kept)
-    if skipped:
-        dataset = dataset.select(kept)
-    return dataset.remove_columns("skipped"), skipped
+    dataset = read_once(path, _generate_examples, features, settings, overwrite_cache, say)
+    return without_skipped(dataset)

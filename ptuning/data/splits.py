@@ -12,6 +12,7 @@ from data.description import describe_training
 from data.encoding import encode_prediction, encode_training
 from data.examples import COLUMNS, load_examples, shown_columns
 from data.mixture import draw_shares, hold_out, join, number_rows
+from data.preferences import encode_pairs, load_pairs
 from data.rows import read_rows
 from data.sources import FILES, check_columns, source_of, split_ratios
 
@@ -28,7 +29,7 @@ class Splits:
 
 
 def read_splits(data_args, training_args, tokenizer, say):
-    """The Splits that a run's flags ask for. Raises as read_split."""
+    """The Splits that a run's flags ask for, for answers. Raises as read_split."""
     splits = Splits()
     read = partial(read_split, data_args=data_args, training_args=training_args, tokenizer=tokenizer, say=say)
     if training_args.do_train:
@@ -45,14 +46,29 @@ def read_splits(data_args, training_args, tokenizer, say):
     return splits
 
 
-def read_split(split, data_args, training_args, tokenizer, encode, say):
+def read_pair_splits(data_args, training_args, tokenizer, say):
+    """The Splits of pairs of answers that a run's flags ask for: dev rows also with --do_eval. Raises as read_split."""
+    splits = Splits()
+    files = {"data_args": data_args, "training_args": training_args, "tokenizer": tokenizer, "say": say}
+    read = partial(read_split, encode=encode_pairs, load=load_pairs, **files)
+    if training_args.do_train:
+        splits.train, splits.train_skipped = read("train")
+    if training_args.do_eval or (training_args.do_train and training_args.eval_strategy != "no"):
+        splits.dev, _ = read("eval")
+    if training_args.do_predict:
+        splits.prompts["predict"] = read("predict")
+    return splits
+
+
+def read_split(split, data_args, training_args, tokenizer, encode, say, load=load_examples):
     """(encoded rows, number of rows skipped) of one split. ValueError and FileNotFoundError name file, row or flag.
 
-    With --dev_ratio the training rows are what the dev rows leave over.
+    `load` makes examples or pairs of a file. With --dev_ratio the training rows are what the dev rows leave over.
     """
     divided = data_args.dev_ratio and split in ("train", "eval")
-    keep_unlabelled = encode is encode_prediction and not divided
-    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say)
+    keep_unlabelled = (encode is encode_prediction or split == "predict") and not divided
+    how = {"encode": encode, "keep_unlabelled": keep_unlabelled, "say": say, "load": load}
+    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, **how)
     seed = seed_of_rows(training_args)
     sizes = {name: len(part) for name, part in parts.items()}
     if split == "train" or divided:
@@ -71,7 +87,7 @@ def read_split(split, data_args, training_args, tokenizer, encode, say):
     return rows, sum(rows_skipped.values())
 
 
-def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say):
+def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say, load=load_examples):
     """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
 
     Data sets have their names; the one file of a flag has the name "". A damaged cache is told to `say`. With
@@ -99,14 +115,12 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
             place = file.get("place")
             both = f'"prompt" and "response" of {place}' if place else "--prompt_column and --response_column"
             check_columns(file["prompt_column"], file["response_column"], both)
-        if split == "predict":
+        if split == "predict" and load is load_examples:
             files[name] = without_missing_response(file, limit, say)
     cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
     parts, rows_skipped = {}, {}
     for name, file in files.items():
-        examples, rows_skipped[name] = load_examples(
-            **file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache
-        )
+        examples, rows_skipped[name] = load(**file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache)
         parts[name] = encode_rows(split, examples, data_args, tokenizer, encode, cache)
         if encode is encode_prediction and name:
             parts[name] = parts[name].add_column("dataset", [name] * len(examples))
@@ -160,13 +174,15 @@ def describe_mixture(split, parts, sizes):
     return f"{split}: {', '.join(shares)}."
 
 
-def check_data(data_args, training_args, tokenizer, seq_length: int, say) -> None:
+def check_data(
+    data_args, training_args, tokenizer, seq_length: int, say, encode=encode_training, load=load_examples
+) -> None:
     """Read every file that the flags name as training would; print what is in each, and one example."""
     for split, flag in FILES.items():
         if not getattr(training_args, f"do_{split}"):
             continue
         parts, rows_skipped, notes = read_files(
-            split, data_args, training_args, tokenizer, encode_training, split == "predict", say
+            split, data_args, training_args, tokenizer, encode, split == "predict", say, load
         )
         for note in notes:
             say(note)
@@ -185,10 +201,11 @@ def check_data(data_args, training_args, tokenizer, seq_length: int, say) -> Non
 
 
 def longest_example(dataset, data_args) -> int:
-    """Tokens of the longest training example, as cut."""
+    """Tokens of the longest training example, as cut; of a pair its longer answer counts."""
+    answers = [name for name in ("target_length", "rejected_target_length") if name in dataset.column_names]
     return max(
-        min(source, data_args.max_source_length) + min(target, data_args.max_target_length) + 1
-        for source, target in zip(dataset["source_length"], dataset["target_length"], strict=True)
+        min(source, data_args.max_source_length) + min(max(targets), data_args.max_target_length) + 1
+        for source, *targets in zip(dataset["source_length"], *(dataset[name] for name in answers), strict=True)
     )
 
 

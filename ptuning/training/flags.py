@@ -41,4 +41,13 @@ class TrainingArguments:
         "prefer the chosen answer of each pair; ppo: to please a reward model.",
         default="sft",
     )
+    dpo_beta: float = declare(
+        "dpo: how much a change of the log-probability counts; lower lets more change.", default=0.1
+    )
+    dpo_label_smoothing: float = declare(
+        "dpo: share of the pairs that are taken to be the wrong way round.", default=0.0
+    )
+    dpo_cache: bool = declare(
+        "dpo: compute the reference's log-probabilities once, before the first step.", default=False
+    )
     reward_model: str | None = declare("ppo: the reward model, a checkpoint or run of --stage rm.")

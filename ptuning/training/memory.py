@@ -34,6 +34,7 @@ from chatglm2.quantization import QuantizedLinear
 from common.messages import dtype_name
 from common.ranks import gather
 from data.splits import longest_example
+from training.stages import answers_per_row
 from tuning.rules import engine_of
 
 PROCESS_BYTES = 535_000_000  # resident after the imports and the data of a run of main.py, of torch's CPU build
@@ -83,10 +84,10 @@ def estimate_peak_bytes(
     tokens = batch_size * length
     keys_values = 2 * config.num_key_value_heads * config.kv_channels * element * batch_size * (prefix_length + length)
     layer = tokens * element * (4 * hidden + 2 * feed_forward) + keys_values
-    own = sum(  # numbers of the model itself that train, neither a prefix's nor an adapter's
+    own = sum(  # numbers of the model itself that train, not a prefix's, an adapter's or a value head's
         parameter.numel()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and "prefix_encoder" not in name and "lora_" not in name
+        if parameter.requires_grad and not any(part in name for part in ("prefix_encoder", "lora_", "value_head"))
     )
     num_layers = config.num_layers - first_trained_layer(model)
     if own and model.get_input_embeddings().weight.requires_grad:
@@ -185,11 +186,12 @@ def largest_batch(model: nn.Module, train_data, data_args, training_args) -> dic
     """What memory_table must know of the largest batch of training or, without `train_data`, of prediction."""
     if train_data is not None:
         length = longest_example(train_data, data_args)
-        rows = training_args.per_device_train_batch_size
+        rows, supervised = training_args.per_device_train_batch_size, min(length, data_args.max_target_length + 1)
+        rows = min(rows, len(train_data)) if training_args.world_size == 1 else rows
         return {
-            "batch_size": min(rows, len(train_data)) if training_args.world_size == 1 else rows,
+            "batch_size": rows * answers_per_row(training_args),
             "length": -(-length // 8) * 8,  # as collate_training pads
-            "num_supervised": min(length, data_args.max_target_length + 1),
+            "num_supervised": 1 if getattr(training_args, "stage", "sft") == "rm" else supervised,
             "checkpointing": bool(training_args.gradient_checkpointing),
         }
     length = data_args.max_source_length + data_args.max_target_length + 1
@@ -225,6 +227,7 @@ def merge_batches(model: nn.Module, batch: dict, training_args, say):
     two again.
     """
     rows, accumulated = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    answers = answers_per_row(training_args)
     adapter_drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     if not batch["num_supervised"] or engine_of(training_args) or adapter_drops:
         return
@@ -232,13 +235,13 @@ def merge_batches(model: nn.Module, batch: dict, training_args, say):
         return
     free = min(gather(free_bytes(model.device)))
     for merged in range(accumulated, 1, -1):
-        together = {**batch, "batch_size": rows * merged}
+        together = {**batch, "batch_size": rows * merged * answers}
         if accumulated % merged == 0 and (needed := added_bytes(model, **together)) <= free // 2:
             batch.update(together)
             training_args.per_device_train_batch_size, training_args.merged_batches = rows * merged, merged
             training_args.gradient_accumulation_steps = accumulated // merged
             if model.transformer.prefix_encoder is not None:
-                model.transformer.prefix_encoder.rows_at_once = rows
+                model.transformer.prefix_encoder.rows_at_once = rows * answers
             say(
                 f"{merged} accumulated batches are computed at once, {rows * merged} rows, because they take about "
                 f"{in_words(needed)} and {in_words(free)} are free. A step is the same."

@@ -1,9 +1,10 @@
 """What a run leaves behind when its training is over: metrics, state and plot; and what of a model has trained."""
 
+import json
 from pathlib import Path
 
 from common.failure import going_on_without
-from common.files import STATE_FILE
+from common.files import RESULTS_FILE, STATE_FILE, read_json, write_text
 from common.plots import plot_loss
 from common.quoting import as_typed
 from common.script_words import next_commands
@@ -46,6 +47,20 @@ def write_missing_results(trainer, model, checkpoint: str, num_rows: int):
     """Write the results of a run that was killed behind `checkpoint`, its last one; nothing where they are there."""
     if not (Path(trainer.args.output_dir) / STATE_FILE).is_file():
         write_training_results(trainer, model, trainer.end_from(checkpoint), num_rows)
+
+
+def write_metrics(folder: Path, split: str, metrics: dict, combined: bool, say):
+    """Write <split>_results.json and, with `combined`, all_results.json, each completely or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {f"{split}_results.json": {}}
+    if combined:
+        try:
+            files[RESULTS_FILE] = read_json(folder / RESULTS_FILE) if (folder / RESULTS_FILE).exists() else {}
+        except ValueError as error:
+            say(f"{error} It is written anew.")
+            files[RESULTS_FILE] = {}
+    for name, before in files.items():
+        write_text(folder / name, json.dumps(before | metrics, indent=4, sort_keys=True))
 
 
 def describe_end(state, args, dev_file: str | None) -> str:

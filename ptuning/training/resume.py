@@ -29,6 +29,8 @@ from checkpoints.trainer_state import check_state
 from common.claims import ZIP_MARK, check_torch_file
 from common.files import STATE_FILE, read_json
 from common.messages import first_line
+from common.ranks import on_first_rank
+from data.encoding import digest
 from training.schedule import rows_of_whole_step
 from training.shards import SHARD_FOLDERS, check_shards, refusing_unreadable
 
@@ -145,6 +147,23 @@ def find_resume_checkpoint(
     return str(folder), lines
 
 
+def prepare_run(model_args, training_args, say):
+    """The checkpoint folder to continue from, or None for a new run; refuses a folder that another run is using."""
+    output_dir = training_args.output_dir
+    if Path(output_dir).is_dir():  # one that is not there yet is made when there is something to put in it
+        on_first_rank(lock_run, output_dir)
+    wanted = training_args.resume_from_checkpoint
+    resume_from, lines = on_first_rank(find_resume_checkpoint, wanted, output_dir, training_args.overwrite_output_dir)
+    for line in lines:
+        say(line)
+    if resume_from:
+        if model_args.ptuning_checkpoint:
+            say(f"--ptuning_checkpoint {model_args.ptuning_checkpoint} is not read: the run has gone on from there.")
+        model_args.ptuning_checkpoint = resume_from  # its settings hold, as those of any given prefix
+        training_args.eval_on_start = False  # done when the run started
+    return resume_from
+
+
 # What of a run decides how it goes on, and what happens where a resumed run has another value.
 COMPARED = {
     "processes": "random numbers go on from those of process 0",
@@ -179,6 +198,13 @@ def training_record(training_args, train_file: str | None, train_rows: str, quan
     record |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
     others = {name: getattr(training_args, name) for name in COMPARED if name not in record}
     return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
+
+
+def begin_run(training_args, data_args, rows, quantization_bit: int | None) -> dict:
+    """Make the run's folder this process's own, as lock_run; the training_record of a run on the encoded `rows`."""
+    on_first_rank(lock_run, training_args.output_dir)
+    files = data_args.dataset or data_args.train_file
+    return training_record(training_args, files, digest(rows), quantization_bit)
 
 
 def describe_differences(before: dict, now: dict) -> str:

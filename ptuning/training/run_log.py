@@ -56,12 +56,14 @@ class RunLog(TrainerCallback):
 
     For programs that watch a run; the keys are ChatGLM-Efficient-Tuning's. Times are of this start of the program. A
     resumed run goes on where its checkpoint was: losses that were logged after that are dropped, and logged again.
-    Lines that cannot be written wait for a later one that can. `phases` are those before training, {name: seconds
-    since 1970}: they are written when training begins, because a run that is refused leaves no folder behind.
+    Lines that cannot be written wait for a later one that can. `also` are further names that are logged, of training
+    and of dev. `phases` are those before training, {name: seconds since 1970}: they are written when training begins,
+    because a run that is refused leaves no folder behind.
     """
 
-    def __init__(self, say=print):
+    def __init__(self, say=print, also=()):
         self.say, self.phases = say, {}
+        self.also = [*also, *(f"eval_{name}" for name in also)]
         self.writes = False  # from when training begins until the end is logged, on the first process
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -110,7 +112,9 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         event = state.global_step, "eval_loss" in logs
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys() or event in self.written:
+        if self.file is None or event in self.written:
+            return
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
             return
         self.written.add(event)
         self.state = state
@@ -124,6 +128,7 @@ class RunLog(TrainerCallback):
             "current_steps": state.global_step,
             "total_steps": state.max_steps,
             **{name: logs.get(name) for name in ("loss", "eval_loss", "learning_rate")},
+            **{name: logs[name] for name in self.also if name in logs},
             "epoch": state.epoch,
             "percentage": round(100 * state.global_step / state.max_steps, 2),
             "elapsed_time": clock(elapsed),

@@ -5,6 +5,7 @@ after the first dev loss, and some it lets pass without an effect.
 """
 
 from evaluation.metrics import METRICS
+from training.stages import FIGURES
 
 
 def check_saving(training_args) -> None:
@@ -27,7 +28,7 @@ def check_saving(training_args) -> None:
             )
         return
     metric = training_args.metric_for_best_model
-    known = ["loss", *(METRICS if training_args.eval_with_generate else ())]
+    known = ["loss", *(METRICS if training_args.eval_with_generate else ()), *FIGURES.get(training_args.stage, ())]
     if metric is not None and metric.removeprefix("eval_") not in known:
         hint = " (--eval_with_generate gives it)" if metric.removeprefix("eval_") in METRICS else ""
         raise ValueError(f"--metric_for_best_model {metric}: expected {' or '.join(known)}{hint}.")

@@ -201,6 +201,8 @@ class RunWatch(TrainerCallback):
     With `early_stopping` the run ends there, with a checkpoint; otherwise it is said once.
     """
 
+    key = None  # in the log of what is watched; nothing without training
+
     def __init__(self, *, dtype, early_stopping, say):
         self.dtype = dtype_name(dtype)
         self.early_stopping = early_stopping

@@ -18,6 +18,7 @@ from common.messages import dtype_name, first_line
 from tuning.method import Method, named
 from tuning.rules import LORA_TARGETS
 
+ADAPTER = "default"  # what PEFT calls the adapter that trains or answers
 ADAPTER_SETTINGS = "adapter_config.json"
 ADAPTER_KEY = "base_model.model."  # what PEFT puts before the names of a model's tensors
 # What PEFT is given of an adapter_config.json: numbers, and names of the model's own layers.
@@ -100,7 +101,14 @@ def adapter_config(settings, file):
         raise ValueError(f"{file} cannot be used ({first_line(error)}).") from error
 
 
-def add_adapter(model, config, tensors=None, source=""):
+def adapter_layers(model):
+    """PEFT's LoRA layers in a model, none where it has no adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def add_adapter(model, config, tensors=None, source="", name=ADAPTER):
     """PEFT's tuner, which has put LoRA layers (float32) into `model`; filled with `tensors` if given."""
     from peft import LoraModel
     from peft.tuners.lora import Linear
@@ -108,24 +116,27 @@ def add_adapter(model, config, tensors=None, source=""):
     config._register_custom_module({QuantizedLinear: Linear})  # it asks for in_features, out_features and a forward
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")
-        tuner = LoraModel(model, config, "default")
-    for parameter in adapter_parameters(model).values():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the adapter beside it
+        tuner = LoraModel(model, config, name)
+    for parameter in adapter_parameters(model, name).values():
         parameter.data = parameter.data.float()
     if tensors is not None:
-        fill_adapter(model, tensors, source)
+        fill_adapter(model, tensors, source, name)
     return tuner
 
 
-def adapter_parameters(model):
-    """{name as PEFT stores it: parameter} of the LoRA layers in a model."""
+def adapter_parameters(model, adapter=ADAPTER):
+    """{name as PEFT stores it: parameter} of an adapter in the LoRA layers of a model."""
     return {
-        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if "lora_" in name
+        name.replace(f".{adapter}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name and f".{adapter}." in name
     }
 
 
-def fill_adapter(model, tensors, source):
+def fill_adapter(model, tensors, source, adapter=ADAPTER):
     """Write an adapter's tensors, from the folder `source`, into the LoRA layers of a model, all or ValueError."""
-    parameters = adapter_parameters(model)
+    parameters = adapter_parameters(model, adapter)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if found != expected:
@@ -144,7 +155,7 @@ def fill_adapter(model, tensors, source):
 def save_adapter(model, folder, base_model):
     """Write PEFT's two files of the adapter in a model; PEFT alone can load them onto the same base model."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.copy(model.peft_config["default"])
+    config = copy.copy(model.peft_config[ADAPTER])
     config.base_model_name_or_path, config.inference_mode = base_model, True
     config.save_pretrained(folder)
     tensors = {

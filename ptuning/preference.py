@@ -1,0 +1,180 @@
+"""Training on preferences: a reward model, DPO or PPO on a frozen base, with a prefix or a LoRA adapter.
+
+Answers to the workflows of ChatGLM-Efficient-Tuning's `--stage rm`, `dpo` and `ppo`. It is main.py's sister, which hands
+over to it, with the same sections; what differs is in alignment/. One step of a reward model is in four files: this one,
+data/batches.py, alignment/reward.py and chatglm2/modeling_chatglm.py.
+
+    python ptuning/main.py --stage rm --do_train … (see train_preference.sh)
+"""
+
+import time
+from functools import partial
+
+from transformers import set_seed
+from transformers.utils import logging
+
+from alignment.dpo import PreferenceObjective, with_reference
+from alignment.reward import RewardObjective, write_scores
+from alignment.swapping import start_of, turn_dropout_off
+from alignment.trainer import PairTrainer
+from alignment.value_head import ValueHead, has_value_head, read_value_head
+from arguments import check_complete
+from checkpoint import load_model, load_tokenizer
+from common.failure import leave
+from common.messages import silent
+from common.reports import close_reports, prepare_reports
+from data.batches import collate_pairs
+from data.description import describe_training
+from data.preferences import encode_pairs, load_pairs
+from data.splits import check_data, check_fits, read_pair_splits
+from training.memory import largest_batch, memory_table, settle_batch
+from training.precision import choose_products, describe_precision, set_precision
+from training.progress import say_above_bar
+from training.results import describe_end, describe_trainable, write_missing_results, write_training_results
+from training.resume import begin_run, describe_differences, prepare_run, release_run
+from training.schedule import describe_steps
+from training.signals import describe_stop
+from training.stages import check_stage_of_run
+from tuning.methods import find_trained
+from tuning.session import check_base, open_base, resolve_session
+
+
+def main(model_args, data_args, training_args, notes):
+    """Run the stage that the flags ask for; the arguments are what parse_arguments gives."""
+    # ------------------------------------------------------------------ 1. Flags and seed
+    stage = training_args.stage
+    logging.set_verbosity_error()
+    say = say_above_bar if training_args.process_index == 0 else silent
+    for note in notes:
+        say(note)
+    prepare_reports(training_args)
+    trains = training_args.do_train
+    resume_from = prepare_run(model_args, training_args, say) if trains and not data_args.check_data else None
+    set_seed(training_args.seed)
+
+    # ------------------------------------------------------------------ 2. Session: what flags and checkpoint mean
+    found, damaged = find_trained(model_args.ptuning_checkpoint)
+    for problem in damaged:
+        say(f"{problem} It is passed over.")
+    flags = {**vars(model_args), **vars(data_args)}
+    session = resolve_session(flags, found, do_train=True, resumes=bool(resume_from))  # an adapter is never merged
+    session.fill_flags(model_args, data_args)
+    check_complete(model_args, data_args, training_args)
+    check_stage_of_run(session, stage)
+
+    # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
+    source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+    source["weights"] = not data_args.check_data
+    config = open_base(session, **source, **session.prefix_shape, prefix_dropout=model_args.prefix_dropout)
+    check_base(session)
+    tokenizer = load_tokenizer(session.folder, config)
+
+    # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels of pairs
+    phases = {"encoding": time.time()}
+    with training_args.main_process_first(desc="encoding"):
+        if data_args.check_data:
+            how = {"encode": encode_pairs, "load": load_pairs}
+            return check_data(data_args, training_args, tokenizer, config.seq_length, say, **how)
+        data = read_pair_splits(data_args, training_args, tokenizer, say)
+    for rows in filter(None, (data.train, data.dev)):
+        check_fits(rows, config.seq_length, data_args)
+
+    # ------------------------------------------------------------------ 5. Model: what is frozen, what trains
+    dtype, reason = set_precision(training_args, session.method.name)
+    say(describe_precision(dtype, reason, training_args))
+    phases["loading"] = time.time()
+    model = load_model(
+        session.folder,
+        config=config,
+        dtype=dtype,
+        device=training_args.device,
+        quantization_bit=session.quantization_bit,
+        quantization_backend=choose_products(training_args, model_args.quantization_backend),
+    )
+    say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s.")
+    described = session.prepare(model)
+    objective = OBJECTIVES[stage](model, session, training_args, resume_from, say)
+    if trains:
+        batch = largest_batch(model, data.train, data_args, training_args)
+        settle_batch(model, batch, training_args, say)
+        say(memory_table(model, **batch))
+    if described and not resume_from:
+        say(described + (" A new run starts with it, at step 0." if session.checkpoints and trains else ""))
+
+    # ------------------------------------------------------------------ 6. Trainer
+    # Only now: what is refused leaves no folder behind.
+    record = begin_run(training_args, data_args, data.train, session.quantization_bit) if trains else None
+    collate = partial(collate_pairs, pad_token_id=tokenizer.pad_token_id)
+    if training_args.dpo_cache:
+        cached = {"reference": objective.reference, "collate": collate, "args": training_args}
+        data.train, data.dev = (rows and with_reference(rows, model, **cached) for rows in (data.train, data.dev))
+    trainer = PairTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.train,
+        eval_dataset=data.dev,
+        processing_class=tokenizer,
+        data_collator=collate,
+        objective=objective,
+        sidecar=session.sidecar(model.fingerprint, training=record) | objective.remember(),
+        say=say,
+    )
+    trainer.run_log.phases = phases
+
+    # ------------------------------------------------------------------ 7. Train
+    if resume_from and (differences := describe_differences(session.saved.get("training") or {}, record)):
+        say(differences)
+    if resume_from and (reason := trainer.why_finished(resume_from)):
+        say(reason)
+        write_missing_results(trainer, model, resume_from, len(data.train))
+    elif trains:
+        say(describe_training(data.train, tokenizer, skipped=data.train_skipped, **session.limits))
+        say(describe_steps(training_args, len(data.train)))
+        say(describe_trainable(model))
+        result = trainer.train(resume_from_checkpoint=resume_from)
+        if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
+            write_training_results(trainer, model, result.metrics, len(data.train))
+            say(describe_end(trainer.state, training_args, data_args.validation_file))
+        if trainer.stop.agreed:
+            close_reports(trainer)
+            leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
+        release_run(training_args.output_dir)
+
+    # ------------------------------------------------------------------ 8. Evaluate and score
+    if training_args.do_eval:
+        metrics = trainer.evaluate(data.dev)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if data.prompts:
+        write_scores(trainer, data.prompts["predict"][0], collate)
+    trainer.close()
+
+
+# ---------------------------------------------------------------------- what main() leaves to functions
+
+
+def reward_objective(model, session, training_args, resume_from, say):
+    """Put a value head on the model: the checkpoint's, or a new one. Raises as read_value_head."""
+    given = session.checkpoint
+    if given and (has_value_head(given) or not training_args.do_train):
+        head = read_value_head(given, model.config.hidden_size)
+    else:
+        head = ValueHead(model.config.hidden_size)
+    model.value_head = head.to(model.device)
+    return RewardObjective(model.value_head)
+
+
+def preference_objective(model, session, training_args, resume_from, say):
+    """Take what trains, as it is now, for the reference; or that of the run that goes on or is evaluated."""
+    if session.method.beside_model and not session.checkpoints:
+        say(
+            "The reference is a new prefix, of random numbers: --ptuning_checkpoint gives one that was tuned on answers."
+        )
+    turn_dropout_off(model)
+    objective = PreferenceObjective(start_of(model), training_args.dpo_beta, training_args.dpo_label_smoothing)
+    if resume_from or not training_args.do_train:
+        objective.load(session.checkpoint)
+    return objective
+
+
+OBJECTIVES = {"rm": reward_objective, "dpo": preference_objective}
