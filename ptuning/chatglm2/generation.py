@@ -245,6 +245,13 @@ def graph_slots(slots):
     return size
 
 
+def draw(logits: torch.Tensor, draws: list[float]) -> list[int]:
+    """One token id for each row of logits (B, V), any of them as likely as they say, by a number from 0 up to 1."""
+    sums = logits.double().softmax(-1).cumsum(-1)
+    places = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, places, right=True).clamp(max=logits.shape[1] - 1)[:, 0].tolist()
+
+
 def choose(logits: torch.Tensor, temperatures: list[float], top_ps: list[float], draws: list[float]) -> list[int]:
     """One token id for each row of logits (B, V), as a list.
 
@@ -281,7 +288,8 @@ def answer_prompts(
 
     `max_length` tokens at most are prompt and answer together. The first `num_known` ids of the vocabulary are the
     tokens that may be chosen. At most `batch_size` rows are computed at once. `rows` names each prompt: with `seed`
-    it decides what is sampled; `temperature` 0 is greedy. `progress()` is called for every finished row.
+    it decides what is sampled; `temperature` 0 is greedy, `top_p` None draws any token as likely as the model says.
+    `progress()` is called for every finished row.
     """
     if not prompts:
         return []
@@ -296,8 +304,13 @@ def answer_prompts(
 
     def accept(indices, logits):
         """Give each of `indices` its next token; those that are finished with it."""
-        draws = [generators[index].random() for index in indices] if temperature else [0.0] * len(indices)
-        chosen = choose(logits[:, :num_known], [temperature] * len(indices), [top_p] * len(indices), draws)
+        draws = (
+            [generators[index].random() for index in indices] if temperature or top_p is None else [0.0] * len(indices)
+        )
+        if top_p is None:
+            chosen = draw(logits[:, :num_known], draws)
+        else:
+            chosen = choose(logits[:, :num_known], [temperature] * len(indices), [top_p] * len(indices), draws)
         finished = []
         for index, token_id in zip(indices, chosen, strict=True):
             answers[index].append(token_id)

@@ -11,7 +11,7 @@ from conftest import SYNTHETIC, synthetic_model
 from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from chatglm2.chat import TOP_K
-from chatglm2.generation import CAPTURE_FAILURES, Batch, answer_prompts, choose, graph_slots
+from chatglm2.generation import CAPTURE_FAILURES, Batch, answer_prompts, choose, draw, graph_slots
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, read_prefix_settings
 
 NUM_KNOWN = 315  # of the 320 ids; the others are never chosen
@@ -154,6 +154,21 @@ def test_at_temperature_0_or_top_p_0_the_likeliest_is_chosen_beside_rows_that_ar
     logits = torch.tensor([[0.0, 3.0, 2.9, -1.0]] * 4)
     assert choose(logits, [0, 1, 1, 1], [1, 0, 0.6, 0.6], [0.99, 0.99, 0.0, 0.99]) == [1, 1, 1, 2]
     assert choose(logits, [0] * 4, [1] * 4, [0.5] * 4) == [1] * 4
+
+
+def test_without_a_top_p_any_token_is_drawn_as_likely_as_the_model_says():
+    logits = torch.linspace(-3, 3, 200, dtype=torch.float64).log_softmax(-1)[None].float()
+    logits[0, 7] = -torch.inf
+    drawn = draw(logits.expand(20000, -1), [(number + 0.5) / 20000 for number in range(20000)])
+    shares = torch.bincount(torch.tensor(drawn), minlength=200) / 20000
+    torch.testing.assert_close(shares, logits.softmax(-1)[0], rtol=0, atol=1e-4)
+    assert draw(logits.expand(2, -1), [0.0, 1 - 2**-53]) == [0, 199]
+
+
+def test_an_answer_drawn_from_all_tokens_depends_on_its_row_and_the_seed_only(model, prompts):
+    drawn = answer(model, prompts, 13, seed=1, top_p=None)
+    assert answer(model, prompts, 4, seed=1, top_p=None) == drawn
+    assert answer(model, prompts, 13, seed=2, top_p=None) != drawn
 
 
 # ---- the cache
