@@ -199,7 +199,7 @@ def load_model(
                 unexpected.append(stored_name)
                 continue
             if stored_name == FINGERPRINT_TENSOR:
-                model.fingerprint = hashlib.sha256(stored.float().numpy().tobytes()).hexdigest()[:16]
+                model.fingerprint = _fingerprint(stored)
             tensors = {stored_name: stored.to(device_of(stored_name, device))}
             if stored_name in integers and stored.is_floating_point():
                 # In the file's dtype, as official.
@@ -232,6 +232,16 @@ def load_model(
             fill_with_prefix(prefix_encoder, prefix, folder)
         prefix_encoder.to(device_of(PREFIX_KEY, device)).requires_grad_(True)
     return model.eval()
+
+
+def _fingerprint(stored: torch.Tensor) -> str:
+    return hashlib.sha256(stored.float().numpy().tobytes()).hexdigest()[:16]
+
+
+def fingerprint_of(folder: Path | str) -> str | None:
+    """The `fingerprint` that a base model in a folder has once it is loaded, read from its files alone."""
+    tensors = (pair for file in weight_files(folder) for pair in read_tensors(file))
+    return next((_fingerprint(tensor) for name, tensor in tensors if name == FINGERPRINT_TENSOR), None)
 
 
 def save_model(

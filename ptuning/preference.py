@@ -8,25 +8,32 @@ data/batches.py, alignment/reward.py and chatglm2/modeling_chatglm.py.
 """
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from transformers import set_seed
 from transformers.utils import logging
 
 from alignment.dpo import PreferenceObjective, with_reference
-from alignment.reward import RewardObjective, write_scores
+from alignment.ppo import PPO
+from alignment.ppo_trainer import PolicyObjective, PPOTrainer
+from alignment.reward import RewardObjective, check_reward_base, load_reward_model, write_scores
+from alignment.rollouts import collate_prompts
 from alignment.swapping import start_of, turn_dropout_off
 from alignment.trainer import PairTrainer
 from alignment.value_head import ValueHead, has_value_head, read_value_head
 from arguments import check_complete
-from checkpoint import load_model, load_tokenizer
+from checkpoint import generation_config, load_model, load_tokenizer
 from common.failure import leave
 from common.messages import silent
 from common.reports import close_reports, prepare_reports
 from data.batches import collate_pairs
 from data.description import describe_training
+from data.encoding import encode_prompts
+from data.examples import load_examples
 from data.preferences import encode_pairs, load_pairs
-from data.splits import check_data, check_fits, read_pair_splits
+from data.splits import check_data, check_fits, read_stage_splits
 from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
 from training.progress import say_above_bar
@@ -42,7 +49,7 @@ from tuning.session import check_base, open_base, resolve_session
 def main(model_args, data_args, training_args, notes):
     """Run the stage that the flags ask for; the arguments are what parse_arguments gives."""
     # ------------------------------------------------------------------ 1. Flags and seed
-    stage = training_args.stage
+    stage = STAGES[training_args.stage]
     logging.set_verbosity_error()
     say = say_above_bar if training_args.process_index == 0 else silent
     for note in notes:
@@ -60,22 +67,24 @@ def main(model_args, data_args, training_args, notes):
     session = resolve_session(flags, found, do_train=True, resumes=bool(resume_from))  # an adapter is never merged
     session.fill_flags(model_args, data_args)
     check_complete(model_args, data_args, training_args)
-    check_stage_of_run(session, stage)
+    check_stage_of_run(session, training_args.stage)
 
     # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
     source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     source["weights"] = not data_args.check_data
     config = open_base(session, **source, **session.prefix_shape, prefix_dropout=model_args.prefix_dropout)
     check_base(session)
+    if training_args.reward_model and not data_args.check_data:
+        check_reward_base(training_args.reward_model, session)
     tokenizer = load_tokenizer(session.folder, config)
 
-    # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels of pairs
+    # ------------------------------------------------------------------ 4. Data: file -> rows -> ids of pairs or prompts
     phases = {"encoding": time.time()}
     with training_args.main_process_first(desc="encoding"):
+        how = {"encode": stage.encode, "load": stage.load}
         if data_args.check_data:
-            how = {"encode": encode_pairs, "load": load_pairs}
             return check_data(data_args, training_args, tokenizer, config.seq_length, say, **how)
-        data = read_pair_splits(data_args, training_args, tokenizer, say)
+        data = read_stage_splits(data_args, training_args, tokenizer, say, **how)
     for rows in filter(None, (data.train, data.dev)):
         check_fits(rows, config.seq_length, data_args)
 
@@ -93,7 +102,7 @@ def main(model_args, data_args, training_args, notes):
     )
     say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s.")
     described = session.prepare(model)
-    objective = OBJECTIVES[stage](model, session, training_args, resume_from, say)
+    objective = stage.objective(model, session, training_args, resume_from, say)
     if trains:
         batch = largest_batch(model, data.train, data_args, training_args)
         settle_batch(model, batch, training_args, say)
@@ -104,17 +113,19 @@ def main(model_args, data_args, training_args, notes):
     # ------------------------------------------------------------------ 6. Trainer
     # Only now: what is refused leaves no folder behind.
     record = begin_run(training_args, data_args, data.train, session.quantization_bit) if trains else None
-    collate = partial(collate_pairs, pad_token_id=tokenizer.pad_token_id)
+    collate = partial(stage.collate, pad_token_id=tokenizer.pad_token_id)
     if training_args.dpo_cache:
         cached = {"reference": objective.reference, "collate": collate, "args": training_args}
         data.train, data.dev = (rows and with_reference(rows, model, **cached) for rows in (data.train, data.dev))
-    trainer = PairTrainer(
+    room = {"max_new_tokens": data_args.max_target_length + 1}  # the end token included
+    trainer = stage.trainer(
         model=model,
         args=training_args,
         train_dataset=data.train,
         eval_dataset=data.dev,
         processing_class=tokenizer,
         data_collator=collate,
+        generation_config=generation_config(tokenizer, config, max_length=sum(session.limits.values()) + 1, **room),
         objective=objective,
         sidecar=session.sidecar(model.fingerprint, training=record) | objective.remember(),
         say=say,
@@ -164,17 +175,55 @@ def reward_objective(model, session, training_args, resume_from, say):
     return RewardObjective(model.value_head)
 
 
-def preference_objective(model, session, training_args, resume_from, say):
-    """Take what trains, as it is now, for the reference; or that of the run that goes on or is evaluated."""
+def begin_reference(model, session, say):
+    """What trains, as it is now, to be the reference; from here on nothing is dropped."""
     if session.method.beside_model and not session.checkpoints:
         say(
             "The reference is a new prefix, of random numbers: --ptuning_checkpoint gives one that was tuned on answers."
         )
     turn_dropout_off(model)
-    objective = PreferenceObjective(start_of(model), training_args.dpo_beta, training_args.dpo_label_smoothing)
+    return start_of(model)
+
+
+def preference_objective(model, session, training_args, resume_from, say):
+    """Take what trains, as it is now, for the reference; or that of the run that goes on or is evaluated."""
+    reference = begin_reference(model, session, say)
+    objective = PreferenceObjective(reference, training_args.dpo_beta, training_args.dpo_label_smoothing)
     if resume_from or not training_args.do_train:
         objective.load(session.checkpoint)
     return objective
 
 
-OBJECTIVES = {"rm": reward_objective, "dpo": preference_objective}
+def policy_objective(model, session, training_args, resume_from, say):
+    """Put a reward model beside the policy, and on it a value head that begins as the reward model's; the reference is
+    as of preference_objective."""
+    reference = begin_reference(model, session, say)
+    merged = session.sidecar(model.fingerprint).get("merged_checkpoints", ())
+    reward_model = load_reward_model(model, training_args.reward_model, merged)
+    model.value_head = head = ValueHead(model.config.hidden_size).to(model.device)
+    if not reward_model.head.before_norm:
+        head.load_state_dict(reward_model.head.state_dict())
+    objective = PolicyObjective(head, reference, reward_model, PPO(epochs=training_args.ppo_epochs))
+    if resume_from or not training_args.do_train:
+        objective.load(session.checkpoint)
+    return objective
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does in its own way: its rows, what it trains for, and its trainer."""
+
+    encode: Callable
+    load: Callable
+    collate: Callable
+    objective: Callable
+    trainer: type
+
+
+PAIRS = {"encode": encode_pairs, "load": load_pairs, "collate": collate_pairs, "trainer": PairTrainer}
+PROMPTS = {"encode": encode_prompts, "load": load_examples, "collate": collate_prompts, "trainer": PPOTrainer}
+STAGES = {
+    "rm": Stage(objective=reward_objective, **PAIRS),
+    "dpo": Stage(objective=preference_objective, **PAIRS),
+    "ppo": Stage(objective=policy_objective, **PROMPTS),
+}

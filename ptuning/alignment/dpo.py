@@ -78,18 +78,27 @@ class PreferenceObjective:
         return {"stage": "dpo"}
 
     def save(self, folder):
-        torch.save({name: value.cpu() for name, value in self.reference.values.items()}, Path(folder) / REFERENCE_FILE)
+        save_reference(self.reference, folder)
 
     def load(self, folder):
-        """Take the reference of a checkpoint's run. FileNotFoundError and ValueError where it has none that fits."""
-        file = Path(folder) / REFERENCE_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {REFERENCE_FILE}, so --stage dpo has not written it.")
-        verify_checkpoint(folder, [REFERENCE_FILE])
-        try:
-            fill_values(self.reference, dict(read_tensors(file)))
-        except ValueError as error:
-            raise ValueError(f"{file} does not fit this run: {error}.") from error
+        load_reference(self.reference, folder, "dpo")
+
+
+def save_reference(reference, folder):
+    """Write the values of a reference into the folder of a checkpoint."""
+    torch.save({name: value.cpu() for name, value in reference.values.items()}, Path(folder) / REFERENCE_FILE)
+
+
+def load_reference(reference, folder, stage):
+    """Fill a reference from a checkpoint of `stage`. FileNotFoundError and ValueError where it has none that fits."""
+    file = Path(folder) / REFERENCE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {REFERENCE_FILE}, so --stage {stage} has not written it.")
+    verify_checkpoint(folder, [REFERENCE_FILE])
+    try:
+        fill_values(reference, dict(read_tensors(file)))
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit this run: {error}.") from error
 
 
 def with_reference(dataset, model, reference, collate, args):

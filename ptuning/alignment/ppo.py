@@ -13,7 +13,6 @@ results are 0 there. An answer's tokens come first in its row.
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from chatglm2.loss import loss_rows
 
@@ -24,6 +23,7 @@ LEAST_VARIANCE = 1e-8  # of advantages, below which they are not scaled up
 class PPO:
     """The figures of PPO."""
 
+    epochs: int = 1  # optimizer steps with the answers of a round
     kl_coef: float = 0.2  # price of a nat by which a token leaves the reference, at first
     kl_target: float = 6.0  # nats of an answer that the price is steered to
     kl_horizon: int = 10000  # answers within which it is steered
@@ -37,23 +37,14 @@ class PPO:
 # ---- tokens
 
 
-def token_log_probs(hidden_states, targets, output_layer):
-    """(log-probability (U,), entropy (U,) without a gradient) of targets (U,) under hidden states (U, H), in float32.
-
-    The logits (U, V) exist a few rows at a time, in backward too, where they are computed again.
-    """
-
-    def part(hidden_states, targets):
-        log_odds = output_layer(hidden_states).float().log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_odds.exp() * log_odds).sum(-1)
-        return log_odds.gather(1, targets[:, None])[:, 0], entropy
-
-    rows = loss_rows(hidden_states.device.type)
-    parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
-    parts = [checkpoint(part, *tensors, use_reentrant=False) for tensors in parts]
-    log_probs, entropies = zip(*parts, strict=True)
-    return torch.cat(log_probs), torch.cat(entropies)
+@torch.no_grad()
+def token_entropies(hidden_states, output_layer):
+    """Entropy, float32 (U,), of what the model would draw a token from after hidden states (U, H), a few at a time."""
+    entropies = []
+    for part in hidden_states.split(loss_rows(hidden_states.device.type)):
+        log_odds = output_layer(part).float().log_softmax(-1)
+        entropies.append(-(log_odds.exp() * log_odds).sum(-1))
+    return torch.cat(entropies)
 
 
 def in_rows(values, mask):

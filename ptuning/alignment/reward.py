@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from alignment.swapping import Adaptation, load_beside, swapped
 from alignment.value_head import ValueHead, fill_value_head, read_value_head, save_value_head
 from chatglm2.modeling_chatglm import Packing
+from checkpoint import fingerprint_of
+from checkpoints.sidecar import read_sidecar
 from common.files import write_text
 from training.stages import FIGURES
 from tuning.methods import find_trained
@@ -108,13 +110,30 @@ class RewardModel:
             return score(model, self.head, input_ids, lengths)
 
 
+def find_reward_model(text: str) -> Path:
+    """The checkpoint folder that --reward_model means. FileNotFoundError where there is none."""
+    if not Path(text).is_dir():
+        raise FileNotFoundError(f"--reward_model {text}: there is no such folder. Train one with --stage rm.")
+    return find_trained(text)[0][-1]
+
+
+def check_reward_base(text: str, session) -> None:
+    """ValueError where a reward model was trained on another base than that of a run's session, before it is loaded."""
+    checkpoint = find_reward_model(text)
+    saved = read_sidecar(checkpoint)
+    if (trained_on := saved.get("base_fingerprint")) and trained_on != fingerprint_of(session.folder):
+        raise ValueError(
+            f"--reward_model {checkpoint} was trained on {saved.get('base_model')}, and this run's base model is "
+            f"{session.base}, with other weights. Policy and reward model share one base in memory: give a reward model that "
+            "was trained on this one."
+        )
+
+
 def load_reward_model(model, text: str, merged: list = ()) -> RewardModel:
     """The reward model of a checkpoint or run, beside what `model` trains; `merged` as of load_beside.
 
     FileNotFoundError and ValueError for a folder without a value head, damaged, or of another base.
     """
-    if not Path(text).is_dir():
-        raise FileNotFoundError(f"--reward_model {text}: there is no such folder. Train one with --stage rm.")
-    checkpoint = find_trained(text)[0][-1]
+    checkpoint = find_reward_model(text)
     head = read_value_head(checkpoint, model.config.hidden_size).to(model.device).requires_grad_(False)
     return RewardModel(load_beside(model, checkpoint, merged=merged), head)

@@ -11,19 +11,36 @@ from trainer import PrefixTrainer
 from training.memory import explaining_out_of_memory
 
 
-class PairTrainer(PrefixTrainer):
-    """Trains what `objective` says, a RewardObjective or PreferenceObjective.
+class ObjectiveTrainer(PrefixTrainer):
+    """Trains what `objective` says, of a stage of its own.
 
-    An objective called with a model and a batch of collate_pairs gives {"loss": (B,)} and one such tensor for each name
-    in its `figures`; `save` and `load` write and read what it keeps beside the weights in a checkpoint's folder.
+    An objective's `figures` are names of what is logged; `save` and `load` write and read what it keeps beside the
+    weights in a checkpoint's folder. `loss_of_batch` is the loss, in place of the model's own.
     """
-
-    sums = None  # (1 + figures,) since the last line of the log: how many pairs, and the sum of each figure
 
     def __init__(self, *args, objective, **kwargs):
         self.objective, self.logged = objective, objective.figures
         super().__init__(*args, **kwargs)
         self.model.own_loss = self.loss_of_batch
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.objective.save(output_dir or self.args.output_dir)
+
+    def load_weights(self, checkpoint):
+        super().load_weights(checkpoint)
+        self.objective.load(checkpoint)
+
+
+class PairTrainer(ObjectiveTrainer):
+    """Trains on pairs of answers, by a RewardObjective or PreferenceObjective.
+
+    An objective called with a model and a batch of collate_pairs gives {"loss": (B,)} and one such tensor for each name
+    in its `figures`.
+    """
+
+    sums = None  # (1 + figures,) since the last line of the log: how many pairs, and the sum of each figure
 
     # ---- batches and steps
 
@@ -59,15 +76,6 @@ class PairTrainer(PrefixTrainer):
         return {name: float(total / sums[0]) for name, total in zip(self.logged, sums[1:], strict=True)}
 
     # ---- checkpoints
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.objective.save(output_dir or self.args.output_dir)
-
-    def load_weights(self, checkpoint):
-        super().load_weights(checkpoint)
-        self.objective.load(checkpoint)
 
     def _process_state(self):
         return {**super()._process_state(), "figures": None if self.sums is None else self.sums.cpu()}

@@ -282,11 +282,22 @@ def row_generator(seed, row):
 
 @torch.inference_mode()
 def answer_prompts(
-    model, prompts, max_length, *, num_known, batch_size, rows, seed=0, temperature=0.0, top_p=1.0, progress=None
+    model,
+    prompts,
+    max_length,
+    *,
+    num_known,
+    batch_size,
+    rows,
+    seed=0,
+    temperature=0.0,
+    top_p=1.0,
+    progress=None,
+    max_answer=None,
 ):
     """Token ids of the answer to each of `prompts` (token ids), the end token included, in their order.
 
-    `max_length` tokens at most are prompt and answer together. The first `num_known` ids of the vocabulary are the
+    `max_length` tokens at most are prompt and answer together, `max_answer` the answer. The first `num_known` ids of the vocabulary are the
     tokens that may be chosen. At most `batch_size` rows are computed at once. `rows` names each prompt: with `seed`
     it decides what is sampled; `temperature` 0 is greedy, `top_p` None draws any token as likely as the model says.
     `progress()` is called for every finished row.
@@ -314,7 +325,7 @@ def answer_prompts(
         finished = []
         for index, token_id in zip(indices, chosen, strict=True):
             answers[index].append(token_id)
-            room = max_length - len(prompts[index])
+            room = min(max_length - len(prompts[index]), max_answer or max_length)
             if token_id == model.config.eos_token_id or len(answers[index]) >= room:
                 finished.append(index)
         return finished

@@ -104,6 +104,16 @@ def row_log_probs(hidden_states, targets, output_layer, packing):
     return -losses.new_zeros(batch_size).index_add(0, rows, losses)
 
 
+def supervised_states(hidden_states, targets, packing=None):
+    """The hidden states (U, H) that predict a label, of (B, S, H) or with a `packing` (tokens, H), and their targets
+    (U,), of (B, S) with -100 elsewhere; row after row."""
+    targets, hidden_states = targets.flatten(), hidden_states.flatten(0, -2)
+    if packing is not None:
+        targets = targets[packing.places]
+    supervised = (targets != -100).nonzero()[:, 0]
+    return hidden_states.index_select(0, supervised), targets[supervised]
+
+
 def supervised_loss(hidden_states, targets, output_layer, num_items_in_batch=None, packing=None):
     """Mean cross-entropy, float32, of predicting targets (B, S) from the hidden states.
 
@@ -112,11 +122,7 @@ def supervised_loss(hidden_states, targets, output_layer, num_items_in_batch=Non
     here, so that the parts of an accumulated or distributed step add up to one mean. With a `packing`
     the hidden states are (tokens, H).
     """
-    targets, hidden_states = targets.flatten(), hidden_states.flatten(0, -2)
-    if packing is not None:
-        targets = targets[packing.places]
-    supervised = (targets != -100).nonzero()[:, 0]
-    hidden_states, targets = hidden_states.index_select(0, supervised), targets[supervised]
+    hidden_states, targets = supervised_states(hidden_states, targets, packing)
     if isinstance(output_layer, OutputLayer):
         total = output_layer(hidden_states, targets)
     else:  # adapters have taken its place, and know of logits only

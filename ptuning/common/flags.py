@@ -215,7 +215,7 @@ RANGES = {
         "max_source_length max_target_length val_max_target_length max_samples max_train_samples max_eval_samples "
         "max_predict_samples num_beams generation_num_beams generation_max_length per_device_train_batch_size "
         "per_device_eval_batch_size gradient_accumulation_steps concurrency max_queue max_sessions max_length "
-        "ddp_timeout lora_rank".split(),
+        "ddp_timeout lora_rank ppo_epochs".split(),
         at_least(1),
     ),
 }

@@ -18,8 +18,8 @@ def _length_line(name: str, lengths, limit: int) -> str:
 def describe_training(
     dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int, marked="what the model learns"
 ) -> str:
-    """Text about an encode_training dataset, or one of encode_pairs: rows, token lengths, shares cut, and its first
-    example decoded.
+    """Text about a dataset of encode_training, encode_pairs or encode_prompts: rows, token lengths, shares cut, and its
+    first example decoded.
 
     ⟦ and ⟧ enclose the part of the example that the model learns, called `marked`; of a pair the chosen answer, with the
     rejected one on a line of its own.
@@ -29,8 +29,10 @@ def describe_training(
         f"{len(dataset) + skipped:,} rows read, {skipped:,} skipped (empty prompt or response), {len(dataset):,} used",
         f"  {'tokens':<10}" + "".join(f"{name:>8}" for name in ("50%", "90%", "99%", "max", "limit")) + "   cut off",
         _length_line("prompt", source_lengths, max_source_length),
-        _length_line("response", target_lengths, max_target_length),
     ]
+    answered = "labels" in dataset.column_names  # else prompts, which the model is to answer
+    if answered:
+        lines.append(_length_line("response", target_lengths, max_target_length))
     if paired := "rejected_target_length" in dataset.column_names:
         lines.append(_length_line("rejected", dataset["rejected_target_length"][:], max_target_length))
     shortened = [turns > 0 for turns in dataset["dropped_turns"][:]]
@@ -45,6 +47,10 @@ def describe_training(
             kept = "them" if what.endswith("turns") else "it"
             lines.append(f"{share:.0%} of the {what} at {limit} tokens; raise {flag} to keep {kept}.")
     example = dataset[0]
+    if not answered:
+        return "\n".join(
+            [*lines, "The first prompt:", f"[gMASK] sop {cut_short(tokenizer.decode(example['input_ids']), 400)}"]
+        )
     start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
     prompt = tokenizer.decode(example["input_ids"][:start])
     answer = tokenizer.decode(example["input_ids"][start:])

@@ -202,6 +202,32 @@ def encode_prediction(
     return _encode(dataset, _encode_prediction_batch, ("row", "dropped_turns"), tokenizer, settings, **how)
 
 
+def _encode_prompt_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
+    sources, lengths, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
+    return {
+        "input_ids": sources,
+        "source_length": lengths,
+        "target_length": [max_target_length] * len(sources),
+        "length": list(map(len, sources)),
+        "dropped_turns": dropped_turns,
+        "row": examples["row"],
+    }
+
+
+def encode_prompts(
+    dataset, tokenizer, *, max_source_length: int, max_target_length: int, source_prefix: str = "", **how
+):
+    """Dataset of `input_ids` = the prompt alone, to be answered with `max_target_length` tokens at most.
+
+    `source_length`, `length`, `dropped_turns` and `row` are those of encode_training, `target_length` what an answer may
+    have. `how`: num_workers, overwrite_cache and say of _encode.
+    """
+    settings = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    settings["source_prefix"] = source_prefix
+    columns = ("source_length", "target_length", "length", "dropped_turns", "row")
+    return _encode(dataset, _encode_prompt_batch, columns, tokenizer, settings, lists=("input_ids",), **how)
+
+
 def digest(dataset) -> str:
     """Names the token ids of an encoded dataset and their order, whatever file they came from."""
     sha256 = hashlib.sha256()

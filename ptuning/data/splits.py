@@ -9,10 +9,9 @@ from functools import partial
 
 from data.dataset_info import read_dataset_info
 from data.description import describe_training
-from data.encoding import encode_prediction, encode_training
+from data.encoding import encode_prediction, encode_prompts, encode_training
 from data.examples import COLUMNS, load_examples, shown_columns
 from data.mixture import draw_shares, hold_out, join, number_rows
-from data.preferences import encode_pairs, load_pairs
 from data.rows import read_rows
 from data.sources import FILES, check_columns, source_of, split_ratios
 
@@ -46,11 +45,11 @@ def read_splits(data_args, training_args, tokenizer, say):
     return splits
 
 
-def read_pair_splits(data_args, training_args, tokenizer, say):
-    """The Splits of pairs of answers that a run's flags ask for: dev rows also with --do_eval. Raises as read_split."""
+def read_stage_splits(data_args, training_args, tokenizer, say, encode, load):
+    """The Splits that a run on pairs or prompts asks for: dev rows also with --do_eval. Raises as read_split."""
     splits = Splits()
     files = {"data_args": data_args, "training_args": training_args, "tokenizer": tokenizer, "say": say}
-    read = partial(read_split, encode=encode_pairs, load=load_pairs, **files)
+    read = partial(read_split, encode=encode, load=load, **files)
     if training_args.do_train:
         splits.train, splits.train_skipped = read("train")
     if training_args.do_eval or (training_args.do_train and training_args.eval_strategy != "no"):
@@ -67,6 +66,7 @@ def read_split(split, data_args, training_args, tokenizer, encode, say, load=loa
     """
     divided = data_args.dev_ratio and split in ("train", "eval")
     keep_unlabelled = (encode is encode_prediction or split == "predict") and not divided
+    keep_unlabelled = keep_unlabelled or encode is encode_prompts
     how = {"encode": encode, "keep_unlabelled": keep_unlabelled, "say": say, "load": load}
     parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, **how)
     seed = seed_of_rows(training_args)
@@ -115,7 +115,9 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
             place = file.get("place")
             both = f'"prompt" and "response" of {place}' if place else "--prompt_column and --response_column"
             check_columns(file["prompt_column"], file["response_column"], both)
-        if split == "predict" and load is load_examples:
+        if encode is encode_prompts:
+            files[name] = {**file, "response_column": None}
+        elif split == "predict" and load is load_examples:
             files[name] = without_missing_response(file, limit, say)
     cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
     parts, rows_skipped = {}, {}
@@ -157,7 +159,7 @@ def limits_of(split, data_args):
 def encode_rows(split, examples, data_args, tokenizer, encode, cache):
     """The rows of one data file as `encode` makes them of a split; `cache` says how it uses its cache."""
     settings = {"source_prefix": data_args.source_prefix, "num_workers": data_args.preprocessing_num_workers}
-    if encode is not encode_prediction:
+    if encode not in (encode_prediction, encode_prompts):
         settings["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
     return encode(examples, tokenizer, **limits_of(split, data_args), **settings, **cache)
 

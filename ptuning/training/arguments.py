@@ -68,7 +68,8 @@ class PrefixTrainingArguments(TrainingArguments, Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         if self.metric_for_best_model is None and self.eval_strategy != "no":
-            self.metric_for_best_model, self.greater_is_better = "loss", False
+            ppo = self.stage == "ppo"
+            self.metric_for_best_model, self.greater_is_better = "reward" if ppo else "loss", ppo
         self.enable_jit_checkpoint = False  # StopOnSignal saves on SIGTERM in any case, and one handler must be enough
         super().__post_init__()
 

@@ -51,3 +51,4 @@ class TrainingArguments:
         "dpo: compute the reference's log-probabilities once, before the first step.", default=False
     )
     reward_model: str | None = declare("ppo: the reward model, a checkpoint or run of --stage rm.")
+    ppo_epochs: int = declare("ppo: optimizer steps with the answers of each step.", default=1)

@@ -101,7 +101,7 @@ class RunLog(TrainerCallback):
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
                     if entry["current_steps"] <= step and "phase" not in entry:
-                        self.written.add((entry["current_steps"], entry["eval_loss"] is not None))
+                        self.written.add((entry["current_steps"], entry["loss"] is None))
                         kept.append(line + "\n")
         return kept
 
@@ -111,10 +111,10 @@ class RunLog(TrainerCallback):
         self.end("stopped early: the loss had been rising" if early else "finished")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        event = state.global_step, "eval_loss" in logs
+        event = state.global_step, "loss" not in logs  # a training loss, or figures of dev rows
         if self.file is None or event in self.written:
             return
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
+        if not state.is_world_process_zero or not {"loss", "eval_loss", *self.also} & logs.keys():
             return
         self.written.add(event)
         self.state = state

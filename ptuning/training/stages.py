@@ -10,12 +10,13 @@ from checkpoints.ways import default_method
 
 OWN_FLAGS = {  # {flag: the stage that reads it}
     **dict.fromkeys(("dpo_beta", "dpo_label_smoothing", "dpo_cache"), "dpo"),
-    "reward_model": "ppo",
+    **dict.fromkeys(("reward_model", "ppo_epochs"), "ppo"),
 }
-# What is logged of the pairs beside the loss: means over them, of training ones and, as eval_…, of dev ones.
+# What is logged of pairs or answers beside the loss: means over them, of training ones and, as eval_…, of dev ones.
 FIGURES = {
     "rm": ("accuracy", "margin"),
     "dpo": ("accuracy", "margin", "reward_chosen", "reward_rejected"),
+    "ppo": ("reward", "kl", "entropy", "answer_length"),
 }
 METHODS_OF_PREFERENCES = ("p_tuning", "lora")
 WITHOUT = {  # flags of answers, {name: its value that changes nothing}
@@ -27,7 +28,7 @@ WITHOUT = {  # flags of answers, {name: its value that changes nothing}
 
 def reads_pairs(stage: str) -> bool:
     """True for a stage whose rows hold two answers."""
-    return stage in FIGURES
+    return stage in ("rm", "dpo")
 
 
 def answers_per_row(training_args) -> int:
@@ -65,10 +66,15 @@ def check_stage(model_args, data_args, training_args) -> None:
             )
     if not data_args.ignore_pad_token_for_loss:
         raise ValueError(f"--ignore_pad_token_for_loss false: --stage {stage} compares answers only. Leave it out.")
-    if stage == "dpo" and training_args.do_predict:
+    if stage in ("dpo", "ppo") and training_args.do_predict:
         raise ValueError(
-            "--do_predict with --stage dpo: what it has trained answers as any other does. Leave --stage out, and give "
+            f"--do_predict with --stage {stage}: what it has trained answers as any other does. Leave --stage out, and give "
             "--ptuning_checkpoint."
+        )
+    if stage == "ppo" and training_args.early_stopping:
+        raise ValueError(
+            "--early_stopping ends a run whose loss rises, and that of --stage ppo says nothing of how good its answers are. "
+            "Leave it out."
         )
     if stage == "ppo" and not training_args.reward_model:
         raise ValueError("--stage ppo needs --reward_model, a checkpoint that --stage rm has written.")

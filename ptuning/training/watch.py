@@ -190,7 +190,12 @@ def follow(log_history: list[dict], key: str) -> tuple[LossTrend, bool]:
 
 
 def watched_key(args) -> str:
-    """The key in the log of the losses that are watched: those of the dev rows, or without these, of training."""
+    """The key in the log of the losses that are watched: those of the dev rows, or without these, of training.
+
+    "" where neither says how good a model is: the loss of ppo is that of the answers of its step alone.
+    """
+    if args.stage == "ppo":
+        return ""
     return "loss" if args.eval_strategy == "no" else "eval_loss"
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 
 import main
-import preference
+from trainer import PrefixTrainer
 
 COLOURS = ("红色", "黄色", "蓝色", "绿色", "白色", "黑色", "灰色", "粉色")
 
@@ -52,20 +52,19 @@ METHODS = {
 
 
 def run(monkeypatch, settings, **more):
-    """main() in this process; the trainer of pairs that it used."""
+    """main() in this process; the trainer that it used."""
     words = []
     for name, value in {**settings, **more}.items():
         words += [] if value is None else [f"--{name}", str(value)]
-    used = []
+    used, begin = [], PrefixTrainer.__init__
 
-    class Trainer(preference.PairTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            used.append(self)
+    def begin_noted(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        used.append(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", *words])
-        patch.setattr(preference, "PairTrainer", Trainer)
+        patch.setattr(PrefixTrainer, "__init__", begin_noted)
         main.main()
     return used[0] if used else None
 
