@@ -8,8 +8,8 @@ A pair is a row of ADGEN that asks for a colour: its chosen answer is the row's 
 the same text without the sentences that do. Every line begins with a model that was tuned on answers, of which one in
 five names the colour. `rate` is the share of sampled answers to the dev prompts that name it. `KL` is the mean over
 these answers of log p(answer) - log p_reference(answer), in nats, `dev loss` that of answers that are held out, before
-and after. Each stage is a run of main.py; its peak memory is that of its process, its samples/s count rows or pairs in
-training alone.
+and after. A step of PPO answers --answers prompts. Each stage is a run of main.py; its peak memory is that of its
+process, its samples/s count rows, pairs or answered prompts in training alone.
 """
 
 import argparse
@@ -26,11 +26,12 @@ METHODS = {
     "lora": ["--finetuning_type", "lora", "--lora_target", "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"],
 }
 RATES = {
-    "prefix": {"sft": "2e-2", "rm": "5e-3", "dpo": "5e-3"},
-    "lora": {"sft": "3e-3", "rm": "1e-3", "dpo": "1e-3"},
+    "prefix": {"sft": "2e-2", "rm": "2e-2", "dpo": "5e-3", "ppo": "2e-2"},
+    "lora": {"sft": "3e-3", "rm": "3e-3", "dpo": "1e-3", "ppo": "3e-3"},
 }
 LENGTHS = ["--max_source_length", "64", "--max_target_length", "64"]
 PAIRS, DEV_PAIRS, ANSWERS = 500, 100, 3000
+PPO = ["--ppo_epochs", 4]
 NAMES_COLOUR = 0.2  # of the answers that the model is tuned on before
 
 
@@ -94,14 +95,16 @@ def run_main(words):
 def train(stage, method, bits, rows, folder, args, *more):
     """Train a stage; its results: peak memory, samples a second of training alone, last dev figures."""
     kind = "answers" if stage == "sft" else "pairs"
-    steps = args.steps if stage == "sft" else args.pair_steps
+    steps = {"sft": args.steps, "ppo": args.rounds}.get(stage, args.pair_steps)
+    batch = args.answers if stage == "ppo" else args.batch
+    evaluates = ("--eval_strategy", "steps", "--validation_file", rows / kind / "dev.json", "--eval_steps", steps)
     run_main(
         [
-            *("--stage", stage, "--do_train", "--train_file", rows / kind / "train.json", "--eval_strategy", "steps"),
-            *("--validation_file", rows / kind / "dev.json", "--prompt_column", "prompt", "--eval_steps", steps),
+            *("--stage", stage, "--do_train", "--train_file", rows / kind / "train.json", "--prompt_column", "prompt"),
+            *(() if stage == "ppo" else evaluates),
             *(("--response_column", "response") if stage == "sft" else ()),
             *("--model_name_or_path", args.model, "--output_dir", folder, "--overwrite_output_dir", *LENGTHS),
-            *("--per_device_train_batch_size", args.batch, "--max_steps", steps, "--save_steps", steps),
+            *("--per_device_train_batch_size", batch, "--max_steps", steps, "--save_steps", steps),
             *("--learning_rate", RATES[method][stage], "--logging_steps", 10, "--report_to", "none"),
             *("--disable_tqdm", "true", "--plot_loss", "false", *(("--quantization_bit", bits) if bits else ())),
             *METHODS[method],
@@ -111,8 +114,8 @@ def train(stage, method, bits, rows, folder, args, *more):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     results = json.loads((folder / "train_results.json").read_text())
     seconds = results["train_runtime"] - sum(entry.get("eval_runtime", 0) for entry in history)
-    dev = next(entry for entry in reversed(history) if "eval_loss" in entry)
-    speed = args.batch * steps / seconds
+    dev = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    speed = batch * steps / seconds
     return {"checkpoint": folder / f"checkpoint-{steps}", "gb": results["train_peak_memory_gb"], "speed": speed, **dev}
 
 
@@ -174,24 +177,29 @@ def cost(policy, reference, sampled, rows):
 
 # ---- the table
 
-HEADER = "| method | weights | rm accuracy | rate before | rate after dpo | KL | dev loss before | after |"
+HEADER = "| method | weights | rm accuracy | stage | rate before | after | KL | dev loss before | after |"
 MEMORY = "| method | weights | stage | peak memory | beside sft | samples/s |"
 
 
-def one_line(method, bits, args, rows):
-    """(the line of figures, the lines of memory) of a way of tuning on float or integer weights."""
+def lines_of(method, bits, args, rows):
+    """(the lines of figures, the lines of memory) of a way of tuning on float or integer weights."""
     folder = args.output_dir / f"{method}{bits or ''}"
     sft = train("sft", method, bits, rows, folder / "sft", args)
     begin = ["--ptuning_checkpoint", sft["checkpoint"]]
     rm = train("rm", method, bits, rows, folder / "rm", args, *begin)
     dpo = train("dpo", method, bits, rows, folder / "dpo", args, *begin)
     cached = train("dpo", method, bits, rows, folder / "dpo-cache", args, *begin, "--dpo_cache")
+    ppo = train("ppo", method, bits, rows, folder / "ppo", args, *begin, "--reward_model", rm["checkpoint"], *PPO)
     before, _ = sample(sft["checkpoint"], rows, folder / "sampled-before")
-    after, answers = sample(dpo["checkpoint"], rows, folder / "sampled-after")
-    kl, dev_before, dev_after = cost(dpo["checkpoint"], sft["checkpoint"], answers, rows)
-    name = f"| {method} | {f'int{bits}' if bits else 'float'} |"
-    figures = f"{name} {rm['eval_accuracy']:.0%} | {before:.0%} | {after:.0%} | {kl:.2f} | {dev_before:.3f} | {dev_after:.3f} |"
-    stages = {"sft": sft, "rm": rm, "dpo": dpo, "dpo --dpo_cache": cached}
+    name, figures = f"| {method} | {f'int{bits}' if bits else 'float'} |", []
+    for stage, found in (("dpo", dpo), ("ppo", ppo)):
+        after, answers = sample(found["checkpoint"], rows, folder / f"sampled-after-{stage}")
+        kl, dev_before, dev_after = cost(found["checkpoint"], sft["checkpoint"], answers, rows)
+        figures.append(
+            f"{name} {rm['eval_accuracy']:.0%} | {stage} | {before:.0%} | {after:.0%} | {kl:.2f} | {dev_before:.3f} | "
+            f"{dev_after:.3f} |"
+        )
+    stages = {"sft": sft, "rm": rm, "dpo": dpo, "dpo --dpo_cache": cached, "ppo": ppo}
     memory = [
         f"{name} {stage} | {found['gb']:.3f} GB | {found['gb'] / sft['gb']:.2f} | {found['speed']:.1f} |"
         for stage, found in stages.items()
@@ -209,6 +217,8 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="of tuning on answers")
     parser.add_argument("--pair_steps", type=int, default=120, help="of each stage on pairs")
     parser.add_argument("--batch", type=int, default=16, help="rows, or pairs, of a step")
+    parser.add_argument("--rounds", type=int, default=30, help="steps of ppo")
+    parser.add_argument("--answers", type=int, default=32, help="of such a step")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--bits", default="0,4", help="0: float weights")
     parser.add_argument("--only_write", action="store_true")
@@ -218,13 +228,13 @@ def main():
     if args.only_write:
         return
     sys.path.insert(0, str(ROOT / "ptuning"))
-    print(f"{HEADER}\n|{'---|' * 8}", flush=True)
+    print(f"{HEADER}\n|{'---|' * 9}", flush=True)
     memory = []
     for method in args.methods.split(","):
         for bits in map(int, args.bits.split(",")):
-            line, more = one_line(method, bits, args, rows)
+            lines, more = lines_of(method, bits, args, rows)
             memory += more
-            print(line, flush=True)
+            print("\n".join(lines), flush=True)
     print("\n".join([f"\n{MEMORY}", f"|{'---|' * 6}", *memory]))
 
 
