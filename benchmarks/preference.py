@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {
-    "prefix": ["--pre_seq_len", "32"],
+    "prefix": ["--finetuning_type", "p_tuning", "--pre_seq_len", "32"],
     "lora": ["--finetuning_type", "lora", "--lora_target", "query_key_value,dense,dense_h_to_4h,dense_4h_to_h"],
 }
 RATES = {

@@ -44,9 +44,9 @@ TRAIN = {
     "disable_tqdm": True,
 }
 METHODS = {
-    "prefix": {"pre_seq_len": 4},
+    "prefix": {"finetuning_type": "p_tuning", "pre_seq_len": 4},
     "lora": {"finetuning_type": "lora", "lora_rank": 4},
-    "int4 prefix": {"pre_seq_len": 4, "quantization_bit": 4},
+    "int4 prefix": {"finetuning_type": "p_tuning", "pre_seq_len": 4, "quantization_bit": 4},
     "int8 lora": {"finetuning_type": "lora", "lora_rank": 4, "quantization_bit": 8},
 }
 
