@@ -174,6 +174,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
         for flag in group.values():
             add_flag(arguments, flag)
     given = vars(parser.parse_args(argv))
+    if "stage" in given and "pre_seq_len" in given:  # which ChatGLM-Efficient-Tuning's old default would refuse
+        given.setdefault("finetuning_type", "p_tuning")
     chosen = {title: {name: given[name] for name in group if name in given} for title, group in flags.items()}
     for group in chosen.values():
         group.update({name: seen_from_caller(group[name]) for name in READ if name in group})

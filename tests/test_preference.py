@@ -50,9 +50,10 @@ def read(file):
 
 
 def figures(folder):
-    """The lines of trainer_log.jsonl without their times."""
+    """The lines of trainer_log.jsonl without their times, and without those that say what phase begins."""
     lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_time")} for line in lines]
+    times = ("elapsed_time", "remaining_time")
+    return [{name: line[name] for name in line if name not in times} for line in lines if "phase" not in line]
 
 
 def states(trainer):

@@ -13,6 +13,7 @@ from conftest import ROOT
 from support.runs import TRAIN_SETTINGS, flags, run
 
 import trainer
+from training import results
 from training.run_log import RunLog
 
 TWO_STEPS = {**TRAIN_SETTINGS, "max_train_samples": 20, "max_steps": 4, "save_steps": 2}
@@ -137,7 +138,7 @@ def test_results_that_do_not_fit_name_their_file_and_leave_the_old_ones(tmp_path
     file = tmp_path / "all_results.json"
     file.write_text("{}")
     with files_of_at_most(10), pytest.raises(OSError, match=f"File too large: '{file}'"):
-        trainer.write_results(file, {"train_loss": 1.0, "train_samples": 20})
+        results.write_metrics(tmp_path, "all", {"train_loss": 1.0, "train_samples": 20}, False, print)
     assert file.read_text() == "{}" and [path.name for path in tmp_path.iterdir()] == ["all_results.json"]
 
 
