@@ -111,5 +111,8 @@
     const drawer = find(".sidebar .toggle-button:not([title])");
     for (const name of drawer ? ["title", "aria-label"] : []) drawer.setAttribute(name, words.settings);
   }).observe(document.body, { childList: true, subtree: true, attributeFilter: ["aria-label"] });
+  // What is typed survives a reload, also the one with which gradio comes back to a server that was gone.
+  addEventListener("pagehide", () => sessionStorage.setItem("typed", box()?.value ?? ""));
+  if (sessionStorage.getItem("typed")) fill(box(), sessionStorage.getItem("typed"));
   focus();
 }
