@@ -66,8 +66,9 @@
 
   let recalled = 0;
   document.addEventListener("keydown", (event) => {
+    if (event.isComposing) return;  // Chinese is typed: the keys are the input method's
     if (event.key === "Escape") find("#stop")?.click();
-    if (event.target !== box() || event.isComposing) return;
+    if (event.target !== box()) return;
     const questions = window.kept[shown()[0]].map(([question]) => question);
     if (event.key === "ArrowUp" && (!box().value || box().value === questions.at(-recalled))) {
       if (recalled < questions.length) fill(box(), questions.at(-++recalled));

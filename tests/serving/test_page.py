@@ -154,6 +154,7 @@ def test_thumbs_write_what_is_preferred_over_what(visit, server, tmp_path):
         expect(page.locator("#right .bot.message")).to_have_text("坏")
         expect(page.locator("#submit")).to_be_visible()
         page.click("#right button[aria-label=Dislike]")
+        assert faults(page) == []
         expect(page.locator("#status")).to_have_text(ENGLISH["saved"])
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     asked = {"prompt": QUERIES[0], "history": []}
