@@ -267,6 +267,14 @@ def test_every_state_fits_its_window_and_keeps_nobody_out(visit, server, locale,
     open_drawer(page)
     page.wait_for_function("drawer => drawer.getBoundingClientRect().x === 0", arg=page.query_selector(".sidebar"))
     look("settings")
+    assert page.evaluate(  # nothing lies on the drawer
+        """drawer => [...document.querySelectorAll("#chats button")].every((button) => {
+            const { x, y, width, height } = button.getBoundingClientRect();
+            const top = document.elementFromPoint(x + width / 2, y + height / 2);
+            return !top || x + width / 2 > drawer.getBoundingClientRect().right || drawer.contains(top);
+        })""",
+        page.query_selector(".sidebar"),
+    )
     if size[0] > 768:  # it stands beside the conversation, and on a phone before it
         drawer, chat = (page.locator(part).bounding_box() for part in (".sidebar", "#page"))
         assert drawer["x"] + drawer["width"] <= chat["x"]
