@@ -66,8 +66,9 @@
 
   let recalled = 0;
   document.addEventListener("keydown", (event) => {
+    if (event.isComposing) return;  // Chinese is typed: the keys are the input method's
     if (event.key === "Escape") find("#stop")?.click();
-    if (event.target !== box() || event.isComposing) return;
+    if (event.target !== box()) return;
     const questions = window.kept[shown()[0]].map(([question]) => question);
     if (event.key === "ArrowUp" && (!box().value || box().value === questions.at(-recalled))) {
       if (recalled < questions.length) fill(box(), questions.at(-++recalled));
@@ -111,5 +112,8 @@
     const drawer = find(".sidebar .toggle-button:not([title])");
     for (const name of drawer ? ["title", "aria-label"] : []) drawer.setAttribute(name, words.settings);
   }).observe(document.body, { childList: true, subtree: true, attributeFilter: ["aria-label"] });
+  // What is typed survives a reload, also the one with which gradio comes back to a server that was gone.
+  addEventListener("pagehide", () => sessionStorage.setItem("typed", box()?.value ?? ""));
+  if (sessionStorage.getItem("typed")) fill(box(), sessionStorage.getItem("typed"));
   focus();
 }

@@ -108,7 +108,9 @@ def test_conversation_mode_and_theme_survive_a_reload(visit, server):
     first = ask(page, MARKED)
     beside = last_answer(page, "right")
     page.click("#theme")
+    box(page).fill(QUERIES[0])
     page.reload()
+    expect(box(page)).to_have_value(QUERIES[0])
     expect(page.locator("#left .bot.message")).to_have_text(first)
     expect(page.locator("#right .bot.message")).to_have_text(beside)
     expect(page.locator("body.dark")).to_have_count(1)
@@ -152,6 +154,7 @@ def test_thumbs_write_what_is_preferred_over_what(visit, server, tmp_path):
         expect(page.locator("#right .bot.message")).to_have_text("坏")
         expect(page.locator("#submit")).to_be_visible()
         page.click("#right button[aria-label=Dislike]")
+        assert faults(page) == []
         expect(page.locator("#status")).to_have_text(ENGLISH["saved"])
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     asked = {"prompt": QUERIES[0], "history": []}
@@ -264,6 +267,14 @@ def test_every_state_fits_its_window_and_keeps_nobody_out(visit, server, locale,
     open_drawer(page)
     page.wait_for_function("drawer => drawer.getBoundingClientRect().x === 0", arg=page.query_selector(".sidebar"))
     look("settings")
+    assert page.evaluate(  # nothing lies on the drawer
+        """drawer => [...document.querySelectorAll("#chats button")].every((button) => {
+            const { x, y, width, height } = button.getBoundingClientRect();
+            const top = document.elementFromPoint(x + width / 2, y + height / 2);
+            return !top || x + width / 2 > drawer.getBoundingClientRect().right || drawer.contains(top);
+        })""",
+        page.query_selector(".sidebar"),
+    )
     if size[0] > 768:  # it stands beside the conversation, and on a phone before it
         drawer, chat = (page.locator(part).bounding_box() for part in (".sidebar", "#page"))
         assert drawer["x"] + drawer["width"] <= chat["x"]

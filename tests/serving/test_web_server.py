@@ -331,6 +331,12 @@ def test_a_password_without_a_user_or_the_reverse_is_refused(auth):
         web_demo.parse_arguments(["--auth", auth])
 
 
+def test_a_file_for_preferences_needs_a_folder(tmp_path):
+    for path in (tmp_path, tmp_path / "no" / "file"):
+        with pytest.raises(ValueError, match="--feedback .* expected a file in a folder that is there"):
+            web_demo.parse_arguments(["--feedback", str(path)])
+
+
 def test_the_words_of_2023_are_accepted():
     words = f"--model_name_or_path {TINY} --ptuning_checkpoint output/x/checkpoint-3000 --pre_seq_len 128".split()
     assert web_demo.parse_arguments(words).pre_seq_len == 128
