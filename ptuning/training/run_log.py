@@ -112,9 +112,7 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         event = state.global_step, "loss" not in logs  # a training loss, or figures of dev rows
-        if self.file is None or event in self.written:
-            return
-        if not state.is_world_process_zero or not {"loss", "eval_loss", *self.also} & logs.keys():
+        if not self.writes or event in self.written or not {"loss", "eval_loss", *self.also} & logs.keys():
             return
         self.written.add(event)
         self.state = state

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import relative_difference, synthetic_model
+from conftest import TINY, relative_difference, synthetic_model
 from support.integer_layers import both_bits
 
 from chatglm2 import quantization_cpu
@@ -18,6 +18,7 @@ from chatglm2.quantization import (
     quantize_weight,
     use_backend_,
 )
+from checkpoint import load_model
 
 needs_packed = pytest.mark.skipif(not quantization_cpu.BLOCK, reason="needs a CPU with AVX2 or AVX-512")
 SHAPES = [(64, 32), (128, 96), (320, 416), (64, 512)]
@@ -137,3 +138,18 @@ def test_the_packed_kernels_are_refused_where_they_do_not_work(monkeypatch):
     monkeypatch.setattr("chatglm2.quantization.PACKED", PACKED._replace(multiply_few_rows=fails))
     with pytest.raises(ValueError, match=r"packed does not work here \(RuntimeError: no such kernel\)"):
         choose_backend("packed", "cpu", 8, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_output_layer_is_int8_where_that_is_asked_for(bits):
+    plain = load_model(TINY, quantization_bit=bits)
+    asked = load_model(TINY, quantization_bit=bits, quantize_output_layer=True)
+    weight, scale = quantize_weight(load_model(TINY, dtype=torch.float16).transformer.output_layer.weight, 8)
+    assert torch.equal(asked.transformer.output_layer.weight, weight)
+    assert torch.equal(asked.transformer.output_layer.weight_scale, scale)
+    count = sum(isinstance(module, QuantizedLinear) for module in plain.modules())
+    assert sum(isinstance(module, QuantizedLinear) for module in asked.modules()) == count + 1
+    token_ids = torch.randint(1, 60, (2, 9))
+    with torch.no_grad():
+        logits, expected = asked(token_ids).logits, plain(token_ids).logits
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.02

@@ -16,7 +16,7 @@ import torch
 from conftest import OFFICIAL_FIELDS, ROOT, SYNTHETIC, TINY, synthetic_model
 from safetensors.torch import save_file
 
-from chatglm2.quantization import QuantizedLinear, quantize_model_, quantize_weight
+from chatglm2.quantization import quantize_model_
 from checkpoint import (
     choose_dtype,
     generation_config,
@@ -191,19 +191,6 @@ def test_quantizing_while_loading_equals_quantizing_the_loaded_model(bits, base,
     loaded = load_model(folder, quantization_bit=bits)
     assert torch.equal(loaded(INPUT_IDS).logits, base(INPUT_IDS).logits)
     assert loaded.config.quantization_bit == bits
-
-
-@pytest.mark.parametrize("bits", [None, 4])
-def test_the_output_layer_is_int8_where_that_is_asked_for(bits, base, folder):
-    plain = load_model(folder, quantization_bit=bits)
-    asked = load_model(folder, quantization_bit=bits, quantize_output_layer=True)
-    weight, scale = quantize_weight(base.transformer.output_layer.weight, 8)
-    assert torch.equal(asked.transformer.output_layer.weight, weight)
-    assert torch.equal(asked.transformer.output_layer.weight_scale, scale)
-    assert sum(isinstance(module, QuantizedLinear) for module in asked.modules()) == 1 + (8 if bits else 0)
-    with torch.no_grad():
-        logits, expected = asked(INPUT_IDS).logits, plain(INPUT_IDS).logits
-    assert 0 < (logits - expected).norm() / expected.norm() < 0.02
 
 
 @pytest.mark.parametrize("bits", [4, 8])
