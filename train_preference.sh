@@ -8,7 +8,7 @@ source ptuning/common.sh
 set -a # what is set below, train.sh reads from the environment
 
 # train.sh does the work. Its other variables are explained there, and may be set here too.
-STAGE=${STAGE:-dpo}                        # rm: a reward model; dpo: prefer the chosen answers
+STAGE=${STAGE:-dpo}                        # rm: a reward model; dpo: prefer the chosen answers; ppo: with --reward_model
 START=${START:-}                           # run or checkpoint to start from, tuned on answers; empty: the base model
 FINETUNING_TYPE=${FINETUNING_TYPE:-p_tuning} # p_tuning: a prefix; lora: an adapter; as START was trained
 case $FINETUNING_TYPE in

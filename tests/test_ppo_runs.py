@@ -109,7 +109,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(runs, files, reward_models,
         assert torch.equal(weight, weights_of(resumed)[name]), name
     after = [line for line in figures(folder) if line["current_steps"] > 2]
     assert figures(tmp_path) == after
-    assert resumed.progress.kl_coef == trainer.progress.kl_coef != 0.2
+    assert resumed.seen.kl_coef == trainer.seen.kl_coef != 0.2
 
 
 def test_the_log_has_the_figures_of_ppo_and_the_best_checkpoint_is_that_of_the_highest_reward(runs):

@@ -139,8 +139,8 @@ class PPOTrainer(ObjectiveTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.ppo = self.objective.ppo
-        self.progress = PPOProgress(self.ppo)
-        self.add_callback(self.progress)
+        self.seen = PPOProgress(self.ppo)
+        self.add_callback(self.seen)
 
     # ---- a round: answers, and what is to be learned of them
 
@@ -192,8 +192,8 @@ class PPOTrainer(ObjectiveTrainer):
         model = self.accelerator.unwrap_model(self.model).train()
         with self.accelerator.autocast():
             policy, reference, scores = self.objective.judge(model, batch, self.objective.head)
-        self.progress.saw(policy, reference, scores, batch["mask"])
-        rewards = token_rewards(policy.log_probs, reference, scores, batch["mask"], self.progress.kl_coef)
+        self.seen.saw(policy, reference, scores, batch["mask"])
+        rewards = token_rewards(policy.log_probs, reference, scores, batch["mask"], self.seen.kl_coef)
         advantages, returns = estimate_advantages(
             rewards, policy.values, batch["mask"], gamma=self.ppo.gamma, lam=self.ppo.lam
         )
@@ -206,7 +206,7 @@ class PPOTrainer(ObjectiveTrainer):
     def loss_of_batch(self, model, input_ids, labels, num_items_in_batch, **batch):
         """The part that a batch has of its step's loss, the mean over all tokens of answers."""
         losses, clipped = self.objective.losses(model, input_ids, labels, **batch)
-        self.progress.step["clipped"] += float(clipped.sum()) / self.ppo.epochs
+        self.seen.step["clipped"] += float(clipped.sum()) / self.ppo.epochs
         return losses.sum() / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -226,7 +226,7 @@ class PPOTrainer(ObjectiveTrainer):
         self.rows_fed = rows_fed  # a row counts once a round
 
     def log(self, logs, start_time=None):
-        super().log({**logs, **self.progress.figures()} if "loss" in logs else logs, start_time)
+        super().log({**logs, **self.seen.figures()} if "loss" in logs else logs, start_time)
 
     # ---- dev rows
 
