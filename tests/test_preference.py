@@ -233,7 +233,7 @@ def test_a_damaged_head_is_refused(runs, files, monkeypatch, tmp_path):
 
 def test_what_needs_no_torch_is_told_before_it_is_loaded(runs, files, tmp_path):
     folder = runs["dpo", "prefix"][0]
-    words = flags({**TRAIN, **files, "output_dir": tmp_path, "stage": "ppo", "pre_seq_len": 4})
+    words = flags({**TRAIN, **files, **METHODS["prefix"], "output_dir": tmp_path, "stage": "ppo"})
     for reward_model, message in ((folder, "is no reward model"), (tmp_path / "none", "there is no such folder")):
         with pytest.raises(FileNotFoundError, match=message):
             look_at_run(*parse_flags([*words, "--reward_model", str(reward_model)]))
@@ -242,7 +242,7 @@ def test_what_needs_no_torch_is_told_before_it_is_loaded(runs, files, tmp_path):
         look_at_run(*parse_flags(flags({**evaluation, "validation_file": files["validation_file"]})))
     bad = tmp_path / "bad.json"
     bad.write_text('[{"content": "a", "chosen": ["b"], "rejected": 1}]')
-    words = flags({**TRAIN, **files, "train_file": bad, "output_dir": tmp_path, "stage": "dpo", "pre_seq_len": 4})
+    words = flags({**TRAIN, **files, **METHODS["lora"], "train_file": bad, "output_dir": tmp_path, "stage": "dpo"})
     with pytest.raises(ValueError, match="bad.json row 1: column 'chosen'"):
         look_at_run(*parse_flags(words))
 

@@ -14,6 +14,7 @@ LENGTHS = {"max_source_length": 64, "max_target_length": 64}
 
 FORMS = {
     "two columns": GOOD,
+    "what the page keeps": {**GOOD, "history": []},
     "a list": {"q": "问题", "a": ["好的答", "坏"]},
     "messages": {
         "q": "问题",
