@@ -119,6 +119,9 @@ class DataTrainingArguments:
         "Data sets: text between prompt and query, \\n for a line break; '' as in ChatGLM-Efficient-Tuning. Read from a "
         "given checkpoint [\\n]."
     )
+    train_on_history: bool | None = declare(
+        "Learn every answer of a dialogue, not the last one only. Read from a given checkpoint, else false."
+    )
     source_prefix: str | None = declare("Text put before every prompt.")
     max_source_length: int | None = declare(
         "Longest prompt, in tokens; longer ones are cut at the end, those with earlier turns at their start. Read from "
