@@ -188,6 +188,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
     model_args.stage = given.get("stage")
+    if data_args.train_on_history and model_args.stage not in (None, "sft"):
+        notes.append(f"--train_on_history is not read: --stage {model_args.stage} is about the last answers.")
     if model_args.stage and EFFICIENT_TUNING.keys() - given.keys():
         left = ", ".join(f"--{name} {value}" for name, value in EFFICIENT_TUNING.items() if name not in given)
         notes.append(f"--stage {model_args.stage}: where no checkpoint says otherwise, its old defaults hold: {left}.")
