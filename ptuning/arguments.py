@@ -119,6 +119,9 @@ class DataTrainingArguments:
         "Data sets: text between prompt and query, \\n for a line break; '' as in ChatGLM-Efficient-Tuning. Read from a "
         "given checkpoint [\\n]."
     )
+    train_on_history: bool | None = declare(
+        "Learn every answer of a dialogue, not the last one only. Read from a given checkpoint, else false."
+    )
     source_prefix: str | None = declare("Text put before every prompt.")
     max_source_length: int | None = declare(
         "Longest prompt, in tokens; longer ones are cut at the end, those with earlier turns at their start. Read from "
@@ -185,6 +188,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     if data_args.messages_column and given.keys() & {"prompt_column", "response_column", "history_column"}:
         notes.append("--messages_column holds whole dialogues; the other column flags are not read.")
     model_args.stage = given.get("stage")
+    if data_args.train_on_history and model_args.stage not in (None, "sft"):
+        notes.append(f"--train_on_history is not read: --stage {model_args.stage} is about the last answers.")
     if model_args.stage and EFFICIENT_TUNING.keys() - given.keys():
         left = ", ".join(f"--{name} {value}" for name, value in EFFICIENT_TUNING.items() if name not in given)
         notes.append(f"--stage {model_args.stage}: where no checkpoint says otherwise, its old defaults hold: {left}.")

@@ -84,7 +84,9 @@ def test_its_commands_train_evaluate_predict_answer_and_export_one_after_the_oth
     (tmp_path / "data").mkdir()
     rows = [{"instruction": f"介绍{number}号裙子", "input": "", "output": "好看的裙子。"} for number in range(20)]
     (tmp_path / "data" / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    info = {"alpaca_gpt4_en": {"file_name": "rows.json"}}
+    pairs = [{**row, "output": ["好看的裙子。", f"{number}"]} for number, row in enumerate(rows)]
+    (tmp_path / "data" / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    info = {"alpaca_gpt4_en": {"file_name": "rows.json"}, "comparison_gpt4_en": {"file_name": "pairs.json"}}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
     def run(program, line, more=""):
@@ -97,6 +99,8 @@ def test_its_commands_train_evaluate_predict_answer_and_export_one_after_the_oth
 
     short = "--max_target_length 8 --max_samples 3"
     assert "its old defaults hold: --max_source_length 512" in run("main.py", TRAIN, "--report_to none")
+    run("main.py", REWARD, "--report_to none")
+    assert list((tmp_path / "path_to_rm_checkpoint").glob("checkpoint-*/value_head.bin"))
     run("main.py", EVALUATE, short)
     run("main.py", PREDICT, short)
     run("export_model.py", f"{TUNED} --output_dir path_to_export")

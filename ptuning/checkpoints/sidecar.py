@@ -17,10 +17,17 @@ SIDECAR_KINDS = {
     **dict.fromkeys("base_model prompt_column response_column history_column messages_column".split(), str),
     **dict.fromkeys(("source_prefix", "query_separator", "base_fingerprint", "engine", "stage"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
+    "train_on_history": bool,
     "training": dict,
     "merged_checkpoints": list,
 }
-KIND_NAMES = {str: "text", int: "a positive integer", dict: "an object", list: "a list of folders"}
+KIND_NAMES = {
+    str: "text",
+    bool: "true or false",
+    int: "a positive integer",
+    dict: "an object",
+    list: "a list of folders",
+}
 
 
 def read_sidecar(checkpoint: Path | str) -> dict:

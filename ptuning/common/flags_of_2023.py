@@ -85,7 +85,9 @@ def translate_flags(argv: list[str], known) -> tuple[list[str], list[str]]:
             translated += [f"--{RENAMED[name]}", *values]
         elif name in RETIRED and name not in known:
             notes.append(f"--{name} is accepted and has no effect: {RETIRED[name]}.")
-        elif name == "prefix_projection" and not values:  # a switch in 2023; here it may also be left to the checkpoint
+        elif (
+            name in ("prefix_projection", "train_on_history") and not values
+        ):  # a switch in 2023; here it may also be left to the checkpoint
             translated += [f"--{name}", "true"]
         elif name in known and len(values) == 1 and NEEDS_EQUALS.match(values[0]):  # or it is taken for a flag
             translated.append(f"--{name}={values[0]}")

@@ -15,6 +15,19 @@ def _length_line(name: str, lengths, limit: int) -> str:
     return f"  {name:<10}" + "".join(f"{figure:>8,}" for figure in columns) + f"{(lengths > limit).mean():>10.1%}"
 
 
+def _marked_prompt(ids, labels, tokenizer):
+    """The text of a prompt, what is learned of it (--train_on_history) between ⟦ and ⟧."""
+    ends = [place for place, label in enumerate(labels) if label == tokenizer.eos_token_id != ids[place]]
+    text, done = "", 0
+    for end in ends:
+        first = end
+        while first > done and labels[first - 1] == ids[first - 1]:
+            first -= 1
+        text += f"{tokenizer.decode(ids[done:first])}⟦{tokenizer.decode(ids[first:end])} {tokenizer.eos_token}⟧"
+        done = end
+    return text + tokenizer.decode(ids[done:])
+
+
 def describe_training(
     dataset, tokenizer, *, skipped: int, max_source_length: int, max_target_length: int, marked="what the model learns"
 ) -> str:
@@ -52,7 +65,7 @@ def describe_training(
             [*lines, "The first prompt:", f"[gMASK] sop {cut_short(tokenizer.decode(example['input_ids']), 400)}"]
         )
     start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
-    prompt = tokenizer.decode(example["input_ids"][:start])
+    prompt = _marked_prompt(example["input_ids"][:start], example["labels"][:start], tokenizer)
     answer = tokenizer.decode(example["input_ids"][start:])
     rejected = f"Rejected: {cut_short(tokenizer.decode(example['rejected_input_ids'][start:]), 400)}" if paired else ""
     lines += [

@@ -66,8 +66,37 @@ def _encode_sources(examples, tokenizer, source_prefix, max_source_length):
     return sources, lengths, dropped_turns
 
 
+def _answers_in(source, history, tokenizer, source_prefix):
+    """[(start, end)] of the tokens of each earlier answer in the ids of a prompt. A token that is partly of what
+    stands before an answer is not of it, and neither is the next one.
+    """
+    text, texts = source_prefix, []
+    for number, (asked, answer) in enumerate(history, start=1):
+        text += tokenizer.build_turn(asked, number)
+        texts += [text, text + answer]
+        text += answer + "\n\n"
+    borders = []
+    for ids in tokenizer.encode_batch(texts):
+        ids = tokenizer.prefix_tokens + ids
+        same = next(
+            (place for place, pair in enumerate(zip(ids, source, strict=False)) if pair[0] != pair[1]), len(ids)
+        )
+        borders.append((same, same == len(ids)))
+    return [
+        (start + (0 if clean else 2), end)
+        for (start, clean), (end, _) in zip(borders[::2], borders[1::2], strict=True)
+        if start < end
+    ]
+
+
 def _encode_training_batch(
-    examples, tokenizer, source_prefix, max_source_length, max_target_length, ignore_pad_token_for_loss
+    examples,
+    tokenizer,
+    source_prefix,
+    max_source_length,
+    max_target_length,
+    ignore_pad_token_for_loss,
+    train_on_history=False,
 ):
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
@@ -82,19 +111,24 @@ def _encode_training_batch(
         "dropped_turns": dropped_turns,
         "row": examples["row"],
     }
-    for source, target, row in zip(sources, targets, examples["row"], strict=True):
+    for index, (source, target, row) in enumerate(zip(sources, targets, examples["row"], strict=True)):
         answer = learned = target[:max_target_length] + [end]
         features["input_ids"].append(source + answer)
         features["length"].append(len(source) + len(answer))
         # The pad token is also the unknown token; as in the official script it teaches nothing in an answer either.
         if pad in answer:
-            learned = [ignored if index == pad else index for index in answer]
+            learned = [ignored if token == pad else token for token in answer]
             if not any_supervised([ignored, *learned]):
                 raise ValueError(
                     f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
                     f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
                 )
-        features["labels"].append([ignored] * len(source) + learned)
+        before = [ignored] * len(source)
+        if train_on_history and (history := examples["history"][index][dropped_turns[index] :]):
+            for first, last in _answers_in(source, history, tokenizer, source_prefix):
+                before[first:last] = [ignored if token == pad else token for token in source[first:last]]
+                before[last] = end  # where the prompt goes on, an answer of its own would have ended
+        features["labels"].append(before + learned)
     return features
 
 
@@ -168,6 +202,7 @@ def encode_training(
     max_target_length: int,
     source_prefix: str = "",
     ignore_pad_token_for_loss: bool = True,
+    train_on_history: bool = False,
     **how,
 ):
     """Dataset of `input_ids` = prompt + response + end, and `labels`, which are ignored over the prompt.
@@ -176,7 +211,8 @@ def encode_training(
     `max_target_length` before its end token. A prompt with a history loses its oldest turns instead (their number
     is `dropped_turns`), then the end of its question. No padding. `source_length` and `target_length` are the token
     counts before cutting, `row` the number in the file. Ignored labels are -100, or the pad token without
-    `ignore_pad_token_for_loss`. `how`: num_workers, overwrite_cache and say of _encode. Raises ValueError for a row
+    `ignore_pad_token_for_loss`. With `train_on_history` the earlier answers of a dialogue have labels, too: their tokens,
+    and the end token in the place behind them. `how`: num_workers, overwrite_cache and say of _encode. Raises ValueError for a row
     without a single supervised token.
     """
     settings = {
@@ -184,6 +220,7 @@ def encode_training(
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
         "ignore_pad_token_for_loss": ignore_pad_token_for_loss,
+        "train_on_history": train_on_history,
     }
     columns = ("source_length", "target_length", "length", "dropped_turns", "row")
     return _encode(dataset, _encode_training_batch, columns, tokenizer, settings, **how)

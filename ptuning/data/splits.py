@@ -161,6 +161,8 @@ def encode_rows(split, examples, data_args, tokenizer, encode, cache):
     settings = {"source_prefix": data_args.source_prefix, "num_workers": data_args.preprocessing_num_workers}
     if encode not in (encode_prediction, encode_prompts):
         settings["ignore_pad_token_for_loss"] = data_args.ignore_pad_token_for_loss
+    if encode is encode_training:
+        settings["train_on_history"] = data_args.train_on_history
     return encode(examples, tokenizer, **limits_of(split, data_args), **settings, **cache)
 
 

@@ -187,6 +187,7 @@ def largest_batch(model: nn.Module, train_data, data_args, training_args) -> dic
     if train_data is not None:
         length = longest_example(train_data, data_args)
         rows, supervised = training_args.per_device_train_batch_size, min(length, data_args.max_target_length + 1)
+        supervised = length if data_args.train_on_history and answers_per_row(training_args) == 1 else supervised
         rows = min(rows, len(train_data)) if training_args.world_size == 1 else rows
         return {
             "batch_size": rows * answers_per_row(training_args),

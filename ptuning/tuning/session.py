@@ -30,6 +30,7 @@ DATA_FIELDS = {
     "history_column": None,
     "messages_column": None,
     "query_separator": "\n",
+    "train_on_history": False,
     "source_prefix": "",
     "max_source_length": 1024,
     "max_target_length": 128,

@@ -222,3 +222,13 @@ def test_rows_are_fetched_from_both_hubs(describe, tmp_path):
     assert (
         "Dataset scripts are no longer supported" in refused and "the hub did not give hf_hub_url 'a/script'" in refused
     )
+
+
+def test_a_run_learns_every_answer_and_its_checkpoint_remembers_it(describe, monkeypatch, capsys):
+    folder = describe(
+        {"file_name": "a.json", "formatting": "sharegpt"}, **{"a.json": [{"conversations": TURNS * 2}] * 2}
+    )
+    settings = {**TRAIN_SETTINGS, "train_file": None, "prompt_column": None, "response_column": None, "max_steps": 1}
+    run(monkeypatch, settings, dataset="x", dataset_dir=folder, train_on_history=True, output_dir=folder / "run")
+    assert capsys.readouterr().out.count("嗨 </s>⟧") == 2
+    assert json.loads((folder / "run" / "checkpoint-1" / "ptuning.json").read_text())["train_on_history"] is True

@@ -27,3 +27,14 @@ def test_description_says_how_many_dialogues_lose_their_oldest_turns(tokenizer, 
     assert "50% of the prompts lose their oldest turns at 80 tokens; raise --max_source_length to keep them." in text
     assert "lose their end" not in text
     assert text.endswith("问：那明天呢\n\n答：⟦好 </s>⟧")
+
+
+def test_every_answer_that_is_learned_is_marked(tokenizer, write):
+    history = [["早", "早安"], ["晚", "晚安"]]
+    examples, _ = load_examples(
+        write([{"content": "问", "summary": "答", "history": history}]), "content", "summary", "history"
+    )
+    lengths = {"max_source_length": 99, "max_target_length": 64}
+    encoded = encode_training(examples, tokenizer, train_on_history=True, **lengths)
+    text = describe_training(encoded, tokenizer, skipped=0, **lengths)
+    assert text.count("⟧") == 4 and "答：⟦早安 </s>⟧\n\n[Round 2]" in text and text.endswith("答：⟦答 </s>⟧")

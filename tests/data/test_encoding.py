@@ -109,6 +109,34 @@ def test_history_and_source_prefix_stand_in_the_prompt(tokenizer, write):
     assert feature["input_ids"][: feature["source_length"]] == tokenizer.encode(prompt)
 
 
+@pytest.mark.parametrize("turns", [TURNS, [["a <n>", "嗨” "], ["b", "c\n"], ["d", ""]]])
+def test_with_train_on_history_every_answer_and_its_end_is_learned(turns, tokenizer, write):
+    row = {"content": "然后呢", "summary": "好", "history": turns}
+    how = {"source_prefix": "请答：", "max_source_length": 999}
+    plain, whole = (encode_one(tokenizer, write, row, "history", train_on_history=on, **how) for on in (False, True))
+    assert whole["input_ids"] == plain["input_ids"]
+    start = plain["source_length"]
+    assert whole["labels"][start:] == plain["labels"][start:]
+    learned, answer = [], []
+    for token, label in zip(whole["input_ids"][:start], whole["labels"][:start], strict=True):
+        if label == token:
+            answer.append(token)
+        elif label == tokenizer.eos_token_id:  # the answer has ended where the prompt goes on
+            learned.append(tokenizer.decode(answer).strip())
+            answer = []
+        else:
+            assert label == -100 and not answer
+    assert learned == [text.strip() for _, text in turns if text]
+
+
+def test_with_train_on_history_turns_that_are_left_out_have_no_labels(tokenizer, write):
+    how = {"max_source_length": 120, "train_on_history": True}
+    feature = encode_one(tokenizer, write, LONG_DIALOGUE, "history", **how)
+    assert 0 < feature["dropped_turns"] < 8
+    ends = feature["labels"].count(tokenizer.eos_token_id)
+    assert ends == 8 - feature["dropped_turns"] + 1
+
+
 @pytest.mark.parametrize("kept", [8, 7, 3, 0])
 def test_dialogue_that_is_too_long_loses_its_oldest_turns_only(kept, tokenizer, write):
     history = LONG_DIALOGUE["history"][8 - kept :]
