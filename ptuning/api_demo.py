@@ -53,6 +53,7 @@ from common.files import file_sha256
 from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, CompletionRequest, OfficialRequest, said
 from serving.api_forms import ChatForm, TextForm, stream, whole
 from serving.api_index import docs_page, endpoints, names
+from serving.json_mode import check_schema
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
 from serving.server import Busy, Sampling, TooLong
@@ -274,8 +275,15 @@ def create_app(server, api_key=None, cors_origins=()):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
         pending = Pending(server, request)
         model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
-        token_ids = await pending.encode(limiter, lambda: server.encode(*conversation(said(body.messages)), model))
-        await pending.submit(token_ids, model, body.samplings(given, server.model.config.seq_length))
+        samplings = body.samplings(given, server.model.config.seq_length)
+
+        def encode():
+            if samplings[0].schema is not None:
+                check_schema(samplings[0].schema)
+            return server.encode(*conversation(said(body.messages)), model)
+
+        token_ids = await pending.encode(limiter, encode)
+        await pending.submit(token_ids, model, samplings)
         return await respond(ChatForm(server.tokenizer), pending, model, body)
 
     @app.post("/v1/completions", dependencies=locked, responses=RESPONSES)

@@ -21,6 +21,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # keep each token's log-probability, and so many of the likeliest
     score_prompt: bool = False  # those of the prompt's tokens, too; not where a session continues a cache
+    schema: str | None = None  # JSON schema that the answer is held to, see json_mode.py
     raw: bool = False  # the text goes on behind the prompt as its tokens spell it; else it is a chat's answer
 
     @property
@@ -61,6 +62,7 @@ class Answer:
     cancelled: bool = False
     seconds: float = 0.0  # since the first token was asked for
     reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
+    format: object = field(default=None, repr=False)  # what holds it to the schema
     paused: tuple = field(default=(), repr=False)  # its BatchRow and cache while it waits for its place again
 
     def cancel(self):

@@ -3,7 +3,8 @@
 Answers to the request bodies of the official `api.py` and `openai_api.py`, which bound nothing.
 """
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
@@ -69,13 +70,30 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+class Format(Strict):
+    type: Literal["text", "json_object"]
+
+    def schema_text(self):
+        return None if self.type == "text" else json.dumps({"type": "object"})
+
+
+class NamedSchema(Strict):
+    """A JSON schema under OpenAI's names."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def schema_text(self):
+        return json.dumps(self.json_schema.schema_)
 
 
 NO_TOOLS = expected("expected 'auto' or 'none': this model calls no tools. Leave the field out")
-NO_JSON = expected(
-    "expected {'type': 'text'}: answers are not held to a format. Leave the field out, and ask for JSON in a message"
+FORMAT = expected(
+    "expected {'type': 'text'}, {'type': 'json_object'}, or {'type': 'json_schema', 'json_schema': {'schema': {…}}}"
 )
 ONE = expected("expected 1: the best of several answers is not chosen. Ask for n of them")
 NO_SUFFIX = expected("expected nothing: this model writes no text before a given one. Leave the field out")
@@ -122,7 +140,9 @@ class ChatRequest(Generation):
     )
     tool_choice: Choice = Field(None, description="No tool is called.")
     function_call: Choice = Field(None, description="Its older name.")
-    response_format: Annotated[TextFormat | None, NO_JSON] = Field(None, description="Text only.")
+    response_format: Annotated[Format | SchemaFormat | None, FORMAT] = Field(
+        None, description="JSON, or JSON of a schema; the answer may still end early at max_tokens."
+    )
 
     def samplings(self, given, seq_length):
         """One for each answer of a model that takes `seq_length` tokens."""
@@ -130,6 +150,7 @@ class ChatRequest(Generation):
             {"max_new_tokens": seq_length, **given},
             self.max_completion_tokens or self.max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None,
+            schema=self.response_format and self.response_format.schema_text(),
         )
 
 

@@ -36,6 +36,7 @@ from checkpoints.run_folder import list_checkpoints
 from common.messages import dtype_name
 from common.slowness import slow_because
 from serving.answers import Answer, Sampling, check_text, hold_back, read_answer
+from serving.json_mode import JsonMode, check_schema
 from serving.limits import Turns, fair_share
 from serving.probabilities import log_probabilities
 
@@ -106,6 +107,7 @@ class ChatServer:
         self._ending = self._closed = False
         self._changed = threading.Condition()
         self._loading = threading.Lock()
+        self._json_mode = None
         self._worker = threading.Thread(target=self._work, name="chat-server", daemon=True)
         self._worker.start()
 
@@ -247,12 +249,17 @@ class ChatServer:
 
         `notify(answer)` runs on the worker's thread and must not block. `session`: any key; answers with the
         same one continue each other's cache. `client`: any key; none has more than its share, None has no bound.
-        Raises Busy, and ValueError as `prefix` and `check_length` do.
+        Raises Busy, and ValueError as `prefix`, `check_length` and check_schema() do.
         """
         self.check_length(token_ids)
         model = model or self.default
         self.prefix(model)
         answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client)
+        if answer.sampling.schema is not None:
+            check_schema(answer.sampling.schema)
+            with self._loading:
+                self._json_mode = self._json_mode or JsonMode(self.tokenizer)
+            answer.format = self._json_mode.begin(answer.sampling.schema)
         with self._changed:
             self._take(client)
             self._waiting.append(answer)
@@ -441,9 +448,19 @@ class ChatServer:
     def _choose(self, rows, logits):
         settings = [row.answer.sampling for row in rows]
         temperatures, top_ps = [each.temperature for each in settings], [each.top_p for each in settings]
-        chosen = choose(logits, temperatures, top_ps, [row.generator.random() for row in rows])
+        possible = logits
+        if any(row.answer.format for row in rows):
+            possible = torch.stack(
+                [
+                    row.answer.format.mask(each) if row.answer.format else each
+                    for row, each in zip(rows, logits, strict=True)
+                ]
+            )
+        chosen = choose(possible, temperatures, top_ps, [row.generator.random() for row in rows])
         for row, token_id in zip(rows, chosen, strict=True):
             row.next_id = token_id
+            if row.answer.format:
+                row.answer.format.take(token_id)
         for place, (row, each) in enumerate(zip(rows, settings, strict=True)):
             if each.logprobs is not None:
                 [row.next_logprob] = log_probabilities(logits[place : place + 1], [row.next_id], each.logprobs)
@@ -461,6 +478,9 @@ class ChatServer:
         answer, sampling = row.answer, row.answer.sampling
         if answer.cancelled:
             return "cancelled"
+        if answer.format and (problem := answer.format.problem()):
+            answer.error = f"The answer's schema asks too much: {problem}"
+            return "error"
         reason = "stop" if row.next_id == self.model.config.eos_token_id else None
         if row.next_logprob is not None and (sampling.raw or not reason):
             answer.logprobs.append(row.next_logprob)
