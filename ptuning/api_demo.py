@@ -230,8 +230,9 @@ def create_app(server, api_key=None, cors_origins=()):
         if status in (404, 405) and not isinstance(error, NoModel):
             message = f"There is no {request.method} {request.url.path} here; there are {names(app)}."
             code = "unknown_url"
-        if isinstance(error, PromptTooLong):
+        if isinstance(error, PromptTooLong):  # some clients know it by its code, others by OpenAI's words
             code = TOO_LONG
+            message += f" This model's maximum context length is {server.model.config.seq_length} tokens."
         return error_response(status, message, error.headers, code)
 
     @app.exception_handler(RequestValidationError)
