@@ -10,7 +10,6 @@ of its own to ask for, and in that a client that goes away stops its answer.
 import argparse
 import asyncio
 import contextlib
-import json
 import math
 import secrets
 import sys
@@ -44,18 +43,19 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from chatglm2.conversation import conversation
 from checkpoints.file_names import TENSORS_FILE
 from common.files import file_sha256
-from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, OfficialRequest, said
+from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, CompletionRequest, OfficialRequest, said
+from serving.api_forms import ChatForm, TextForm, stream, whole
 from serving.api_index import docs_page, endpoints, names
+from serving.json_mode import check_schema
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
-from serving.probabilities import chat_entries
 from serving.server import Busy, Sampling, TooLong
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
@@ -128,12 +128,12 @@ class Pending:
         except RuntimeError:  # the loop is closed: the program is ending
             answer.cancel()
 
-    async def encode(self, limiter, turns):
-        """Token ids of what turns() returns, question and history, on a thread; HTTPException 400 or 429."""
+    async def encode(self, limiter, encode):
+        """What encode() returns, the token ids of a request, on a thread; HTTPException 400 or 429."""
 
         def tokenize():
             with self.server.preparing(self.client):
-                return self.server.encode(*turns())
+                return encode()
 
         try:
             return await run_sync(tokenize, limiter=limiter)
@@ -154,6 +154,7 @@ class Pending:
             self.cancel()
             raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
         except TooLong as error:
+            self.cancel()
             raise PromptTooLong(error) from error
         except (ValueError, OSError) as error:
             self.cancel()
@@ -189,56 +190,6 @@ class Pending:
     def cancel(self):
         for answer in self.answers:
             answer.cancel()
-
-    def logprobs(self, answer, start=0):
-        """Those of an answer from its token `start` on, in OpenAI's form; None where nobody asked."""
-        found = answer.logprobs[start:]
-        if answer.sampling.logprobs is None or (start and not found):
-            return None
-        token_ids = answer.response_ids[start : start + len(found)]
-        return {"content": chat_entries(self.server.tokenizer, token_ids, found[: len(token_ids)]), "refusal": None}
-
-    def usage(self):
-        prompt = len(self.answers[0].token_ids)
-        completion = sum(len(answer.response_ids) for answer in self.answers)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-async def stream_chat(pending, head, include_usage):
-    """Server-sent events of a chat completion."""
-
-    def event(choices, **more):
-        if include_usage:
-            more = {"usage": None, **more}
-        return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
-
-    def choice(index, delta, finish_reason=None, logprobs=None):
-        return [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
-
-    sent, told = [0] * len(pending.answers), [0] * len(pending.answers)  # characters, log-probabilities
-    running = dict(enumerate(pending.answers))
-    for index in running:
-        yield event(choice(index, {"role": "assistant", "content": ""}))
-    async for _ in pending.changes():
-        for index, answer in list(running.items()):
-            reason, text = answer.finish_reason, answer.text  # in this order: the text is written first
-            logprobs = None
-            if len(text) > sent[index] or reason:
-                logprobs = pending.logprobs(answer, told[index])
-                told[index] += len(logprobs["content"]) if logprobs else 0
-            if len(text) > sent[index]:
-                yield event(choice(index, {"content": text[sent[index] :]}, None, logprobs))
-                logprobs = None
-                sent[index] = len(text)
-            if reason == "error":
-                yield f"data: {json.dumps({'error': {'message': answer.error, 'type': 'server_error'}})}\n\n"
-                return
-            if reason:
-                del running[index]
-                yield event(choice(index, {}, "stop" if reason == "cancelled" else reason, logprobs))
-    if include_usage:
-        yield event([], usage=pending.usage())
-    yield "data: [DONE]\n\n"
 
 
 # ---- the application
@@ -279,8 +230,9 @@ def create_app(server, api_key=None, cors_origins=()):
         if status in (404, 405) and not isinstance(error, NoModel):
             message = f"There is no {request.method} {request.url.path} here; there are {names(app)}."
             code = "unknown_url"
-        if isinstance(error, PromptTooLong):
+        if isinstance(error, PromptTooLong):  # some clients know it by its code, others by OpenAI's words
             code = TOO_LONG
+            message += f" This model's maximum context length is {server.model.config.seq_length} tokens."
         return error_response(status, message, error.headers, code)
 
     @app.exception_handler(RequestValidationError)
@@ -311,43 +263,42 @@ def create_app(server, api_key=None, cors_origins=()):
     prefix_file = server.checkpoints()[server.default] / TENSORS_FILE if server.default != server.base else None
     digest = file_sha256(prefix_file) if prefix_file else None
 
+    async def respond(form, pending, model, body):
+        if body.stream:
+            events = stream(form, pending, model, bool(body.stream_options and body.stream_options.include_usage))
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        await pending.finish()
+        # On a thread: log-probabilities of long prompts are megabytes.
+        return await run_in_threadpool(lambda: JSONResponse(whole(form, pending.answers, model)))
+
     @app.post("/v1/chat/completions", dependencies=locked, responses=RESPONSES)
     async def chat_completions(body: ChatRequest, request: Request):
         """Answer a conversation, whole or, with `stream`, as server-sent events."""
-        model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
         pending = Pending(server, request)
-        token_ids = await pending.encode(limiter, lambda: (*conversation(said(body.messages)), model))
-        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-        samplings = [
-            Sampling(
-                max_new_tokens=body.max_completion_tokens
-                or body.max_tokens
-                or given.get("max_new_tokens", server.model.config.seq_length),
-                top_p=given.get("top_p", 0.8) if body.top_p is None else body.top_p,
-                temperature=given.get("temperature", 0.95) if body.temperature is None else body.temperature,
-                seed=None if body.seed is None else (body.seed + index) % 2**63,
-                stop=stop,
-                logprobs=(body.top_logprobs or 0) if body.logprobs or body.top_logprobs else None,
-            )
-            for index in range(body.n or 1)
-        ]
+        model = await run_in_threadpool(model_name, body.model)  # on a thread: it looks into the run's folder
+        samplings = body.samplings(given, server.model.config.seq_length)
+
+        def encode():
+            if samplings[0].schema is not None:
+                check_schema(samplings[0].schema)
+            return server.encode(*conversation(said(body.messages)), model)
+
+        token_ids = await pending.encode(limiter, encode)
         await pending.submit(token_ids, model, samplings)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = stream_chat(pending, {**head, "object": "chat.completion.chunk"}, include_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        await pending.finish()
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text},
-                "logprobs": pending.logprobs(answer),
-                "finish_reason": answer.finish_reason,
-            }
-            for index, answer in enumerate(pending.answers)
-        ]
-        return {**head, "object": "chat.completion", "choices": choices, "usage": pending.usage()}
+        return await respond(ChatForm(server.tokenizer), pending, model, body)
+
+    @app.post("/v1/completions", dependencies=locked, responses=RESPONSES)
+    async def completions(body: CompletionRequest, request: Request):
+        """Go on with raw text, or score it with `echo` and `logprobs`."""
+        pending = Pending(server, request)
+        model = await run_in_threadpool(model_name, body.model)
+        prompts = await pending.encode(limiter, lambda: [server.read_prompt(prompt) for prompt in body.prompts()])
+        samplings = body.samplings(given)
+        for _, token_ids in prompts:
+            await pending.submit(token_ids, model, samplings)
+        texts = [text for text, _ in prompts]
+        form = TextForm(server.tokenizer, texts, len(samplings), body.echo, body.max_tokens == 0)
+        return await respond(form, pending, model, body)
 
     @app.get("/v1/models", dependencies=locked, responses={401: RESPONSES[401]})
     def models():
@@ -365,7 +316,7 @@ def create_app(server, api_key=None, cors_origins=()):
         """The official API: prompt and history in, response and longer history out."""
         history = [(question, answer) for question, answer in body.history or []]
         pending = Pending(server, request)
-        token_ids = await pending.encode(limiter, lambda: (body.prompt, history))
+        token_ids = await pending.encode(limiter, lambda: server.encode(body.prompt, history))
         max_length = min(body.max_length or 2048, server.model.config.seq_length)
         if len(token_ids) >= max_length:
             raise PromptTooLong(

@@ -66,21 +66,25 @@ class Batch:
     # ---- rows
 
     @torch.inference_mode()
-    def admit(self, prompts, prefix, prefix_length=None):
+    def admit(self, prompts, prefix, prefix_length=None, watch=None):
         """Add a row for each of `prompts` (token ids); logits (rows, V) of the token after each.
 
         All of them continue `prefix`, a key and value (1, G, P, D) for each layer, [] for none. Its tokens behind
         `prefix_length` (by default none are) have positions: they are the beginning of a conversation.
+        `watch(hidden)` sees what the output layer would be given of all tokens, (rows, S, H) of each piece that is fed.
         """
         start = prefix[0][0].shape[2] if prefix else 0
         prefix_length = start if prefix_length is None else prefix_length
         rows = max(1, PREFILL_TOKENS // max(map(len, prompts)))  # fed at once
         self._reserve(start + max(map(len, prompts)) + 1)
         return torch.cat(
-            [self._admit(prompts[i : i + rows], prefix, start, prefix_length) for i in range(0, len(prompts), rows)]
+            [
+                self._admit(prompts[i : i + rows], prefix, start, prefix_length, watch)
+                for i in range(0, len(prompts), rows)
+            ]
         )
 
-    def _admit(self, prompts, prefix, start, prefix_length):
+    def _admit(self, prompts, prefix, start, prefix_length, watch):
         first, last = len(self.lengths), len(self.lengths) + len(prompts)
         for index, (key, value) in enumerate(prefix):
             self._store[index, 0, first:last, :, :start] = key
@@ -96,6 +100,8 @@ class Batch:
             position = start + offset - prefix_length
             position_ids = torch.arange(position, position + chunk.shape[1], device=chunk.device)[None]
             output = self._forward(chunk, None, position_ids)
+            if watch:
+                watch(output)
             inside = (ends >= offset) & (ends < offset + chunk.shape[1])
             hidden.append(output[inside, (ends - offset)[inside]])
             assert offset == 0 or len(prompts) == 1  # else the order of the rows would change

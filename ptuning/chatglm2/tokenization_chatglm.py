@@ -336,8 +336,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Text of ids, or of rows of ids.
 
         By default special tokens have no text, as in the official code; False shows their names. True leaves out those
-        of add_special_tokens as well.
+        of add_special_tokens as well. The id of `bos_token`, which no answer has, shows its name where it stands alone:
+        lm-evaluation-harness takes every text that begins with it to need no `[gMASK] sop`, and every text begins with "".
         """
+        if skip_special_tokens is None and isinstance(token_ids, int) and token_ids == self.bos_token_id:
+            skip_special_tokens = False
         return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def batch_decode(self, sequences, skip_special_tokens=None, **kwargs) -> list[str]:

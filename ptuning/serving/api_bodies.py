@@ -3,12 +3,16 @@
 Answers to the request bodies of the official `api.py` and `openai_api.py`, which bound nothing.
 """
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core import PydanticCustomError
 
+from serving.answers import Sampling
+
 MAX_ITEMS = 4096  # messages, turns or parts of a text; a turn takes 8 tokens or more, so no model has room for as many
+MAX_PROMPTS = 32  # of a request; together they may have as many places as any client
 SIDES = {"developer": "system", "tool": "user"}  # ChatGLM2 knows neither; what a tool says comes from outside, too
 
 
@@ -66,25 +70,41 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+class Format(Strict):
+    type: Literal["text", "json_object"]
+
+    def schema_text(self):
+        return None if self.type == "text" else json.dumps({"type": "object"})
+
+
+class NamedSchema(Strict):
+    """A JSON schema under OpenAI's names."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class SchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    def schema_text(self):
+        return json.dumps(self.json_schema.schema_)
 
 
 NO_TOOLS = expected("expected 'auto' or 'none': this model calls no tools. Leave the field out")
-NO_JSON = expected(
-    "expected {'type': 'text'}: answers are not held to a format. Leave the field out, and ask for JSON in a message"
+FORMAT = expected(
+    "expected {'type': 'text'}, {'type': 'json_object'}, or {'type': 'json_schema', 'json_schema': {'schema': {…}}}"
 )
+ONE = expected("expected 1: the best of several answers is not chosen. Ask for n of them")
+NO_SUFFIX = expected("expected nothing: this model writes no text before a given one. Leave the field out")
 Choice = Annotated[Literal["auto", "none"] | None, NO_TOOLS]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class ChatRequest(Strict):
-    """A conversation to answer."""
+class Generation(Strict):
+    """How to generate."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy [0.95].")
     top_p: float | None = Field(None, ge=0, le=1, description="Probability mass to choose from [0.8].")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
@@ -92,13 +112,83 @@ class ChatRequest(Strict):
     n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    def samplings_with(self, given, longest, **how):
+        """One Sampling for each of the `n` answers to a prompt; `given` are the values where the request has none."""
+        return [
+            Sampling(
+                max_new_tokens=given["max_new_tokens"] if longest is None else longest,
+                top_p=given.get("top_p", 0.8) if self.top_p is None else self.top_p,
+                temperature=given.get("temperature", 0.95) if self.temperature is None else self.temperature,
+                seed=None if self.seed is None else (self.seed + index) % 2**63,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                **how,
+            )
+            for index in range(self.n or 1)
+        ]
+
+
+class ChatRequest(Generation):
+    """A conversation to answer."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer, in tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same under its newer name.")
     logprobs: bool | None = Field(None, description="Give the log-probability of every token of the answer.")
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="So many of the likeliest at each place, and logprobs."
     )
     tool_choice: Choice = Field(None, description="No tool is called.")
     function_call: Choice = Field(None, description="Its older name.")
-    response_format: Annotated[TextFormat | None, NO_JSON] = Field(None, description="Text only.")
+    response_format: Annotated[Format | SchemaFormat | None, FORMAT] = Field(
+        None, description="JSON, or JSON of a schema; the answer may still end early at max_tokens."
+    )
+
+    def samplings(self, given, seq_length):
+        """One for each answer of a model that takes `seq_length` tokens."""
+        return self.samplings_with(
+            {"max_new_tokens": seq_length, **given},
+            self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None,
+            schema=self.response_format and self.response_format.schema_text(),
+        )
+
+
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+PROMPT = expected(
+    f"expected a text, a list of token ids, or a list of up to {MAX_PROMPTS} texts or lists of token ids, none without ids"
+)
+
+
+class CompletionRequest(Generation):
+    """Raw text to go on with, or to score."""
+
+    prompt: Annotated[str | Tokens | Annotated[list[str], Several] | Annotated[list[Tokens], Several], PROMPT] = Field(
+        description="Text, which `[gMASK] sop` is put before, or token ids, which stay as they are; or a list of either."
+    )
+    max_tokens: int | None = Field(None, ge=0, description="Longest continuation, in tokens; 0 only scores [16].")
+    echo: bool | None = Field(None, description="Give the prompt, too, and with logprobs those of its tokens.")
+    logprobs: int | None = Field(
+        None, ge=0, le=5, description="Give every token's log-probability, and so many of the likeliest at each place."
+    )
+    best_of: Annotated[Literal[1] | None, ONE] = Field(None, description="1 only.")
+    suffix: Annotated[Literal[""] | None, NO_SUFFIX] = Field(None, description="Nothing only.")
+
+    def samplings(self, given):
+        """One for each answer to a prompt."""
+        return self.samplings_with(
+            {"max_new_tokens": 16, **given},
+            None if self.max_tokens is None else max(1, self.max_tokens),  # one of 0 is not shown
+            logprobs=self.logprobs,
+            score_prompt=bool(self.echo) and self.logprobs is not None,
+            raw=True,
+        )
+
+    def prompts(self):
+        """The texts or lists of ids that were asked for."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
 
 
 Turn = Annotated[list[str], Field(min_length=2, max_length=2)]

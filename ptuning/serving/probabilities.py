@@ -28,6 +28,15 @@ def token_bytes(tokenizer, token_id: int) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
+def token_name(tokenizer, token_id: int) -> str:
+    """A token as completions of OpenAI's spell it: its text, or its bytes where they are no text."""
+    raw = token_bytes(tokenizer, token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
 def chat_entries(tokenizer, token_ids, found) -> list[dict]:
     """`logprobs.content` of a chat completion, from what log_probabilities() found."""
 

@@ -21,12 +21,12 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, takewhile
 
 import torch
 
-from chatglm2.chat import TRAINING_DATE
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.conversation import read_history
 from chatglm2.generation import Batch, choose
@@ -35,12 +35,15 @@ from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import list_checkpoints
 from common.messages import dtype_name
 from common.slowness import slow_because
+from serving.answers import Answer, Sampling, check_text, hold_back, read_answer
+from serving.json_mode import JsonMode, check_schema
 from serving.limits import Turns, fair_share
 from serving.probabilities import log_probabilities
 
 BASE = "base"  # name of the model without a prefix
 CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
 TURN_TOKENS = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
+SCORED_AT_ONCE = 128  # tokens of a prompt: bounds the memory of their logits, 33 MB of ChatGLM2 in float32
 TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
 
 
@@ -50,60 +53,6 @@ class Busy(RuntimeError):
 
 class TooLong(ValueError):
     """A prompt leaves no room for an answer."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens. `temperature` 0 is greedy; `max_new_tokens` counts the answer only."""
-
-    max_new_tokens: int = 8192
-    top_p: float = 0.8
-    temperature: float = 0.95
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None  # keep each token's log-probability, and so many of the likeliest
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens}: expected at least 1.")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: expected a probability from 0 to 1.")
-        if not 0 <= self.temperature <= 100:
-            raise ValueError(f"temperature {self.temperature}: expected from 0 (greedy) to 100.")
-
-
-@dataclass(eq=False)
-class Answer:
-    """An answer on its way. The worker writes it, whoever asked reads it; `notify` is called on every change.
-
-    `text` only grows: half a character and the possible beginning of a stop string, or of what process_response()
-    replaces, are held back.
-    `finish_reason` is None until the end, then stop, length, cancelled or error (with `error` saying which).
-    """
-
-    token_ids: list[int]
-    model: str
-    sampling: Sampling
-    notify: object = None
-    session: object = None
-    client: object = None  # who asked
-    text: str = ""
-    response_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple] = field(default_factory=list)  # of each of them, where they were asked for
-    finish_reason: str | None = None
-    error: str | None = None
-    cancelled: bool = False
-    seconds: float = 0.0  # since the first token was asked for
-    reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
-    paused: tuple = field(default=(), repr=False)  # its BatchRow and cache while it waits for its place again
-
-    def cancel(self):
-        """Give the place free at the next token."""
-        self.cancelled = True
-
-    @property
-    def tokens_per_second(self):
-        return len(self.response_ids) / self.seconds if self.seconds else 0.0
 
 
 @dataclass(eq=False)
@@ -158,6 +107,7 @@ class ChatServer:
         self._ending = self._closed = False
         self._changed = threading.Condition()
         self._loading = threading.Lock()
+        self._json_mode = None
         self._worker = threading.Thread(target=self._work, name="chat-server", daemon=True)
         self._worker.start()
 
@@ -214,6 +164,17 @@ class ChatServer:
         self.check_characters(query, history)
         check_text(query, history)
         return self.tokenizer.encode(self.source_prefix(model) + self.tokenizer.build_prompt(query, history))
+
+    def read_prompt(self, prompt):
+        """(text, token ids) of a raw prompt, a text or ids; `[gMASK] sop` stands before a text's. ValueError for others."""
+        if isinstance(prompt, str):
+            self.check_characters(prompt)
+            check_text(prompt, [])
+            return prompt, self.tokenizer.encode(prompt)
+        if max(prompt) >= len(self.tokenizer):
+            last = len(self.tokenizer) - 1
+            raise ValueError(f"The prompt has the token id {max(prompt)}; this model's are from 0 to {last}.")
+        return self.tokenizer.decode(prompt), prompt
 
     def fit(self, query, history, max_new_tokens, model=None):
         """(token ids, number of oldest turns left out so that an answer fits); ValueError if the question is too long.
@@ -288,12 +249,17 @@ class ChatServer:
 
         `notify(answer)` runs on the worker's thread and must not block. `session`: any key; answers with the
         same one continue each other's cache. `client`: any key; none has more than its share, None has no bound.
-        Raises Busy, and ValueError as `prefix` and `check_length` do.
+        Raises Busy, and ValueError as `prefix`, `check_length` and check_schema() do.
         """
         self.check_length(token_ids)
         model = model or self.default
         self.prefix(model)
         answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client)
+        if answer.sampling.schema is not None:
+            check_schema(answer.sampling.schema)
+            with self._loading:
+                self._json_mode = self._json_mode or JsonMode(self.tokenizer)
+            answer.format = self._json_mode.begin(answer.sampling.schema)
         with self._changed:
             self._take(client)
             self._waiting.append(answer)
@@ -440,10 +406,20 @@ class ChatServer:
             answer.reused_tokens = shared_length(token_ids, answer.token_ids[:-1])
             length = prefix_length + answer.reused_tokens
             layers = [(key[:, :, :length], value[:, :, :length]) for key, value in kept]
-        logits = self._feed(self._batch.admit, [answer.token_ids[answer.reused_tokens :]], layers, prefix_length)
+        watch = partial(self._score, answer) if answer.sampling.score_prompt else None
+        fed = answer.token_ids[answer.reused_tokens :]
+        logits = self._feed(self._batch.admit, [fed], layers, prefix_length, watch)
         with self._changed:
             self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
         return logits
+
+    def _score(self, answer, hidden):
+        """Keep the log-probabilities of the tokens that follow those of `hidden` (1, S, H)."""
+        for rows in hidden[0].split(SCORED_AT_ONCE):
+            start = len(answer.prompt_logprobs) + 1
+            if following := answer.token_ids[start : start + len(rows)]:
+                logits = self._feed(self.model.transformer.output_layer, rows[: len(following)])
+                answer.prompt_logprobs += log_probabilities(logits, following, answer.sampling.logprobs)
 
     def _prefix_on_device(self, name):
         """The prefix `name` where the model is, moved there once for all answers."""
@@ -462,7 +438,7 @@ class ChatServer:
             self._running.append(row)
 
     def _feed(self, feed, *inputs):
-        """Logits (rows, V) from admit() or step() of the batch, of the ids that are tokens."""
+        """Logits (rows, V) from admit() or step() of the batch or the output layer, of the ids that are tokens."""
         return feed(*inputs)[:, : len(self.tokenizer)]
 
     def _step(self):
@@ -472,9 +448,19 @@ class ChatServer:
     def _choose(self, rows, logits):
         settings = [row.answer.sampling for row in rows]
         temperatures, top_ps = [each.temperature for each in settings], [each.top_p for each in settings]
-        chosen = choose(logits, temperatures, top_ps, [row.generator.random() for row in rows])
+        possible = logits
+        if any(row.answer.format for row in rows):
+            possible = torch.stack(
+                [
+                    row.answer.format.mask(each) if row.answer.format else each
+                    for row, each in zip(rows, logits, strict=True)
+                ]
+            )
+        chosen = choose(possible, temperatures, top_ps, [row.generator.random() for row in rows])
         for row, token_id in zip(rows, chosen, strict=True):
             row.next_id = token_id
+            if row.answer.format:
+                row.answer.format.take(token_id)
         for place, (row, each) in enumerate(zip(rows, settings, strict=True)):
             if each.logprobs is not None:
                 [row.next_logprob] = log_probabilities(logits[place : place + 1], [row.next_id], each.logprobs)
@@ -492,21 +478,22 @@ class ChatServer:
         answer, sampling = row.answer, row.answer.sampling
         if answer.cancelled:
             return "cancelled"
-        reason = None
-        if row.next_id == self.model.config.eos_token_id:
-            reason = "stop"
-        else:
-            if row.next_logprob is not None:
-                answer.logprobs.append(row.next_logprob)
+        if answer.format and (problem := answer.format.problem()):
+            answer.error = f"The answer's schema asks too much: {problem}"
+            return "error"
+        reason = "stop" if row.next_id == self.model.config.eos_token_id else None
+        if row.next_logprob is not None and (sampling.raw or not reason):
+            answer.logprobs.append(row.next_logprob)
+        if not reason:
             answer.response_ids.append(row.next_id)
             room = self.model.config.seq_length - len(answer.token_ids)
             if len(answer.response_ids) >= min(room, sampling.max_new_tokens):
                 reason = "length"
-        text = self.model.process_response(self.tokenizer.decode(answer.response_ids)).rstrip("\ufffd")
+        text = read_answer(self.model, self.tokenizer, answer)
         ends = [text.find(stop) for stop in sampling.stop if stop in text]
         if ends:
             text, reason = text[: min(ends)], "stop"
-        answer.text = text if reason else hold_back(text, (*sampling.stop, TRAINING_DATE))
+        answer.text = text if reason else hold_back(text, sampling.patterns)
         answer.seconds = time.monotonic() - row.started
         if not reason and answer.notify:
             answer.notify(answer)
@@ -541,22 +528,6 @@ class ChatServer:
                 self._kept_caches.popitem(last=False)
 
 
-def check_text(query, history):
-    """ValueError for text that no UTF-8 file could hold."""
-    for text in (query, *(text for turn in history for text in turn)):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"The text holds half a surrogate pair ({ascii(text[error.start])}).") from error
-
-
 def shared_length(left, right):
     """How many tokens two sequences have in common at their start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
-
-
-def hold_back(text, patterns):
-    """`text` without an end that may be the beginning of one of the patterns."""
-    beginnings = (pattern[:length] for pattern in patterns for length in range(1, len(pattern)))
-    longest = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
-    return text[: len(text) - longest]

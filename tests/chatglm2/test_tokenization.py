@@ -169,6 +169,7 @@ def test_decode_takes_one_id_a_list_a_nested_list_or_a_tensor(small_tokenizer):
 def test_special_tokens_decode_to_their_names_where_they_are_asked_for(small_tokenizer):
     size = small_tokenizer.sp_model.get_piece_size()
     assert small_tokenizer.decode(small_tokenizer.eos_token_id, skip_special_tokens=False) == "</s>"
+    assert small_tokenizer.decode(small_tokenizer.bos_token_id) == small_tokenizer.bos_token  # a harness asks for it
     ids = [*small_tokenizer.encode("很好"), small_tokenizer.eos_token_id, -100, size + 5]
     assert small_tokenizer.decode(ids, skip_special_tokens=False) == "[gMASK]sop很好</s>"
     assert small_tokenizer.batch_decode([ids], skip_special_tokens=False) == ["[gMASK]sop很好</s>"]

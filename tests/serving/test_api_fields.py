@@ -64,7 +64,7 @@ def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
         ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice: expected 'auto' or 'none'"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"function_call": {"name": "a"}}, "function_call: expected 'auto' or 'none'"),
-        ({"response_format": {"type": "json_object"}}, "response_format: expected {'type': 'text'}"),
+        ({"response_format": {"type": "xml"}}, "response_format: expected {'type': 'text'}"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: expected {'type': 'text'}"),
     ],
 )
