@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Answer dev.json with what finetune.sh trained and score the answers. Change a variable here, or in front of the command:
 #   MODEL=THUDM/chatglm2-6b STEP=5000 bash evaluate_finetune.sh --do_sample false
+[ -z "${BASH_VERSION:-}" ] && echo "error: use bash: bash $0" >&2 && exit 2 # has to be one line, as the next
 grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -14,11 +15,12 @@ case $FINETUNING_TYPE in
   *) LR=${LR:-1e-4} ;;
 esac
 MODEL=${MODEL:-}                           # hub id or folder of the base model, or tiny
+MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH-}    # longest prompt, tokens; empty: as in training
+MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH-}    # longest reference, tokens; prompt and answer get both together and 1
 defaults_of_tiny                           # with tiny: smaller defaults for the variables below
-MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} # longest prompt, tokens
-MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256} # longest reference, tokens; prompt and answer get both together and 1
 QUANTIZATION_BIT=                          # as in training
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-$FINETUNING_TYPE-$LR} # name of the run: output/$CHECKPOINT
+official_length=256                        # prompt and reference, tokens, in the official script
 checkpoint_flag=checkpoint_dir             # the flag for what is no prefix
 
 exec bash "$PWD/evaluate.sh" "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tune the weights of ChatGLM2-6B itself on ADGEN, or a LoRA adapter. Change a variable here, or in front of the command:
 #   MODEL=THUDM/chatglm2-6b NUM_GPUS=4 ENGINE=deepspeed bash finetune.sh --seed 1
+[ -z "${BASH_VERSION:-}" ] && echo "error: use bash: bash $0" >&2 && exit 2 # has to be one line, as the next
 grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -28,7 +29,8 @@ ENGINE=${ENGINE-}                          # full only, divides weights and opti
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-$FINETUNING_TYPE-$LR} # name of the run: output/$CHECKPOINT
 with_prefix=                               # empty: no prefix
 
-check_model_and_data "$DATA/train.json" "$DATA/dev.json"
+evaluate_with=evaluate_finetune.sh
+
 case $ENGINE in
   fsdp) engine=(--fsdp "full_shard auto_wrap") ;;
   deepspeed) engine=(--deepspeed ptuning/deepspeed.json) ;;

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on pairs of answers, rows of prompt, chosen and rejected: a reward model, or a model that prefers what was chosen.
 #   MODEL=THUDM/chatglm2-6b DATA=my-pairs STAGE=dpo START=output/my-run bash train_preference.sh
+[ -z "${BASH_VERSION:-}" ] && echo "error: use bash: bash $0" >&2 && exit 2 # has to be one line, as the next
 grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -19,9 +20,9 @@ MODEL=${MODEL:-}                           # hub id or folder of the base model,
 defaults_of_tiny                           # with tiny: smaller defaults for the variables below
 DATA=${DATA:-data}                         # folder with train.json and dev.json
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # virtual tokens of a prefix, without START
-prompt_column=prompt                       # what the prompt is called in its rows; the answers are chosen and rejected
-response_column=response                   # what may hold both answers in a list, the better one first
-history_column=history                     # what earlier questions and answers are called, where there are any
+PROMPT_COLUMN=${PROMPT_COLUMN:-prompt}     # what the prompt is called in its rows; the answers are chosen and rejected
+RESPONSE_COLUMN=${RESPONSE_COLUMN:-response} # what may hold both answers in a list, the better one first
+HISTORY_COLUMN=${HISTORY_COLUMN:-history}  # what earlier questions and answers are called, where there are any
 MAX_STEPS=${MAX_STEPS:-1000}               # optimizer steps
 SAVE_STEPS=${SAVE_STEPS:-500}              # steps between checkpoints
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} # longest prompt with its history, tokens

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A page to talk to the tuned model. Change a variable here, or in front of the command:
 #   MODEL=THUDM/chatglm2-6b STEP=2000 bash web_demo.sh --auth user:password
+[ -z "${BASH_VERSION:-}" ] && echo "error: use bash: bash $0" >&2 && exit 2 # has to be one line, as the next
 grep -q $'\r' "$0" && echo "error: $0 has Windows line ends. Remove them: sed -i 's/\r$//' $0" >&2 && exit 2 # has to be one line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -17,6 +18,8 @@ QUANTIZATION_BIT=${QUANTIZATION_BIT-4} # 4 or 8: integer weights; empty: as in t
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name of the run: output/$CHECKPOINT
 
 check_model_and_data
+check_run
+name_variables_of_flags
 exec python ptuning/web_demo.py \
   --model_name_or_path "$MODEL" \
   --ptuning_checkpoint "$(checkpoint_of_step)" \

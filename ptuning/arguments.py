@@ -27,7 +27,6 @@ from common.flags import (
     check_ranges,
     declare,
     flags_of_file,
-    in_quotes,
     library_flags,
     own_flags,
     split_flags,
@@ -35,6 +34,7 @@ from common.flags import (
 )
 from common.flags_of_2023 import RENAMED, RETIRED, translate_flags
 from common.paths import READ, seen_from_caller
+from common.quoting import as_typed
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
 from training.flags import TrainingArguments
 from training.saving import check_saving
@@ -165,8 +165,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     for name, values in split_flags(argv):
         if len(values) > 1 and name in known and "list" not in known[name].type:
             raise ValueError(
-                f"--{name} takes one value, but has {len(values)}: {', '.join(values)}. A value with a space in it must "
-                f"stand in quotes: --{name} {in_quotes(' '.join(values))}"
+                f"Stray word {as_typed(values[1])}: it stands behind --{name} {as_typed(values[0])}, which takes one value. "
+                "Remove the word; a flag begins with --, and a value with a space in it stands in quotes."
             )
     parser = argparse.ArgumentParser(
         prog="main.py", usage="python ptuning/main.py --flag value … (or settings.json)", allow_abbrev=False

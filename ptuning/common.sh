@@ -8,6 +8,9 @@ defaults_of_tiny() {
   fi
 }
 
+# What was typed, for messages in these words; set by the first script where one ends as another.
+typed_flags="${typed_flags:-} $* "
+export typed_flags PTUNING_SCRIPT=${PTUNING_SCRIPT:-$0}
 export PTUNING_CALLED_FROM=${OLDPWD:-} # where a relative path in "$@" is looked for, too; see ptuning/paths.py
 
 # GPUs to use: those that CUDA_VISIBLE_DEVICES names, else all there are; 1 process without a GPU.
@@ -32,6 +35,124 @@ checkpoint_of_step() {
   esac
 }
 
+# data_file train: the file of that name in $DATA, in the first of the formats that it is there in.
+data_file() {
+  local ending
+  for ending in json jsonl csv json.gz jsonl.gz csv.gz; do
+    if [ -f "$DATA/$1.$ending" ]; then
+      echo "$DATA/$1.$ending"
+      return
+    fi
+  done
+  echo "$DATA/$1.json"
+}
+
+# Stop where output/$CHECKPOINT is no run, or has no checkpoint of that STEP, unless a flag names another one.
+check_run() {
+  local run=output/$CHECKPOINT found
+  if [[ $typed_flags == *" --ptuning_checkpoint"[\ =]* || $typed_flags == *" --checkpoint_dir"[\ =]* ]]; then
+    return
+  fi
+  if [ ! -d "$run" ]; then
+    found=$(compgen -G "output/*/checkpoint-*" | cut -d/ -f2 | sort -u | paste -sd ' ') || true
+    echo "error: there is no run $run; runs there are: ${found:-none yet}." >&2
+    if [ -n "$found" ]; then
+      echo "  Name one of them:  CHECKPOINT=${found%% *} bash $PTUNING_SCRIPT" >&2
+    else
+      echo "  Train one first:  bash train.sh" >&2
+    fi
+    exit 2
+  fi
+  if [[ $STEP =~ ^[0-9]+$ ]] && [ ! -d "$run/checkpoint-$STEP" ]; then
+    found=$(compgen -G "$run/checkpoint-*" | sed 's/.*checkpoint-//' | sort -n | paste -sd ' ') || true
+    echo "error: STEP=$STEP: $run has no checkpoint of that step; its steps are: ${found:-none}." >&2
+    exit 2
+  fi
+}
+
+# Columns and lengths of the official scripts, where the run's checkpoints do not remember theirs.
+defaults_of_official_checkpoint() {
+  if ! compgen -G "output/$CHECKPOINT/checkpoint-*/ptuning.json" >/dev/null; then
+    PROMPT_COLUMN=${PROMPT_COLUMN:-content}
+    RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
+    MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-$official_length}
+    MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-$official_length}
+  fi
+}
+
+# Tell the program which of its flags are variables of this script, so that its messages name these.
+name_variables_of_flags() {
+  local pair flag name pattern='s/^  (\$\{[A-Z_]+:\+)?--([a-z_]+) "\$([A-Z_]+)"\}? \\$/\2=\3/p'
+  export PTUNING_FLAGS=
+  for pair in $(sed -nE "$pattern" "${0##*/}"); do
+    flag=${pair%=*} name=${pair#*=}
+    if [[ $typed_flags != *" --$flag"[\ =]* ]]; then
+      PTUNING_FLAGS+=$flag=$name=${!name}$'\n'
+    fi
+  done
+}
+
+# say_what_to_do_next evaluate.sh: give the program the commands that its last lines show, with the variables of this
+# run where those scripts would take others. The program puts the run's name in.
+say_what_to_do_next() {
+  local folder variables model=$MODEL data=AdvertiseGen bits=4
+  if [ "$MODEL" = ptuning/tiny ]; then
+    model=tiny data=AdvertiseGen/sample bits=
+  fi
+  folder=$(dirname "$PTUNING_SCRIPT")/
+  variables="MODEL=$(printf %q "$model") CHECKPOINT=?"
+  [ "$QUANTIZATION_BIT" = "$bits" ] || variables+=" QUANTIZATION_BIT=$QUANTIZATION_BIT"
+  export PTUNING_TALK="$variables bash ${folder#./}web_demo.sh"
+  [ "$DATA" = "$data" ] || variables+=" DATA=$(printf %q "$DATA")"
+  export PTUNING_EVALUATE="$variables bash ${folder#./}$1"
+  if [ -n "$DEV_RATIO" ] && [ ! -f "$(data_file dev)" ]; then
+    PTUNING_EVALUATE="DATA=FOLDER-WITH-dev.json ${variables%% DATA=*} bash ${folder#./}$1"
+  fi
+}
+
+# Warn of variables that are nearly called as one that a script reads, such as BATCHSIZE, NUM_GPU or model.
+warn_of_near_misses() {
+  local name plain
+  local -A read=()
+  for name in "$@"; do
+    plain=${name//_/}
+    read[${plain%S}]=$name
+  done
+  for name in $(compgen -e); do
+    plain=${name//_/}
+    plain=${plain^^}
+    plain=${plain%S}
+    if [ -n "$plain" ] && [ -n "${read[$plain]:-}" ] && [[ " $* " != *" $name "* ]]; then
+      printf 'warning: %s=%q changes nothing: %s reads %s.\n' "$name" "${!name}" "${0##*/}" "${read[$plain]}" >&2
+    fi
+  done
+}
+
+# Print the flags of the program that the given scripts start, and then the variables of these scripts.
+show_help() {
+  python "$(grep -hoE '^(launch|exec python) ptuning/[a-z_]+\.py' "$@" | sed 's/.* //')" --help
+  echo
+  echo "Variables, in front of the command, as in MODEL=tiny bash ${0##*/}; the flags above stand behind it:"
+  awk '
+    FNR == 1 { file++ }
+    match($0, /^ *([a-z]+\) |\*\) )?[A-Z_]+=\$\{/) {
+      line = $0
+      way = match(line, /^ *([a-z]+|\*)\) /) ? substr(line, 1, RLENGTH - 2) : ""
+      gsub(/ /, "", way)
+      sub(/^ *([a-z]+|\*)\) /, "", line)
+      name = substr(line, 1, index(line, "=") - 1)
+      if (name in first && first[name] != file) next
+      first[name] = file
+      meaning = index(line, " # ") ? substr(line, index(line, " # ") + 3) : ""
+      sub(/ *(;; *)?(# .*)?$/, "", line)
+      sub(/^[^-]*-/, "", line)
+      sub(/}$/, "", line)
+      if (line ~ /count_gpus/) line = "all"
+      way = way == "" ? "" : way == "*" ? " else" : " with " way
+      printf "  %-18s %s%s\n", name, meaning, line way == "" ? "" : " [" line way "]"
+    }' "$@"
+}
+
 # Stop with what to do next when the model or a data file is not there.
 check_model_and_data() {
   if [ -z "$MODEL" ]; then
@@ -47,9 +168,17 @@ TEXT
   fi
   local file
   for file in "$@"; do
+    if [[ ${DEV_RATIO:-} && ${file##*/} = dev.* ]]; then
+      continue
+    fi
+    if [ ! -f "$file" ] && [[ ${file##*/} = dev.* ]] && [ -n "${DEV_RATIO+set}" ]; then
+      echo "error: $file does not exist (DATA=$DATA), nor dev.jsonl, dev.csv, or one of them with .gz." >&2
+      echo "  Hold out a part of the training rows instead:  DEV_RATIO=0.05 bash $PTUNING_SCRIPT" >&2
+      exit 2
+    fi
     if [ ! -f "$file" ]; then
       cat >&2 <<TEXT
-error: $file does not exist (DATA=$DATA).
+error: $file does not exist (DATA=$DATA), nor its like with .jsonl, .csv, or one of them with .gz.
   ADGEN, the data of the official example:  bash AdvertiseGen/download.sh
   Your own rows:  DATA=folder-with-train.json-and-dev.json bash train.sh
   The sample that ships with this project, with the small model:  MODEL=tiny bash train.sh
@@ -69,6 +198,7 @@ launch() {
   fi
   check_number NUM_GPUS "$NUM_GPUS" 1
   check_number NNODES "$NNODES" 1
+  name_variables_of_flags
   if [ "$NNODES" -eq 1 ] && [ "$NUM_GPUS" -eq 1 ]; then
     exec python ptuning/launch.py "$@"
   fi
@@ -155,4 +285,12 @@ check_end_of_command() {
 
 if [ -f "${0##*/}" ]; then
   check_script "${0##*/}"
+  if [ "$PTUNING_SCRIPT" = "$0" ]; then # the first of two scripts
+    scripts=("${0##*/}" $(sed -nE 's/^exec bash "\$PWD\/([a-z_]+\.sh)".*/\1/p' "${0##*/}"))
+    if [[ " $* " =~ " --help "|" -h " ]]; then
+      show_help "${scripts[@]}"
+      exit
+    fi
+    warn_of_near_misses $(grep -hoE '\b[A-Z_]+=\$\{[A-Z_]+:?-' "${scripts[@]}" | sed 's/=.*//' | sort -u)
+  fi
 fi

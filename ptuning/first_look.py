@@ -16,6 +16,7 @@ from checkpoints.file_names import VALUE_HEAD_FILE
 from checkpoints.run_folder import check_holds_prefix, find_checkpoints, names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES
+from common.files import read_json
 from common.processes import check_port
 from data.examples import COLUMNS, look_at_file
 from data.preferences import look_at_pairs
@@ -67,8 +68,27 @@ def look_at_base(name_or_path: str | None, checkpoint: Path | None, missing: str
     if not base:
         raise ValueError(missing.format(checkpoint=checkpoint))
     if isinstance(base, str) and (folder := local_folder(base)):
-        read_base_settings(folder)
+        settings = read_base_settings(folder)
+        if checkpoint:
+            check_same_shape(checkpoint, base, settings)
     return base
+
+
+SHAPES = ("num_layers", "hidden_size", "kv_channels", "multi_query_group_num", "num_attention_heads")
+
+
+def check_same_shape(checkpoint: Path, base: str, settings: dict) -> None:
+    """ValueError where a checkpoint's own config.json has another shape than the base model's, by `settings`."""
+    file = checkpoint / "config.json"
+    own = read_json(file) if file.is_file() else {}
+    differences = [name for name in SHAPES if name in own and own[name] != settings.get(name, own[name])]
+    if differences:
+        trained_on = read_sidecar(checkpoint).get("base_model") or "another base model"
+        shapes = [", ".join(f"{name} {found.get(name)}" for name in differences) for found in (own, settings)]
+        raise ValueError(
+            f"{checkpoint} was trained on {trained_on} ({shapes[0]}). The base model here is {base} ({shapes[1]}). "
+            "Give the model that it was trained on, or another checkpoint."
+        )
 
 
 def look_at_model(args) -> None:

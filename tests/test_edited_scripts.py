@@ -25,6 +25,8 @@ def folder(tmp_path):
     for script in ROOT.glob("*.sh"):  # one may end as another
         shutil.copy(script, tmp_path)
     (tmp_path / "ptuning" / "main.py").write_text(PROGRAM)
+    for name in ("adgen-tiny-pt-128-2e-2", "adgen-tiny-full-1e-4"):  # runs that the scripts which evaluate look for
+        (tmp_path / "output" / name).mkdir(parents=True)
     return tmp_path
 
 
@@ -180,7 +182,7 @@ WORDS = {
     "quotation marks of prose": (["--output_dir", "“o”"], 'Write "o"'),
     "a path with a space": (
         ["--do_train", "--train_file", "my", "rows.json"],
-        '--train_file takes one value, but has 2: my, rows.json. .* --train_file "my rows.json"',
+        "Stray word rows.json: it stands behind --train_file my, which takes one value. .* in quotes",
     ),
 }
 

@@ -23,6 +23,7 @@ from itertools import pairwise
 
 from common.environment import LAUNCHED
 from common.messages import first_line
+from common.script_words import in_words_typed
 
 MAX_LINES = 8  # of a message; those of libraries can be very long
 MAX_COLUMNS = 500
@@ -210,6 +211,7 @@ def end_with(kind, error, trace):
     if wants_traceback():
         print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     message, status = describe(error)
+    message = in_words_typed(message)
     speak_last_words(f"error: {message.splitlines()[0]}")
     rank = os.environ.get("RANK", "0")
     flush()

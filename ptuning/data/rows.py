@@ -5,9 +5,11 @@ UTF-8, UTF-16, UTF-32 or GB18030, and that every defect is one error that names 
 """
 
 import csv
+import gzip
 import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 from common.messages import cut_short
@@ -135,8 +137,18 @@ def read_data(path: Path) -> bytes:
     return b"".join(file.read_bytes() for file in files)
 
 
+def unzip(data: bytes, path: Path) -> bytes:
+    """What a .gz file holds. ValueError for one that is damaged or none."""
+    try:
+        return gzip.decompress(data)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); copy it again, or name the unpacked file") from None
+
+
 def read_rows(path: str | os.PathLike) -> list[dict]:
-    """Rows of a JSON-lines, JSON-array or (by its suffix) CSV file, in order, as dicts; of `folder/*` those of its files.
+    """Rows of a JSON-lines, JSON-array or (by its suffix) CSV file, also behind gzip (.gz), in order, as dicts.
+
+    Of `folder/*` those of its files.
 
     FileNotFoundError or ValueError, each naming the file and where it has one the line, for a file that is missing,
     a folder, empty, not text, or not in one of these formats.
@@ -145,10 +157,13 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
 
 
 def _rows_of_file(path):
-    text = decode_text(read_data(path), str(path))
+    data, inner = read_data(path), path
+    if path.suffix.lower() == ".gz":
+        data, inner = unzip(data, path), path.with_suffix("")
+    text = decode_text(data, str(path))
     if not text.strip():
         raise ValueError(f"{path} is empty; expected JSON lines, a JSON array or CSV")
-    if path.suffix.lower() == ".csv":
+    if inner.suffix.lower() == ".csv":
         rows = _parse_csv(text, str(path))
     elif text.lstrip().startswith("["):
         rows = _parse_json_array(text, str(path))

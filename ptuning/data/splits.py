@@ -124,6 +124,8 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
     for name, file in files.items():
         examples, rows_skipped[name] = load(**file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache)
         parts[name] = encode_rows(split, examples, data_args, tokenizer, encode, cache)
+        if encode is encode_prediction:
+            parts[name] = parts[name].add_column("prompt", examples["prompt"][:])
         if encode is encode_prediction and name:
             parts[name] = parts[name].add_column("dataset", [name] * len(examples))
         elif len(files) > 1:

@@ -12,6 +12,7 @@ import torch
 from checkpoints.run_folder import dev_loss_of
 from common.failure import going_on_without
 from common.files import ANSWERS_FILE, write_text
+from common.messages import cut_short
 from common.plots import plot_checkpoints
 from common.ranks import on_first_rank
 from common.slowness import slow_because
@@ -83,7 +84,7 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if split == "predict":  # on disk before anything can go wrong with the metrics
-        places = dataset.select_columns([name for name in ("dataset", "row") if name in dataset.column_names])
+        places = dataset.select_columns([name for name in ("prompt", "dataset", "row") if name in dataset.column_names])
         lines = [
             json.dumps({"labels": label, "predict": prediction, **place}, ensure_ascii=False) + "\n"
             for label, prediction, place in zip(labels, predictions, places, strict=True)
@@ -91,13 +92,24 @@ def report_predictions(trainer, tokenizer, split, dataset, answers):
         write_text(output_dir / ANSWERS_FILE, "".join(lines))
     if unlabelled := labels.count(""):
         trainer.say(f"{unlabelled} rows have no response to compare with; they are not scored.")
+    trainer.say(f"Scoring {len(labels):,} answers …")
     scores = score_labelled(predictions, labels)
     runtime = {name: value for name, value in answers.metrics.items() if "preparation" not in name}
     metrics = {**runtime, **{f"{split}_{name}": value for name, value in scores.items()}}
     metrics |= {f"{split}_samples": len(dataset), **slow_because()}
     trainer.save_metrics(split, metrics)
     trainer.say(metric_table(metrics))
+    if split == "predict":
+        trainer.say(f"The answers are in {output_dir / ANSWERS_FILE}, one JSON object a line. The first two:")
+        for prompt, label, prediction in list(zip(dataset["prompt"][:2], labels, predictions, strict=False)):
+            trainer.say(describe_answer(prompt, label, prediction))
     return metrics
+
+
+def describe_answer(prompt, label, prediction):
+    """Three lines, each one line whatever the texts hold."""
+    texts = {"prompt": prompt, "reference": label or "(none)", "answer": prediction or "(nothing)"}
+    return "\n".join(f"  {name:<9}  {cut_short(' '.join(text.split()), 150)}" for name, text in texts.items())
 
 
 def score_labelled(predictions, labels):
