@@ -165,7 +165,8 @@ def main():
         predict_with_each(session.checkpoints, trainer, tokenizer, prompts)
     else:
         predict(trainer, tokenizer, prompts)
-    trainer.close()
+    trainer.run_log.end_training()
+    close_reports(trainer)
 
 
 # ---------------------------------------------------------------------- what main() leaves to functions

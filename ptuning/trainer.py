@@ -58,7 +58,6 @@ from checkpoints.trainer_state import reading_known_keys
 from common.failure import last_words
 from common.files import STATE_FILE, read_json, write_text
 from common.ranks import gather, on_first_rank, on_writing_ranks
-from common.reports import close_reports
 from data.batches import EvenBatches, RowOrder, WithBlankRow
 from data.encoding import IGNORED_LABEL
 from data.splits import seed_of_rows
@@ -424,11 +423,6 @@ class PrefixTrainer(Seq2SeqTrainer):
             if logs["train_runtime"]:  # the library's is of full steps, however many rows they had
                 logs["train_samples_per_second"] = round(sum(gather(int(self.rows_fed))) / logs["train_runtime"], 3)
         super().log(logs, start_time)
-
-    def close(self):
-        """End what goes on beside the run: its log, and wandb's."""
-        self.run_log.end_training()
-        close_reports(self)
 
     def save_metrics(self, split, metrics, combined=True):
         """Write <split>_results.json and, with `combined`, all_results.json, each completely or not at all."""
