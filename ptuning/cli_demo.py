@@ -40,6 +40,7 @@ Type a message. Commands, each on a line of its own:
   clear          start a new conversation
   prefix on|off  answer with the trained prefix, or as the base model
   checkpoint N   answer with checkpoint-N of the run
+  help, ?        show this, and the checkpoints of the run
   exit, stop     leave (Ctrl-D too); Ctrl-C stops an answer"""
 
 
@@ -57,6 +58,8 @@ class Terminal:
         if line == "clear":
             self.history = []
             return "A new conversation."
+        if line in ("help", "?", "？"):
+            return f"{HELP}\nHere there are: {', '.join(self.server.models())}. Answering: {self.model}."
         if len(words) == 2 and words[0] == "prefix" and words[1] in ("on", "off"):
             if words[1] == "on" and self.tuned == self.server.base:
                 return "There is no prefix to switch on; start with --ptuning_checkpoint."

@@ -9,10 +9,13 @@ predictions inside a run shows that run's losses. The page is one file that load
 import argparse
 import base64
 import html
+import shutil
 import sys
 from pathlib import Path
 
 from arguments import parse_words
+from checkpoints.run_folder import list_checkpoints
+from checkpoints.sidecar import read_sidecar
 from checkpoints.trainer_state import is_history
 from common import failure
 from common.files import ANSWERS_FILE, RESULTS_FILE, STATE_FILE, read_json
@@ -37,6 +40,24 @@ COLUMNS = (
     ("peak memory, GB", "train_peak_memory_gb", "{:.2f}", None),
     ("samples/s", "train_samples_per_second", "{:.1f}", None),
 )
+CHINESE = {
+    "run": "训练",
+    "steps": "步数",
+    "training loss": "训练 loss",
+    "dev loss, start": "验证集 loss，开始",
+    "dev loss, best": "验证集 loss，最低",
+    "dev loss, end": "验证集 loss，结束",
+    "rows scored": "评分条数",
+    "trained": "训练的比例",
+    "peak memory, GB": "内存峰值，GB",
+    "samples/s": "条/秒",
+    "Losses": "loss 曲线",
+    "Answers": "回答",
+    "row and prompt": "序号和输入",
+    "reference": "参考回答",
+    "runs side by side": "次训练的对比",
+    "Bold: the best among the runs on one base model and the same rows.": "粗体：同一基座、同样数据的训练里最好的。",
+}
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent); }
 body { font: 15px/1.6 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; margin: 2rem auto; max-width: 84rem; padding: 0 1rem; }
@@ -46,10 +67,14 @@ table { border-collapse: collapse; width: 100%; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left; vertical-align: top; }
 .figures td { white-space: nowrap; }
 .figures td + td, .figures th + th { text-align: right; font-variant-numeric: tabular-nums; }
-.answers { table-layout: fixed; min-width: 50rem; } .answers th:first-child { width: 6rem; }
+.answers { table-layout: fixed; min-width: 50rem; } .answers th:first-child { width: 12rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; z-index: 1; }
+td small { display: block; opacity: .75; } span[lang] { font-weight: normal; opacity: .75; }
+@media (max-width: 40rem) { .answers th:first-child { width: 8rem; } .figures td:first-child { max-width: 8rem; white-space: normal; overflow-wrap: anywhere; } }
 .answers td { overflow-wrap: anywhere; white-space: pre-wrap; }
 .reference { opacity: .75; } .empty { opacity: .5; font-style: italic; }
 img { max-width: 100%; background: white; border-radius: 4px; }
+@media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }
 """
 
 
@@ -111,7 +136,23 @@ def read_run(folder):
     trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
     if is_number(trained) and is_number(total) and trained and total:
         results["trained_share"] = trained / total
-    return {"figures": {**results, **losses(curves)}, "curves": curves, "answers": answers}
+    base, data = trained_on(folder if list_checkpoints(folder) else folder.parent)
+    scored = sorted((place, row["labels"]) for place, row in answers.items())
+    return {
+        "figures": {**results, **losses(curves)},
+        "curves": curves,
+        "answers": answers,
+        "comparable": {"eval": (base, data), "predict": (base, scored)},
+    }
+
+
+def trained_on(folder):
+    """(base model, digest of its training rows) of the run in a folder, "" for what its last checkpoint does not say."""
+    checkpoints = list(list_checkpoints(folder).values())
+    saved = read_sidecar(checkpoints[-1]) if checkpoints else {}
+    training = saved.get("training")
+    rows = training.get("train_rows") if isinstance(training, dict) else ""
+    return str(saved.get("base_fingerprint") or saved.get("base_model") or ""), str(rows or "")
 
 
 def losses(curves):
@@ -152,7 +193,10 @@ def shared_places(runs, limit):
 
 
 def table(runs):
-    """(titles, {name: texts}, {(name, index)} of the best of a column), for columns of which any run has a figure."""
+    """(titles, {name: texts}, {(name, index)} of the best of a column), for columns of which any run has a figure.
+
+    A figure is the best among the runs on one base model and the same rows; alone there it is none.
+    """
     columns = [column for column in COLUMNS if any(is_number(run["figures"].get(column[1])) for run in runs.values())]
     titles = [title for title, *_ in columns]
     texts, best = {name: [] for name in runs}, set()
@@ -161,15 +205,48 @@ def table(runs):
         figures = {name: value for name, value in figures.items() if is_number(value)}
         for name in runs:
             texts[name].append(form.format(figures[name]) if name in figures else "-")
-        finite = [value for value in figures.values() if value == value]
-        if choose and len(finite) > 1:
-            best.update((name, index) for name, value in figures.items() if value == choose(finite))
+        kind = "predict" if key.startswith("predict") else "eval"
+        for group in {str(run["comparable"][kind]) for run in runs.values()} if choose else ():
+            inside = {name: value for name, value in figures.items() if str(runs[name]["comparable"][kind]) == group}
+            finite = [value for value in inside.values() if value == value]
+            if len(finite) > 1:
+                best.update((name, index) for name, value in inside.items() if value == choose(finite))
     return titles, texts, best
 
 
-def text_table(titles, texts):
-    """Lines of a Markdown table, aligned for the terminal."""
+def text_table(titles, texts, columns=None):
+    """Lines of a Markdown table, aligned. One wider than `columns` is turned, so that each run has a column, and divided.
+
+    Names that are too wide even so are cut in the middle.
+    """
     rows = [["run", *titles], *([name, *figures] for name, figures in texts.items())]
+    if columns and width_of(rows) > columns:
+        first = max(map(len, rows[0]))
+        room = max(12, columns - first - 7)
+        runs = [[shortened(row[0], room), *row[1:]] for row in rows[1:]]
+        parts = [[]]
+        for run in runs:
+            if parts[-1] and width_of(turned([rows[0], *parts[-1], run])) > columns:
+                parts.append([])
+            parts[-1].append(run)
+        return "\n\n".join(markdown(turned([rows[0], *part])) for part in parts)
+    return markdown(rows)
+
+
+def turned(rows):
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def width_of(rows):
+    return sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) + 1
+
+
+def shortened(name, length):
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def markdown(rows):
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     lines = [
         f"| {name.ljust(widths[0])} | {' | '.join(map(str.rjust, figures, widths[1:]))} |" for name, *figures in rows
@@ -202,23 +279,28 @@ def page(runs, titles, texts, best, picture, places):
         for index, text in enumerate(map(escape, figures)):
             rows[-1].append(f"<td><b>{text}</b></td>" if (name, index) in best else f"<td>{text}</td>")
     parts = [html_table("figures", ["run", *titles], rows)]
+    if best:
+        parts.append("<p>" + both("Bold: the best among the runs on one base model and the same rows.") + "</p>")
     if picture:
         data = base64.b64encode(picture).decode()
-        parts.append(f'<h2>Losses</h2>\n<img alt="Losses over the steps" src="data:image/png;base64,{data}">')
+        parts.append(f'<h2>{both("Losses")}</h2>\n<img alt="Losses over the steps" src="data:image/png;base64,{data}">')
     if places:
         answered = {name: run["answers"] for name, run in runs.items() if run["answers"]}
         rows = []
         for dataset, row in places:
-            reference = next(iter(answered.values()))[dataset, row]["labels"]
-            rows.append([f"<td>{escape(f'{dataset} {row}'.strip())}</td>", answer_cell(reference, "reference")])
+            found = [answers[dataset, row] for answers in answered.values()]
+            prompt = next((each["prompt"] for each in found if isinstance(each.get("prompt"), str)), "")
+            place = f"<td>{escape(f'{dataset} {row}'.strip())}<small>{escape(prompt)}</small></td>"
+            rows.append([place, answer_cell(found[0]["labels"], "reference")])
             rows[-1] += [answer_cell(answers[dataset, row]["predict"]) for answers in answered.values()]
-        parts.append(f"<h2>Answers</h2>\n{html_table('answers', ['row', 'reference', *answered], rows)}")
+        texts = html_table("answers", ["row and prompt", "reference", *answered], rows)
+        parts.append(f"<h2>{both('Answers')}</h2>\n{texts}")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{len(runs)} runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{len(runs)} runs side by side</h1>\n"
+        f"<title>{len(runs)} runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{len(runs)} {both('runs side by side')}</h1>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
@@ -231,9 +313,14 @@ def escape(text):
 
 def html_table(kind, titles, rows):
     """A table of rows of cells, which are HTML; the titles are text."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    head = "".join(f"<th>{both(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
     return f'<div class="wide"><table class="{kind}">\n<tr>{head}</tr>\n{body}</table></div>'
+
+
+def both(text):
+    """A text of the page in English and, where it is one of its own, in Chinese."""
+    return escape(text) + (f' <span lang="zh">{CHINESE[text]}</span>' if text in CHINESE else "")
 
 
 def answer_cell(text, kind=""):
@@ -247,7 +334,7 @@ def main(argv):
     names = short_names(args.runs)
     runs = {name: read_run(folder) for name, folder in zip(names, args.runs, strict=True)}
     titles, texts, best = table(runs)
-    print(text_table(titles, texts))
+    print(text_table(titles, texts, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     places = shared_places(runs, args.rows)
     counts = {name: len(run["answers"]) for name, run in runs.items() if run["answers"]}
     if len(set(counts.values())) > 1 or (counts and args.rows and not places):

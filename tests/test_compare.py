@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SAMPLE
 from support.runs import TRAIN_SETTINGS, run
+from support.terminal import run_in_terminal, screen
 
 import compare
 from training.run_log import RunLog
@@ -158,6 +159,9 @@ def test_predictions_inside_a_run_show_its_losses(tmp_path, capsys):
     )
 
 
+ROW = "row and prompt 序号和输入"
+
+
 class Page(html.parser.HTMLParser):
     """Tags with their attributes, and the text of each table cell."""
 
@@ -184,9 +188,9 @@ def test_the_page_shows_answers_to_the_same_rows_side_by_side(tmp_path):
     write_run(tmp_path / "a", 8, answers=[(1, "a one"), (2, "a two"), (3, "")])
     write_run(tmp_path / "b", 8, answers=[(3, "b three"), (2, "b two")])
     page = Page(run_compare(tmp_path, tmp_path / "a", tmp_path / "b"))
-    start = page.cells.index("row")
+    start = page.cells.index(ROW)
     assert page.cells[start:] == [
-        *("row", "reference", "a", "b"),
+        *(ROW, "reference 参考回答", "a", "b"),
         *("2", "label 2", "a two", "b two"),
         *("3", "label 3", "(nothing)", "b three"),
     ]
@@ -195,8 +199,8 @@ def test_the_page_shows_answers_to_the_same_rows_side_by_side(tmp_path):
 def test_sample_rows_are_spread_over_all(tmp_path):
     write_run(tmp_path / "a", answers=[(row, "x") for row in range(1, 101)])
     page = Page(run_compare(tmp_path, tmp_path / "a", "--rows", "4"))
-    assert page.cells[page.cells.index("row") + 3 :: 3] == ["1", "26", "51", "76"]
-    assert "row" not in Page(run_compare(tmp_path, tmp_path / "a", "--rows", "0")).cells
+    assert page.cells[page.cells.index(ROW) + 3 :: 3] == ["1", "26", "51", "76"]
+    assert ROW not in Page(run_compare(tmp_path, tmp_path / "a", "--rows", "0")).cells
 
 
 def test_text_of_runs_is_shown_and_never_interpreted_and_nothing_is_loaded(tmp_path):
@@ -205,7 +209,7 @@ def test_text_of_runs_is_shown_and_never_interpreted_and_nothing_is_loaded(tmp_p
     text = run_compare(tmp_path, tmp_path / "a<b>&")
     page = Page(text)
     assert evil in page.cells and "a<b>&" in page.cells
-    kinds = "html head meta title style body h1 h2 div table tr th td b img".split()
+    kinds = "html head meta title style body h1 h2 div table tr th td b img p small span".split()
     assert {tag for tag, _ in page.tags} <= set(kinds)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     addresses = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
@@ -219,6 +223,56 @@ def test_the_best_figures_stand_out(tmp_path):
     text = run_compare(tmp_path, *(tmp_path / name for name in "abc"))
     assert text.count("<b>9.00</b>") == 2 and "<b>8.00" not in text
     assert not (tmp_path / "out" / "comparison.png").exists()
+
+
+def remember(folder, base="base", rows="rows"):
+    """Write what a run's checkpoint remembers of its base model and its training rows."""
+    checkpoint = folder / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    (checkpoint / "ptuning.json").write_text(json.dumps({"base_fingerprint": base, "training": {"train_rows": rows}}))
+
+
+def test_a_figure_stands_out_among_runs_on_one_base_and_the_same_rows_only(tmp_path):
+    for name, bleu, base, answers in (
+        ("a", 1, "x", [1]),
+        ("b", 2, "x", [1]),
+        ("c", 3, "y", [1]),
+        ("d", 4, "x", [1, 2]),
+    ):
+        write_run(tmp_path / name, bleu, answers=[(row, "text") for row in answers])
+        remember(tmp_path / name, base, rows=name)
+    text = run_compare(tmp_path, *(tmp_path / name for name in "abcd"))
+    assert text.count("<b>") == 1 and "<b>2.00</b>" in text
+    assert "Bold: the best among the runs on one base model and the same rows." in text
+    assert "Bold" not in run_compare(tmp_path, tmp_path / "a")
+
+
+def test_the_page_shows_the_prompt_beside_the_answers_and_escapes_it(tmp_path):
+    write_run(tmp_path / "a", 8)
+    line = {"labels": "l", "predict": "p", "prompt": "<b>q", "row": 5}
+    (tmp_path / "a" / "generated_predictions.txt").write_text(json.dumps(line))
+    text = run_compare(tmp_path, tmp_path / "a")
+    page = Page(text)
+    assert page.cells[page.cells.index(ROW) + 3 :] == ["5<b>q", "l", "p"] and "<b>q" not in text
+
+
+def test_the_table_fits_a_terminal(tmp_path):
+    for name in "abcde":
+        write_run(tmp_path / f"a-run-with-a-name-of-{name}", 8, train_samples_per_second=48.9)
+    words = [sys.executable, "ptuning/compare.py", *(str(path) for path in sorted(tmp_path.iterdir()))]
+    status, written = run_in_terminal([*words, "--output_dir", str(tmp_path / "out")])
+    lines = [line for line in screen(written) if line.startswith("|")]
+    assert status == 0 and max(map(len, lines)) <= 110
+    assert [cells(line)[0] for line in lines[:3]] == ["run", "-" * 17, "steps"]
+    assert (
+        cells(lines[0])[1] == "a-run-with-a-name-of-a" and len(lines) == 2 * 9
+    )  # two parts: the runs do not fit beside
+
+
+def test_a_name_too_wide_for_the_terminal_is_cut_in_the_middle():
+    shown = compare.text_table(["steps", "training loss"], {"a" * 50 + "b" * 50: ["1", "2"]}, columns=60)
+    assert max(map(len, shown.splitlines())) <= 60 and "aaa…bbb" in shown
 
 
 def test_runs_on_different_rows_are_told(tmp_path, capsys):

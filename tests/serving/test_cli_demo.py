@@ -77,6 +77,15 @@ def test_the_prefix_is_switched_off_and_on_and_checkpoints_by_number(talk, serve
     assert "There is no model 'checkpoint-7'; there are checkpoint-10, checkpoint-20, checkpoint-30" in output
 
 
+@pytest.mark.parametrize("word", ["help", "?", "？"])
+def test_help_lists_the_commands_and_the_checkpoints_of_the_run(word, server):
+    shown = cli_demo.Terminal(server, GREEDY).command(word)
+    assert shown.startswith(cli_demo.HELP)
+    assert shown.endswith(
+        "Here there are: checkpoint-10, checkpoint-20, checkpoint-30, base. Answering: checkpoint-30."
+    )
+
+
 def test_without_a_prefix_none_can_be_switched_on():
     server = open_server("--model_name_or_path", TINY)
     try:

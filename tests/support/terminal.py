@@ -15,6 +15,8 @@ def run_in_terminal(command, columns=110, cwd=ROOT, **environment):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**os.environ, "WANDB_MODE": "disabled", "LC_ALL": "C.UTF-8", "TERM": "xterm", **environment}
+    for name in ("COLUMNS", "LINES"):  # they would count more than the terminal's own size
+        environment.pop(name, None)
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env=environment, start_new_session=True
     ) as process:
