@@ -69,8 +69,8 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align
 .figures td + td, .figures th + th { text-align: right; font-variant-numeric: tabular-nums; }
 .answers { table-layout: fixed; min-width: 50rem; } .answers th:first-child { width: 12rem; }
 th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; z-index: 1; }
-td small { display: block; opacity: .75; } span[lang] { font-weight: normal; opacity: .75; }
-@media (max-width: 40rem) { .answers th:first-child { width: 8rem; } .figures td:first-child { max-width: 8rem; white-space: normal; overflow-wrap: anywhere; } }
+td small { display: block; opacity: .75; } span[lang] { font-weight: normal; opacity: .75; } th span[lang] { display: block; }
+@media (max-width: 40rem) { .answers th:first-child { width: 8rem; } .figures td:first-child { min-width: 5rem; max-width: 8rem; white-space: normal; overflow-wrap: anywhere; } }
 .answers td { overflow-wrap: anywhere; white-space: pre-wrap; }
 .reference { opacity: .75; } .empty { opacity: .5; font-style: italic; }
 img { max-width: 100%; background: white; border-radius: 4px; }
