@@ -29,8 +29,9 @@ ENGINE=${ENGINE-}                          # full only, divides weights and opti
 CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-$FINETUNING_TYPE-$LR} # name of the run: output/$CHECKPOINT
 with_prefix=                               # empty: no prefix
 
-evaluate_with=evaluate_finetune.sh
+evaluate_with=evaluate_finetune.sh          # what the end of a run names
 
+check_model_and_data "$(data_file train)" "$(data_file dev)"
 case $ENGINE in
   fsdp) engine=(--fsdp "full_shard auto_wrap") ;;
   deepspeed) engine=(--deepspeed ptuning/deepspeed.json) ;;

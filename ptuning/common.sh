@@ -73,6 +73,7 @@ check_run() {
 # Columns and lengths of the official scripts, where the run's checkpoints do not remember theirs.
 defaults_of_official_checkpoint() {
   if ! compgen -G "output/$CHECKPOINT/checkpoint-*/ptuning.json" >/dev/null; then
+    [ "$MODEL" != ptuning/tiny ] || official_length=64
     PROMPT_COLUMN=${PROMPT_COLUMN:-content}
     RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
     MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-$official_length}

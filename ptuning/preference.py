@@ -158,7 +158,8 @@ def main(model_args, data_args, training_args, notes):
         trainer.save_metrics("eval", metrics)
     if data.prompts:
         write_scores(trainer, data.prompts["predict"][0], collate)
-    trainer.close()
+    trainer.run_log.end_training()
+    close_reports(trainer)
 
 
 # ---------------------------------------------------------------------- what main() leaves to functions

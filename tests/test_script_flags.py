@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -18,7 +19,7 @@ DATA_FOLDERS = ("AdvertiseGen", "AdvertiseGen/sample", "data", "my rows")
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """A copy of the scripts, with programs that print their words, and data files that nothing reads."""
+    """A copy of the scripts, with programs that print their words, data files that nothing reads, and the runs named here."""
     folder = tmp_path_factory.mktemp("the project")
     shutil.copytree(ROOT / "ptuning", folder / "ptuning", ignore=shutil.ignore_patterns("__pycache__", "*.bin"))
     for file in ROOT.glob("*.sh"):
@@ -29,6 +30,8 @@ def scripts(tmp_path_factory):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in ("train.json", "dev.json"):
             (folder / name / file).write_text("")
+    for run in re.findall(r"output/[\w./-]+", Path(__file__).read_text("utf-8")):
+        (folder / run).mkdir(parents=True, exist_ok=True)
     return folder
 
 
