@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from alignment.swapping import trained_weights
 from arguments import parse_flags
 from checkpoints.weight_files import read_tensors
 from first_look import look_at_demo, look_at_run
+from training.results import describe_end
 
 COMPARED = ("loss", "margin", "accuracy", "eval_loss", "eval_margin", "eval_accuracy")
 STAGES = [("rm", method) for method in METHODS] + [("dpo", "prefix"), ("dpo", "lora"), ("dpo", "int4 prefix")]
@@ -169,6 +171,15 @@ def test_two_processes_train_evaluate_and_score_as_one(files, monkeypatch, tmp_p
         found.append(lines)
     assert len(found[0]) > 20
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
+
+
+def test_the_end_of_a_reward_model_says_how_to_score_and_names_no_demo():
+    state = SimpleNamespace(global_step=4, best_global_step=4, log_history=[])
+    for stage, talks in (("rm", False), ("dpo", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("training.results.describe_checkpoints", lambda *_: "Best.")
+            text = describe_end(state, SimpleNamespace(output_dir="run", plot_loss=False, stage=stage), "dev.json")
+        assert ("--stage rm --do_predict" in text, "web_demo.py" in text) == (not talks, talks)
 
 
 # ---- refusals

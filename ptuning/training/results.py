@@ -66,12 +66,13 @@ def write_metrics(folder: Path, split: str, metrics: dict, combined: bool, say):
 def describe_end(state, args, dev_file: str | None) -> str:
     """Where the result of training is, and the commands to paste next; four lines at most."""
     folder = args.output_dir
-    commands = next_commands(folder)
+    scores = getattr(args, "stage", "sft") == "rm"  # a reward model gives no answers
+    commands = {} if scores else next_commands(folder)
     if not commands:
         test_file = as_typed(str(dev_file)) if dev_file else "FILE"
         trained, out = f"--ptuning_checkpoint {as_typed(folder)}", f"--output_dir {as_typed(folder)}"
         commands = {
-            "evaluate": f"python ptuning/main.py --do_predict --test_file {test_file} {trained} {out}",
+            "evaluate": f"python ptuning/main.py{' --stage rm' * scores} --do_predict --test_file {test_file} {trained} {out}",
             "talk": f"python ptuning/web_demo.py {trained}",
         }
     plot = Path(folder) / PLOT_FILE
@@ -79,6 +80,6 @@ def describe_end(state, args, dev_file: str | None) -> str:
         describe_checkpoints(state, folder),
         f"Picture of the losses: {plot}" if args.plot_loss and plot.is_file() else "",
         f"Evaluate it: {commands['evaluate']}",
-        f"Talk to it: {commands['talk']}",
+        "" if scores else f"Talk to it: {commands['talk']}",
     ]
     return "\n".join(filter(None, lines)) if lines[0] else ""

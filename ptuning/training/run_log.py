@@ -61,6 +61,8 @@ class RunLog(TrainerCallback):
     because a run that is refused leaves no folder behind.
     """
 
+    file = None  # without training
+
     def __init__(self, say=print, also=()):
         self.say, self.phases = say, {}
         self.also = [*also, *(f"eval_{name}" for name in also)]
