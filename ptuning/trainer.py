@@ -509,7 +509,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 rows=[rows[index] for index in mine],
                 seed=self.args.seed,
                 temperature=config.temperature if config.do_sample else 0.0,
-                top_p=config.top_p,
+                top_p=config.top_p if config.do_sample else 1.0,
                 progress=self.progress.advance,
             )
         self.progress.end()

@@ -19,8 +19,9 @@ from torch import nn
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder
 from checkpoints.sidecar import read_sidecar
+from checkpoints.ways import SWAPPED
 from tuning.lora import adapter_layers, add_adapter, read_adapter
-from tuning.methods import read_settings
+from tuning.methods import METHODS, read_settings
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def load_beside(model: nn.Module, checkpoint: Path | str, name: str = "reward", 
             "trained on this base."
         )
     kind = settings["finetuning_type"]
-    if kind == "p_tuning":
+    if METHODS[kind].beside_model:
         config = copy.copy(model.config)
         config.pre_seq_len, config.prefix_projection = settings["pre_seq_len"], settings["prefix_projection"]
         encoder = PrefixEncoder(config)
         fill_prefix_encoder(encoder, checkpoint)
         return Adaptation(encoder.to(model.device).eval().requires_grad_(False))
-    if kind != "lora":
-        raise ValueError(f"{checkpoint} was trained with --finetuning_type {kind}; expected p_tuning or lora.")
+    if kind not in SWAPPED:
+        raise ValueError(f"{checkpoint} was trained with --finetuning_type {kind}; expected {' or '.join(SWAPPED)}.")
     earlier = [str(folder) for folder in settings["checkpoints"][:-1]]
     if earlier != [str(Path(folder).resolve()) for folder in merged]:
         raise ValueError(

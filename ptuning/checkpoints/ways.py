@@ -22,12 +22,13 @@ class Rules:
     weights: str = ""  # why integer weights ({} is int4 or int8) do not train like this; "" where they do
     only_while_training: bool = False  # when they do not train, integer weights can be used with it
     files: tuple[str, ...] = ()  # those that tell a checkpoint of it that has no sidecar
+    swaps: bool = False  # a frozen base takes it in and out, as --stage rm, dpo and ppo do
     needs_base: bool = False  # its sidecar or its files say that a folder is no base model; a prefix's keys say it
 
 
 # In the order of the choices of --finetuning_type; the first is the default.
 RULES = {
-    "p_tuning": Rules(flags=("pre_seq_len", "prefix_projection"), needs_prefix=True, official=True),
+    "p_tuning": Rules(flags=("pre_seq_len", "prefix_projection"), needs_prefix=True, official=True, swaps=True),
     "full": Rules(
         shards=True,
         weights="trains the weights themselves, and {} weights cannot be trained",
@@ -39,12 +40,16 @@ RULES = {
         needs_base=True,
     ),
     "lora": Rules(
-        flags=("lora_rank", "lora_alpha", "lora_dropout", "lora_target"), files=ADAPTER_FILES, needs_base=True
+        flags=("lora_rank", "lora_alpha", "lora_dropout", "lora_target"),
+        files=ADAPTER_FILES,
+        swaps=True,
+        needs_base=True,
     ),
     "none": Rules(trains=False, official=True),
 }
 DEFAULT_METHOD = next(iter(RULES))
 METHOD_FLAGS = {flag: name for name, rules in RULES.items() for flag in rules.flags}  # {flag: the way that reads it}
+SWAPPED = [name for name, rules in RULES.items() if rules.swaps]
 TRAINED = [name for name, rules in RULES.items() if rules.trains]  # those that write checkpoints
 # What holds with --stage, a flag of ChatGLM-Efficient-Tuning, where neither another flag nor a checkpoint decides.
 EFFICIENT_TUNING = {"finetuning_type": "lora", "max_source_length": 512, "max_target_length": 512}

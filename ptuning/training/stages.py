@@ -6,7 +6,7 @@ prompts, whose answers a reward model scores.
 
 from __future__ import annotations
 
-from checkpoints.ways import default_method
+from checkpoints.ways import SWAPPED, default_method
 
 OWN_FLAGS = {  # {flag: the stage that reads it}
     **dict.fromkeys(("dpo_beta", "dpo_label_smoothing", "dpo_cache"), "dpo"),
@@ -18,7 +18,6 @@ FIGURES = {
     "dpo": ("accuracy", "margin", "reward_chosen", "reward_rejected"),
     "ppo": ("reward", "kl", "entropy", "answer_length"),
 }
-METHODS_OF_PREFERENCES = ("p_tuning", "lora")
 WITHOUT = {  # flags of answers, {name: its value that changes nothing}
     "eval_with_generate": False,
     "label_smoothing_factor": 0.0,
@@ -53,10 +52,10 @@ def check_stage(model_args, data_args, training_args) -> None:
     if stage == "sft":
         return
     method = model_args.finetuning_type or default_method(model_args.stage)
-    if method not in METHODS_OF_PREFERENCES:
+    if method not in SWAPPED:
         raise ValueError(
             f"--stage {stage} trains a prefix or an adapter on a frozen base; --finetuning_type {method} is neither. Give "
-            f"--finetuning_type {' or '.join(METHODS_OF_PREFERENCES)}."
+            f"--finetuning_type {' or '.join(SWAPPED)}."
         )
     for name, nothing in WITHOUT.items():
         if getattr(training_args, name) != nothing:
