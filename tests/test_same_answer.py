@@ -18,6 +18,7 @@ import api_demo
 import cli_demo
 import export_model
 import web_demo
+from serving.markdown import as_markdown
 from serving.server import Sampling
 
 GREEDY = Sampling(max_new_tokens=900, temperature=0)
@@ -106,7 +107,7 @@ def through_page(asked, request):
     turns.append(("visitor0", asked.after))  # who has asked the question of the history
     for session, (question, answer) in turns:
         told = ask_over_http(url, session, question, max_length=900)
-        assert told[-1]["output"]["data"][1][-1]["content"][0]["text"] == web_demo.as_markdown(answer)
+        assert told[-1]["output"]["data"][1][-1]["content"][0]["text"] == as_markdown(answer)
 
 
 def through_load_py(asked, request):
