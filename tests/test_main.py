@@ -228,7 +228,7 @@ def predicted(trained, tmp_path_factory):
 
 def test_predictions_are_one_json_object_a_line_with_the_row_they_answer(predicted):
     lines = predictions(predicted)
-    assert [set(line) for line in lines] == [{"labels", "predict", "row"}] * 10
+    assert [set(line) for line in lines] == [{"labels", "predict", "row", "prompt"}] * 10
     assert [line["row"] for line in lines] == list(range(1, 11))
     first = json.loads((SAMPLE / "dev.json").read_text("utf-8").splitlines()[0])
     assert first["summary"].startswith(lines[0]["labels"])

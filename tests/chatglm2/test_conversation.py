@@ -85,6 +85,7 @@ def server(model, tokenizer):
     made = ChatServer.__new__(ChatServer)
     made.model, made.tokenizer, made.default = model, tokenizer, "base"
     made._prefixes, made._source_prefixes = {"base": []}, {"base": ""}
+    made.given_source_prefix = None
     return made
 
 

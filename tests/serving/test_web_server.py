@@ -316,7 +316,7 @@ def test_without_a_model_or_a_run_the_script_ends_with_one_message(tmp_path):
     process = web_demo_sh(MODEL="tiny", CHECKPOINT="no-such-run", HOST="127.0.0.1", PORT=free_port())
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2
-    assert "error: --ptuning_checkpoint output/no-such-run: there is no" in output and "Traceback" not in output
+    assert "error: there is no run output/no-such-run" in output and "Traceback" not in output
 
 
 def test_the_script_looks_where_train_sh_wrote():

@@ -311,11 +311,13 @@ def test_processes_whose_launcher_is_killed_save_and_end(words, tmp_path):
     with open(tmp_path / "output.txt", "w+") as output:
         launcher = subprocess.Popen(list(map(str, command)), stdout=output, stderr=output, env=environment)
         until = time.monotonic() + 120
-        while "'loss'" not in (tmp_path / "output.txt").read_text():
-            assert time.monotonic() < until and launcher.poll() is None, (tmp_path / "output.txt").read_text()[-2000:]
-            time.sleep(0.2)
-        processes = psutil.Process(launcher.pid).children(recursive=True)
-        launcher.kill()
+        try:
+            while "  loss " not in (printed := (tmp_path / "output.txt").read_text()):
+                assert time.monotonic() < until and launcher.poll() is None, printed[-2000:]
+                time.sleep(0.2)
+            processes = psutil.Process(launcher.pid).children(recursive=True)
+        finally:
+            launcher.kill()
         launcher.wait()
         _, alive = psutil.wait_procs(processes, timeout=60)
     for process in alive:

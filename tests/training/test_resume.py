@@ -474,7 +474,7 @@ def stopped(command, number, group, log):
             env={**os.environ, "OMP_NUM_THREADS": "1", "MODEL": "tiny", "NUM_GPUS": "2", "BATCH_SIZE": "2"},
         )
     try:
-        while "'loss'" not in log.read_text() and program.poll() is None:
+        while "  loss " not in log.read_text() and program.poll() is None:
             time.sleep(0.1)
         (os.killpg if group else os.kill)(program.pid, number)
         return program.wait(timeout=120), log.read_text()

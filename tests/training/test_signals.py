@@ -43,7 +43,7 @@ def test_a_run_that_was_started_deaf_goes_on_after_ctrl_c_and_saves_by_sigterm(w
 
     def wait_for_steps(count):
         until = time.monotonic() + 300
-        while log.read_text().count("'loss'") < count:
+        while log.read_text().count("  loss ") < count:
             assert time.monotonic() < until and running.poll() is None, log.read_text()[-2000:]
             time.sleep(0.1)
 
@@ -54,7 +54,7 @@ def test_a_run_that_was_started_deaf_goes_on_after_ctrl_c_and_saves_by_sigterm(w
         wait_for_steps(1)
         for number in (signal.SIGINT, signal.SIGHUP):
             os.killpg(running.pid, number)
-        wait_for_steps(log.read_text().count("'loss'") + 2)
+        wait_for_steps(log.read_text().count("  loss ") + 2)
         running.terminate()
         assert running.wait(timeout=200) == 143, log.read_text()[-2000:]
     finally:
