@@ -57,10 +57,10 @@ def test_an_output_folder_that_may_not_be_written_is_refused(forks, trained, her
 
 # As a user starts them: the command, what it is given, what the message says.
 PROCESSES = [
-    ("an empty batch", "bash train.sh", {"BATCH_SIZE": "0"}, "--per_device_train_batch_size 0"),
+    ("an empty batch", "bash train.sh", {"BATCH_SIZE": "0"}, "BATCH_SIZE=0: expected"),
     ("processes of text", "bash train.sh", {"NUM_GPUS": "some"}, "NUM_GPUS=some"),
-    ("a run that is not there", "bash evaluate.sh", {"CHECKPOINT": "no-such-run", "STEP": "99"}, "no-such-run/checkpoint-99"),
-    ("a port of text", "bash web_demo.sh", {"PORT": "http"}, "--server_port"),
+    ("a run that is not there", "bash evaluate.sh", {"CHECKPOINT": "no-such-run", "STEP": "99"}, "there is no run output/no-such-run"),
+    ("a port of text", "python ptuning/web_demo.py --model_name_or_path ptuning/tiny --server_port http", {}, "--server_port"),
     ("a hub that does not answer", "python ptuning/main.py --do_predict --test_file AdvertiseGen/sample/dev.json "
      "--prompt_column content --response_column summary --model_name_or_path THUDM/chatglm2-6b --output_dir {output}",
      {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}, "HF_ENDPOINT"),

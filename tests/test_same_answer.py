@@ -19,6 +19,7 @@ import cli_demo
 import export_model
 import web_demo
 from serving.markdown import as_markdown
+from serving.page_kept import empty
 from serving.server import Sampling
 
 GREEDY = Sampling(max_new_tokens=900, temperature=0)
@@ -103,10 +104,9 @@ def through_official_api(asked, request):
 
 def through_page(asked, request):
     url = request.getfixturevalue("page")
-    turns = [(f"visitor{number}", turn) for number, turn in enumerate(asked.alone)]
-    turns.append(("visitor0", asked.after))  # who has asked the question of the history
-    for session, (question, answer) in turns:
-        told = ask_over_http(url, session, question, max_length=900)
+    for number, (history, (question, answer)) in enumerate(conversations(asked)):
+        kept = {**empty(), "tuned": [list(turn) for turn in history]}
+        told = ask_over_http(url, f"visitor{number}", question, max_length=900, kept=kept)
         assert told[-1]["output"]["data"][1][-1]["content"][0]["text"] == as_markdown(answer)
 
 

@@ -27,11 +27,11 @@ def url(server):
     blocks.close(verbose=False)
 
 
-def ask_over_http(url, session, prompt, mode="tuned", checkpoint="checkpoint-30", max_length=24):
-    """Send a message as the page does; the messages that the page is sent back."""
+def ask_over_http(url, session, prompt, mode="tuned", checkpoint="checkpoint-30", max_length=24, kept=None):
+    """Send a message as a page does that has `kept` a conversation; the messages that the page is sent back."""
     handlers = json.loads(request(url, "GET", "/config")[1])["dependencies"]
     respond = next(handler["id"] for handler in handlers if handler["api_name"] == "respond")
-    data = [prompt, None, mode, checkpoint, max_length, 0.8, 0]
+    data = [prompt, kept, mode, checkpoint, max_length, 0.8, 0]
     body = json.dumps({"data": data, "fn_index": respond, "session_hash": session}).encode()
     headers = {"content-type": "application/json"}
     urllib.request.urlopen(urllib.request.Request(f"{url}/gradio_api/queue/join", body, headers), timeout=60).read()

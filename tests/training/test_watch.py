@@ -138,7 +138,7 @@ def test_a_bad_loss_on_one_process_stops_all_with_one_message(tmp_path):
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "error: Training stopped at step 2: the loss is inf.\n  gradient norm " in done.stderr
     rows = done.stderr.split("  rows ")[1].split(" of the")[0].split(", ")
-    assert len(rows) == 2  # the batch of process 1 alone
+    assert len(rows) == 4  # two batches of process 1 alone, which are computed at once
     assert "Traceback" not in done.stderr
 
 
