@@ -42,7 +42,6 @@ from training.resume import begin_run, describe_differences, prepare_run, releas
 from training.schedule import describe_steps
 from training.signals import describe_stop
 from training.stages import check_stage_of_run
-from training.watch import describe_checkpoints
 from tuning.methods import find_trained
 from tuning.session import check_base, open_base, resolve_session
 
@@ -146,10 +145,7 @@ def main(model_args, data_args, training_args, notes):
         result = trainer.train(resume_from_checkpoint=resume_from)
         if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
             write_training_results(trainer, model, result.metrics, len(data.train))
-            if stage == "rm":  # it scores, and answers nothing
-                say(describe_checkpoints(trainer.state, training_args.output_dir))
-            else:
-                say(describe_end(trainer.state, training_args, data_args.validation_file))
+            say(describe_end(trainer.state, training_args, data_args.validation_file))
         if trainer.stop.agreed:
             close_reports(trainer)
             leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
