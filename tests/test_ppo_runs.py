@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY
-from support.pairs import METHODS, TRAIN, run, write_pairs
+from support.pairs import METHODS, TRAIN, figures, run, write_pairs
 
 import alignment.ppo_trainer
 import preference
@@ -57,13 +57,6 @@ def runs(tmp_path_factory, files, reward_models):
             settings = {**PPO, **files, **METHODS[kind], "reward_model": reward_models[reward], "output_dir": folder}
             done[kind] = folder, run(patch, settings), passes
     return done
-
-
-def figures(folder):
-    """The lines of trainer_log.jsonl without their times, and without those that say what phase begins."""
-    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    times = ("elapsed_time", "remaining_time")
-    return [{name: line[name] for name in line if name not in times} for line in lines if "phase" not in line]
 
 
 def weights_of(trainer):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SAMPLE
-from support.pairs import METHODS, TRAIN, pair_rows, run, write_pairs
+from support.pairs import METHODS, TRAIN, figures, pair_rows, run, write_pairs
 from support.resuming import flip_bit
 from support.runs import flags
 
@@ -49,13 +49,6 @@ def runs(tmp_path_factory, files):
 
 def read(file):
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def figures(folder):
-    """The lines of trainer_log.jsonl without their times, and without those that say what phase begins."""
-    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    times = ("elapsed_time", "remaining_time")
-    return [{name: line[name] for name in line if name not in times} for line in lines if "phase" not in line]
 
 
 def states(trainer):

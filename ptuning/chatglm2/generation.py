@@ -303,8 +303,8 @@ def answer_prompts(
 ):
     """Token ids of the answer to each of `prompts` (token ids), the end token included, in their order.
 
-    `max_length` tokens at most are prompt and answer together, `max_answer` the answer. The first `num_known` ids of the vocabulary are the
-    tokens that may be chosen. At most `batch_size` rows are computed at once. `rows` names each prompt: with `seed`
+    `max_length` tokens at most are prompt and answer together, `max_answer` the answer. The first `num_known` ids of the
+    vocabulary are the tokens that may be chosen. At most `batch_size` rows are computed at once. `rows` names each prompt: with `seed`
     it decides what is sampled; `temperature` 0 is greedy, `top_p` None draws any token as likely as the model says.
     `progress()` is called for every finished row.
     """

@@ -51,6 +51,13 @@ METHODS = {
 }
 
 
+def figures(folder):
+    """The lines of trainer_log.jsonl without their times, and without those that say what phase begins."""
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    times = ("elapsed_time", "remaining_time")
+    return [{name: line[name] for name in line if name not in times} for line in lines if "phase" not in line]
+
+
 def run(monkeypatch, settings, **more):
     """main() in this process; the trainer that it used."""
     words = []
