@@ -6,6 +6,7 @@ import time
 
 import pytest
 from support.browser import (  # noqa: F401, fixtures
+    answer_begins,
     ask,
     browser,
     choose_mode,
@@ -41,7 +42,7 @@ def test_tokens_arrive_before_the_answer_ends_and_stop_ends_it(visit, server):
     server.endless, server.delay = True, 0.05
     page = visit()
     send(page, QUERIES[0])
-    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(".{4}", re.DOTALL))
+    answer_begins(page)
     first = last_answer(page)
     expect(page.locator("#left .bot.message")).to_contain_text(re.compile(f".{{{len(first) + 4}}}", re.DOTALL))
     assert page.is_visible("#stop") and page.is_hidden("#submit") and page.is_disabled("#mode input[value=base]")
@@ -175,14 +176,14 @@ def test_a_reload_or_a_closed_page_frees_its_place(visit, server):
     server.endless, server.delay = True, 0.05
     page = visit()
     send(page, QUERIES[0])
-    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(".{4}", re.DOTALL))
+    answer_begins(page)
     page.reload()
     page.wait_for_selector("#message textarea")
     wait_for(lambda: server.load() == (0, 0))
     assert page.locator("#left .bot.message").count() == 0
     expect(page.locator("#message textarea")).to_have_value(QUERIES[0])  # asked, but not answered to the end
     send(page, QUERIES[0])
-    expect(page.locator("#left .bot.message")).to_contain_text(re.compile(".{4}", re.DOTALL))
+    answer_begins(page)
     page.close()
     wait_for(lambda: server.load() == (0, 0))
 

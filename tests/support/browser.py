@@ -70,6 +70,11 @@ def ask(page, text):
     return last_answer(page)
 
 
+def answer_begins(page):
+    """Wait for the answer's own first words; those shown while it waits are fewer than four Chinese characters."""
+    expect(page.locator("#left .bot.message").last).to_contain_text(re.compile("[\u4e00-\u9fff]{4}"))
+
+
 def finished(page):
     """Wait until the answers have ended and are shown."""
     answers = page.locator("#left .bot.message")
