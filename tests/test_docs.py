@@ -186,16 +186,15 @@ def test_every_variable_of_the_scripts_has_a_meaning(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/python.md", "docs/python_zh.md"])
-def test_the_examples_of_the_python_page_run(page, tmp_path):
-    prefix, many, loop, automatic, *elsewhere = (
-        block.split("\n", 1)[1].removesuffix("```") for block in split_blocks((ROOT / page).read_text("utf-8"))[1]
-    )
+@pytest.mark.parametrize("language", ["", "_zh"])
+def test_the_examples_of_the_python_pages_run(language, tmp_path):
+    prefix, many, automatic = code_blocks(f"docs/python{language}.md")
+    loop, *elsewhere = code_blocks(f"docs/libraries{language}.md")
     (tmp_path / "ptuning").symlink_to(ROOT / "ptuning")
     trained = re.search('"(output/adgen[^"]*)"', prefix)[1]  # what a run would have left there
     (tmp_path / trained).parent.mkdir(parents=True)
     program = "\n".join(
-        (loop, f"import os; os.rename('output/my-prefix', '{trained}')", prefix, many, automatic, *elsewhere)
+        (loop, f"import os; os.rename('output/my-prefix', '{trained}')", *elsewhere, prefix, many, automatic)
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -203,6 +202,15 @@ def test_the_examples_of_the_python_page_run(page, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 6  # an answer with the prefix, two together, one without, two by the others
+
+
+def code_blocks(page):
+    return [block.split("\n", 1)[1].removesuffix("```") for block in split_blocks((ROOT / page).read_text("utf-8"))[1]]
+
+
+@pytest.mark.parametrize("page", ["docs/python.md", "docs/python_zh.md"])
+def test_the_python_page_is_short(page):
+    assert len((ROOT / page).read_text("utf-8").splitlines()) <= 60
 
 
 # ---------------------------------------------------------------------- links and names of files
