@@ -72,7 +72,7 @@ th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; 
 td small { display: block; opacity: .75; } span[lang] { font-weight: normal; opacity: .75; } th span[lang] { display: block; }
 @media (max-width: 40rem) { .answers th:first-child { width: 8rem; } .figures td:first-child { min-width: 5rem; max-width: 8rem; white-space: normal; overflow-wrap: anywhere; } }
 .answers td { overflow-wrap: anywhere; white-space: pre-wrap; }
-.reference { opacity: .75; } .empty { opacity: .5; font-style: italic; }
+.reference { opacity: .75; } .empty { opacity: .75; font-style: italic; }
 img { max-width: 100%; background: white; border-radius: 4px; }
 @media (prefers-color-scheme: dark) { img { filter: invert(.9) hue-rotate(180deg); } }
 """
@@ -300,9 +300,9 @@ def page(runs, titles, texts, best, picture, places):
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{len(runs)} runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{len(runs)} {both('runs side by side')}</h1>\n"
+        f"<title>{len(runs)} runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{len(runs)} {both('runs side by side')}</h1>\n"
         + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+        + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -315,7 +315,10 @@ def html_table(kind, titles, rows):
     """A table of rows of cells, which are HTML; the titles are text."""
     head = "".join(f"<th>{both(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
-    return f'<div class="wide"><table class="{kind}">\n<tr>{head}</tr>\n{body}</table></div>'
+    return (  # a region that scrolls can be reached by keys
+        f'<div class="wide" role="region" aria-label="{kind}" tabindex="0"><table class="{kind}">\n'
+        f"<tr>{head}</tr>\n{body}</table></div>"
+    )
 
 
 def both(text):

@@ -3,12 +3,14 @@
 import base64
 import html.parser
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SAMPLE
+from support.browser import browser, faults, screenshot  # noqa: F401, fixture
 from support.runs import TRAIN_SETTINGS, run
 from support.terminal import run_in_terminal, screen
 
@@ -196,6 +198,37 @@ def test_the_page_shows_answers_to_the_same_rows_side_by_side(tmp_path):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme, size", [("light", (1280, 800)), ("dark", (390, 844))])
+def test_the_page_keeps_its_first_column_in_sight_follows_the_theme_and_keeps_nobody_out(
+    browser, tmp_path, scheme, size
+):
+    for name, bleu in (("adgen-tiny-pt-32", 8), ("adgen-tiny-lora-8", 9)):
+        folder = write_run(tmp_path / name, bleu, answers=[(1, "这条裙子，面料很舒适。" * 6), (2, "")])
+        edit_rows(folder / "generated_predictions.txt", prompt="类型#裙*颜色#白色")
+    run_compare(tmp_path, tmp_path / "adgen-tiny-pt-32", tmp_path / "adgen-tiny-lora-8")
+    context = browser.new_context(color_scheme=scheme, viewport={"width": size[0], "height": size[1]})
+    page = context.new_page()
+    page.goto((tmp_path / "out" / "comparison.html").as_uri())
+    screenshot(page, f"compare-{scheme}-{size[0]}")
+    assert faults(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    for table in (".figures", ".answers"):
+        page.locator(table).evaluate("table => table.parentElement.scrollLeft = 10000")
+        first = page.locator(f"{table} tr:nth-child(2) td").first.bounding_box()
+        assert 0 <= first["x"] < size[0] / 4, table
+    assert "类型#裙*颜色#白色" in page.locator(".answers tr:nth-child(2) td").first.inner_text()
+    background = page.evaluate("getComputedStyle(document.querySelector('td')).backgroundColor")
+    assert (min(map(int, re.findall(r"\d+", background)[:3])) > 200) == (scheme == "light")
+    assert {"Losses", "曲线"} <= set(page.locator("h2").first.inner_text().split())
+    context.close()
+
+
+def edit_rows(file, **more):
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    file.write_text("".join(json.dumps({**row, **more}) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_sample_rows_are_spread_over_all(tmp_path):
     write_run(tmp_path / "a", answers=[(row, "x") for row in range(1, 101)])
     page = Page(run_compare(tmp_path, tmp_path / "a", "--rows", "4"))
@@ -209,7 +242,7 @@ def test_text_of_runs_is_shown_and_never_interpreted_and_nothing_is_loaded(tmp_p
     text = run_compare(tmp_path, tmp_path / "a<b>&")
     page = Page(text)
     assert evil in page.cells and "a<b>&" in page.cells
-    kinds = "html head meta title style body h1 h2 div table tr th td b img p small span".split()
+    kinds = "html head meta title style body main h1 h2 div table tr th td b img p small span".split()
     assert {tag for tag, _ in page.tags} <= set(kinds)
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     addresses = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]

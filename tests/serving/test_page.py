@@ -9,6 +9,7 @@ from support.browser import (  # noqa: F401, fixtures
     ask,
     browser,
     choose_mode,
+    faults,
     finished,
     last_answer,
     make_greedy,
@@ -29,7 +30,6 @@ from serving.page_kept import FeedbackFile
 from serving.page_words import TEXTS
 
 with contextlib.suppress(ImportError):  # the fixture `browser` says so
-    from axe_playwright_python.sync_playwright import Axe
     from playwright.sync_api import expect
 
 pytestmark = pytest.mark.slow
@@ -46,12 +46,6 @@ def opened(server, **how):
         yield blocks
     finally:
         blocks.close(verbose=False)
-
-
-def faults(page):
-    """What axe-core finds: [(how grave, rule, the first element)]."""
-    found = Axe().run(page).response["violations"]
-    return [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in found]
 
 
 def box(page):

@@ -10,7 +10,8 @@ from conftest import ROOT
 from support.over_http import wait_for
 
 with contextlib.suppress(ImportError):  # the fixture `browser` says so
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect, sync_playwright  # isort: skip
+    from axe_playwright_python.sync_playwright import Axe
 
 ARTIFACTS = ROOT / "tests" / "artifacts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -108,6 +109,12 @@ def choose_mode(page, mode):
 def screenshot(page, name):
     ARTIFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTIFACTS / f"{name}.png")
+
+
+def faults(page):
+    """What axe-core finds: [(how grave, rule, the first element)]."""
+    found = Axe().run(page).response["violations"]
+    return [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in found]
 
 
 def contrast(page, selector):
