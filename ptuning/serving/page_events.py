@@ -4,6 +4,7 @@ Answers to `predict` of the official `web_demo.py`, which knows one model and on
 """
 
 import html
+import logging
 import threading
 import time
 from itertools import zip_longest
@@ -119,9 +120,12 @@ class Page:
                 kept = new = yield from self.answer(request, asked, new, answers, is_last=not left, **how)
                 if any(answer.finish_reason in CUT_SHORT for answer in answers.values()):
                     break
-        except (ValueError, OSError, Busy) as error:
-            status = as_status([self.explain(error, words)], "error")
+        except Exception as error:  # whatever it is, the buttons come back
+            foreseen = isinstance(error, (ValueError, OSError, Busy))
+            status = as_status([self.explain(error if foreseen else type(error).__name__, words)], "error")
             yield self.update(draft or None, self.columns(kept, mode, words), status, {**kept, "draft": draft}, False)
+            if not foreseen:
+                logging.getLogger(__name__).exception("An answer of the page failed.")
         finally:  # also where the page was closed
             self.cancel(answers)
             self.running.pop(session, None)

@@ -206,6 +206,19 @@ def test_a_server_that_went_keeps_the_conversation_and_is_taken_up_again(visit, 
         expect(box(page)).to_have_value(QUERIES[1])
 
 
+def test_a_fault_of_ours_is_said_and_gives_the_buttons_back(visit, server, monkeypatch):
+    page = visit()
+    with monkeypatch.context() as broken:
+        broken.setattr(server, "submit", lambda *_, **__: 1 / 0)
+        send(page, QUERIES[0])
+        expect(page.locator("#status [role=alert]")).to_contain_text("ZeroDivisionError")
+        expect(page.locator("#submit")).to_be_visible()
+        expect(page.locator("#stop")).to_be_hidden()
+        expect(box(page)).to_have_value(QUERIES[0])
+    page.locator("#submit").click()
+    finished(page)
+
+
 # ---- what it looks like
 
 
