@@ -15,6 +15,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SAMPLE
+from support.pairs import write_pairs
 from support.resuming import RUN, flip_bit, names
 from support.runs import flags
 
@@ -103,10 +104,10 @@ def tensors_of(folder):
     return tensors
 
 
-def assert_same_end(run, whole):
+def assert_same_end(run, whole, steps=12):
     """Same log and, bit for bit, same weights and optimizer state."""
     assert log_of(run) == log_of(whole)
-    found, expected = (tensors_of(folder / "checkpoint-12") for folder in (run, whole))
+    found, expected = (tensors_of(folder / f"checkpoint-{steps}") for folder in (run, whole))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -161,6 +162,35 @@ def test_a_run_stopped_twice_ends_like_one_never_stopped(more, run, whole, tmp_p
     statuses, output = run(tmp_path, **more)
     assert statuses == [0] * processes, output
     assert_same_end(tmp_path, whole(**{name: value for name, value in more.items() if "resume" not in name}))
+
+
+@pytest.fixture(scope="module")
+def pairs(run, tmp_path_factory):
+    """{stage: the flags that it needs beside those of RUN}"""
+    folder = tmp_path_factory.mktemp("pairs")
+    files = {"train_file": write_pairs(folder / "train.json", 18), "response_column": None}
+    common = {**files, "max_steps": 6, "save_steps": 3, "resume_from_checkpoint": "last"}
+    statuses, output = run(folder / "rm", **{**common, "max_steps": 2}, stage="rm")
+    assert statuses == [0], output
+    ppo = {"reward_model": folder / "rm", "ppo_epochs": 2}
+    return {"rm": common, "dpo": {**common, "dpo_cache": True}, "ppo": {**common, **ppo}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rm", "dpo", "ppo"])
+def test_a_stage_on_preferences_stopped_and_killed_ends_like_one_never_stopped(stage, run, pairs, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    more = {**pairs[stage], "stage": stage}
+    statuses, output = run(whole, **more)
+    assert statuses == [0], output
+    statuses, output = run(stopped, before=signals(signal.SIGTERM, 2), **more)
+    assert statuses == [143], output
+    assert output.count("stopped after step 2 of 6;") == 1
+    statuses, output = run(stopped, before=signals(signal.SIGKILL, 5), **more)
+    assert statuses == [-signal.SIGKILL] and "checkpoint-2 at step 2" in output, output
+    statuses, output = run(stopped, **more)
+    assert statuses == [0] and "checkpoint-3 at step 3" in output, output
+    assert_same_end(stopped, whole, steps=6)
 
 
 # What fp16 on a GPU brings with it: gradients scaled by a factor that grows every 3 steps.
