@@ -180,6 +180,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     if "stage" in given and "pre_seq_len" in given:  # which ChatGLM-Efficient-Tuning's old default would refuse
         given.setdefault("finetuning_type", "p_tuning")
     chosen = {title: {name: given[name] for name in group if name in given} for title, group in flags.items()}
+    if str(given.get("general_file")).lower() in ("none", ""):
+        chosen["training"].pop("general_file", None)
     for group in chosen.values():
         group.update({name: seen_from_caller(group[name]) for name in READ if name in group})
     model_args, data_args = ModelArguments(**chosen["model"]), DataTrainingArguments(**chosen["data"])

@@ -19,6 +19,7 @@ from checkpoints.ways import DEFAULT_METHOD, RULES
 from common.files import read_json
 from common.processes import check_port
 from data.examples import COLUMNS, look_at_file
+from data.general import look_at_general
 from data.preferences import look_at_pairs
 from data.sources import FILES, source_of
 from families import local_folder, read_base_settings
@@ -154,4 +155,6 @@ def look_at_data(data_args, given: dict, trains: bool) -> dict:
                 found[file] = look_at_pairs(file, columns, single=split == "predict")
             else:
                 found[file] = look_at_file(file, columns, answers or split == "predict" or stage == "ppo")
+    if trains and (file := given.get("general_file")):
+        found[file] = look_at_general(file, data_args)
     return found

@@ -36,7 +36,7 @@ from data.batches import collate_prediction, collate_training
 from data.description import describe_training
 from data.splits import check_data, check_fits, read_splits
 from evaluation.prediction import describe_prompts, dev_scores, predict, predict_with_each
-from trainer import PrefixTrainer
+from forgetting.trainer import GeneralTrainer, open_general
 from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
 from training.progress import say_above_bar
@@ -87,6 +87,7 @@ def main():
         if data_args.check_data:
             return check_data(data_args, training_args, tokenizer, config.seq_length, say)
         data = read_splits(data_args, training_args, tokenizer, say)
+        general = open_general(session, data_args, training_args, tokenizer, config.seq_length, say)
     for rows in filter(None, (data.train, data.dev)):
         check_fits(rows, config.seq_length, data_args)
     longest = sum(session.limits.values()) + 1  # tokens of prompt and answer together
@@ -117,21 +118,17 @@ def main():
     # ------------------------------------------------------------------ 6. Trainer
     # Only now: what is refused leaves no folder behind.
     record = begin_run(training_args, data_args, data.train, session.quantization_bit) if trains else None
-    padding = {"pad_token_id": tokenizer.pad_token_id}
-    labels = {"label_pad_id": -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id}
-    if training_args.precision == "official":
-        labels |= {"multiple_of": 1, "min_length": longest}
     generation = answer_settings(data_args, training_args, longest, config.seq_length)
-    trainer = PrefixTrainer(
+    trainer = GeneralTrainer(
         model=model,
         args=training_args,
         train_dataset=data.train,
         eval_dataset=data.dev,
         processing_class=tokenizer,
-        data_collator=partial(collate_training, **padding, **labels),
-        collate_prediction=partial(collate_prediction, **padding),
+        **collators(data_args, training_args, tokenizer, longest),
         generation_config=generation_config(tokenizer, config, **generation),
         sidecar=session.sidecar(model.fingerprint, engine=engine, training=record),
+        general=general,
         say=say,
     )
     trainer.run_log.phases = phases
@@ -170,6 +167,18 @@ def main():
 
 
 # ---------------------------------------------------------------------- what main() leaves to functions
+
+
+def collators(data_args, training_args, tokenizer, longest):
+    """What makes batches of rows, as arguments of a trainer; `longest` tokens has a row of the official recipe."""
+    padding = {"pad_token_id": tokenizer.pad_token_id}
+    labels = {"label_pad_id": -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id}
+    if training_args.precision == "official":
+        labels |= {"multiple_of": 1, "min_length": longest}
+    return {
+        "data_collator": partial(collate_training, **padding, **labels),
+        "collate_prediction": partial(collate_prediction, **padding),
+    }
 
 
 def answer_settings(data_args, training_args, longest, most):

@@ -12,6 +12,7 @@ FLOORS = (
     ("main", "web_demo", "cli_demo", "api_demo", "export_model", "compare", "launch"),
     ("preference",),
     ("serving",),
+    ("forgetting",),
     ("alignment",),
     ("trainer",),
     ("first_look",),

@@ -9,7 +9,7 @@ from checkpoints.file_names import FINETUNING_FILE
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import short_json
-from common.values import is_count
+from common.values import is_count, is_number
 
 SIDECAR_FILE = "ptuning.json"
 TELLING_FILES = (SIDECAR_FILE, FINETUNING_FILE)  # of the way in which a checkpoint was trained
@@ -18,6 +18,7 @@ SIDECAR_KINDS = {
     **dict.fromkeys(("source_prefix", "query_separator", "base_fingerprint", "engine", "stage"), str),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
     "train_on_history": bool,
+    **dict.fromkeys(("drift", "same_answers"), float),
     "training": dict,
     "merged_checkpoints": list,
 }
@@ -25,6 +26,7 @@ KIND_NAMES = {
     str: "text",
     bool: "true or false",
     int: "a positive integer",
+    float: "a number",
     dict: "an object",
     list: "a list of folders",
 }
@@ -53,6 +55,8 @@ def check_sidecar(settings: dict, file: Path | str) -> None:
     for name, kind in SIDECAR_KINDS.items():
         value = settings.get(name)
         fits = is_count(value, 1) if kind is int else isinstance(value, kind)
+        if kind is float:
+            fits = is_number(value)
         if kind is list and fits:
             fits = all(isinstance(item, str) for item in value)
         if value is not None and not fits:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 CALLED_FROM = "PTUNING_CALLED_FROM"  # the folder in which the user started train.sh; set by common.sh
 READ = (  # flags that name a file or folder to read
-    "model_name_or_path ptuning_checkpoint reward_model train_file validation_file test_file dataset_dir "
+    "model_name_or_path ptuning_checkpoint reward_model general_file train_file validation_file test_file dataset_dir "
     "resume_from_checkpoint deepspeed fsdp_config accelerator_config"
 ).split()
 

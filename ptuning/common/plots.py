@@ -34,13 +34,18 @@ def picture_of(figure) -> bytes:
 
 
 def plot_loss(log_history: list[dict], file) -> None:
-    """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`."""
+    """Draw the training loss, and the dev loss where there is one, over the steps of a `trainer_state.json`; the drift has
+    an axis of its own on the right."""
     figure, (axes,) = new_figure(7, 4)
     lines = {
         label: [(entry["step"], entry[key]) for entry in log_history if key in entry]
         for key, label in (("loss", "training loss"), ("eval_loss", "dev loss"))
     }
     draw_lines(axes, lines, xlabel="step", ylabel="loss (nats per token)")
+    if drift := [(entry["step"], entry["drift"]) for entry in log_history if "drift" in entry]:
+        other = axes.twinx()
+        draw_lines(other, {"training loss": [], "dev loss": [], "drift": drift}, ylabel="drift (nats per token)")
+        other.grid(visible=False)
     write_bytes(file, picture_of(figure))
 
 

@@ -10,11 +10,19 @@ import json
 import shutil
 from pathlib import Path
 
+from common.failure import going_on_without
 from common.files import file_sha256, write_text
 from common.messages import silent
 
 FOLDER = "chatglm2-ptuning"  # in the cache of datasets
 LIST_FILE = "files.json"  # of an entry, written last
+
+
+def folder_of(key: str) -> Path:
+    """Where the entry that `key` names is."""
+    import datasets.config
+
+    return Path(datasets.config.HF_DATASETS_CACHE, FOLDER, hashlib.sha256(key.encode()).hexdigest()[:32])
 
 
 def cached(key: str, build, *, what: str, overwrite: bool = False, say=silent):
@@ -23,10 +31,9 @@ def cached(key: str, build, *, what: str, overwrite: bool = False, say=silent):
     A damaged entry is removed and built again, which `say` gets one line about; `what` says what that does. An
     unfinished one, or any with `overwrite`, is built again without a word. One process at a time builds.
     """
-    import datasets.config
     from filelock import FileLock
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE, FOLDER, hashlib.sha256(key.encode()).hexdigest()[:32])
+    folder = folder_of(key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         finished, damage = inspect_entry(folder)
@@ -75,3 +82,31 @@ def remove_entry(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
+
+
+# ---- values
+
+VALUE_FILE = "value.json"  # of an entry that keep() has written
+
+
+def find_kept(key: str, say=silent):
+    """The value that keep() was given under `key`, None where there is none that is whole."""
+    folder = folder_of(key)
+    finished, damage = inspect_entry(folder)
+    if damage:
+        say(f"The cache {folder} is damaged ({damage}): it is made again.")
+    return json.loads((folder / VALUE_FILE).read_bytes()) if finished and not damage else None
+
+
+def keep(key: str, value, say=silent) -> None:
+    """Keep a value of JSON under `key` for later runs. A disk that is full is said, and no error."""
+    from filelock import FileLock
+
+    folder = folder_of(key)
+    with going_on_without(folder, say):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            remove_entry(folder)
+            folder.mkdir()
+            write_text(folder / VALUE_FILE, json.dumps(value))
+            write_text(folder / LIST_FILE, json.dumps(checksums_of(folder)))

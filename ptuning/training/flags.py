@@ -36,6 +36,10 @@ class TrainingArguments:
     )
     # Off, or one NaN would be logged as a loss of 0.0.
     logging_nan_inf_filter: bool = declare("Leave NaN losses out of the log (hides a failed run).", default=False)
+    general_file: str | None = declare(
+        "General prompts, one a row, answers not needed: at the start and at every save the run logs how far the model has "
+        "moved from its base on them (drift), and how many it still answers as its base does. none: do not measure."
+    )
     stage: Literal["sft", "rm", "dpo", "ppo"] = declare(
         "What is trained for: sft: to give the answers of the rows; rm: a reward model, from pairs of answers; dpo: to "
         "prefer the chosen answer of each pair; ppo: to please a reward model.",

@@ -52,14 +52,14 @@ class ShownProgress(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if not self.trains or "train_loss" in logs:  # whose figures the table at the end has
             return
-        shown = {"loss": "loss", "eval_loss": "dev"}
+        shown = {"loss": "loss", "eval_loss": "dev", "drift": "drift"}
         self.figures.update({shown[key]: f"{logs[key]:.3f}" for key in shown if key in logs})
         if "learning_rate" in logs:
             self.figures["lr"] = f"{logs['learning_rate']:.2e}"
         scores = {key: value for key, value in logs.items() if key.startswith("eval_") and not key.endswith(NO_SCORES)}
         if scores:
             self.tell("  ".join(f"{key.removeprefix('eval_')} {value:.2f}" for key, value in scores.items()))
-        elif not self.bar or "eval_loss" in logs:
+        elif not self.bar or "eval_loss" in logs or "drift" in logs:
             self.tell(self.line(state, without=("lr",)))
         self.show_step(state)
 
@@ -70,7 +70,7 @@ class ShownProgress(TrainerCallback):
     def line(self, state, without=()):
         """ "step 40/200  loss 0.603  dev 0.580  lr 1.60e-02  12 s gone, 48 s left"."""
         gone = time.monotonic() - self.started
-        names = [name for name in ("loss", "dev", "lr") if name in self.figures and name not in without]
+        names = [name for name in ("loss", "dev", "drift", "lr") if name in self.figures and name not in without]
         figures = "".join(f"  {name} {self.figures[name]}" for name in names)
         times = times_of(gone, state.global_step - self.first_step, state.max_steps - state.global_step)
         return f"step {state.global_step}/{state.max_steps}{figures}  {times}"

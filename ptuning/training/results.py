@@ -10,6 +10,7 @@ from common.quoting import as_typed
 from common.script_words import next_commands
 from common.slowness import slow_because
 from training.memory import count_weights, peak_memory_gb
+from training.run_log import DRIFT_FIGURES
 from training.watch import describe_checkpoints
 
 PLOT_FILE = "training_loss.png"  # in a run's folder
@@ -32,6 +33,7 @@ def write_training_results(trainer, model, metrics: dict, num_rows: int):
     """Complete and show the metrics of training on `num_rows` rows; write them, trainer_state.json and the plot."""
     args = trainer.args
     metrics.update(count_trainable(model), train_samples=num_rows, **slow_because())
+    metrics.update(last_drift(trainer.state.log_history))
     metrics["train_peak_memory_gb"] = round(peak_memory_gb(args.device), 3)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -41,6 +43,23 @@ def write_training_results(trainer, model, metrics: dict, num_rows: int):
         trainer.say(f"Drawing {PLOT_FILE} …")
         with going_on_without(plot, trainer.say):
             plot_loss(trainer.state.log_history, plot)
+
+
+def last_drift(log_history: list[dict]) -> dict[str, float]:
+    """The figures of what is forgotten that a run has logged last; {} of a run that measures none."""
+    logged = [entry for entry in log_history if "drift" in entry]
+    return {name: logged[-1][name] for name in DRIFT_FIGURES} if logged else {}
+
+
+def describe_drift(log_history: list[dict]) -> str:
+    """One line on what is forgotten, in words; empty for a run that measures nothing."""
+    if not (figures := last_drift(log_history)):
+        return ""
+    return (
+        f"Forgetting: drift {figures['drift']:.3f}. On general prompts the tuned model finds each token of its base's own "
+        f"answers less likely by so many nats (0: nothing has changed); {figures['same_answers']:.0%} of its answers are "
+        "still the base's, word for word."
+    )
 
 
 def write_missing_results(trainer, model, checkpoint: str, num_rows: int):
@@ -64,7 +83,7 @@ def write_metrics(folder: Path, split: str, metrics: dict, combined: bool, say):
 
 
 def describe_end(state, args, dev_file: str | None) -> str:
-    """Where the result of training is, and the commands to paste next; four lines at most."""
+    """Where the result of training is, and the commands to paste next; five lines at most."""
     folder = args.output_dir
     scores = getattr(args, "stage", "sft") == "rm"  # a reward model gives no answers
     commands = {} if scores else next_commands(folder)
@@ -79,6 +98,7 @@ def describe_end(state, args, dev_file: str | None) -> str:
     lines = [
         describe_checkpoints(state, folder),
         f"Picture of the losses: {plot}" if args.plot_loss and plot.is_file() else "",
+        describe_drift(state.log_history),
         f"Evaluate it: {commands['evaluate']}",
         "" if scores else f"Talk to it: {commands['talk']}",
     ]

@@ -21,6 +21,7 @@ from common.files import write_text
 from common.messages import clock, silent
 
 LOG_FILE = "trainer_log.jsonl"
+DRIFT_FIGURES = ("drift", "same_answers")  # logged of general prompts, in lines of their own; see forgetting/
 GUARDED = (
     "on_epoch_begin on_epoch_end on_step_begin on_step_end on_log on_evaluate on_predict on_save on_train_end"
 ).split()
@@ -65,7 +66,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, say=print, also=()):
         self.say, self.phases = say, {}
-        self.also = [*also, *(f"eval_{name}" for name in also)]
+        self.also = [*also, *(f"eval_{name}" for name in also), *DRIFT_FIGURES]
         self.writes = False  # from when training begins until the end is logged, on the first process
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -103,7 +104,7 @@ class RunLog(TrainerCallback):
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
                     if entry["current_steps"] <= step and "phase" not in entry:
-                        self.written.add((entry["current_steps"], entry["loss"] is None))
+                        self.written.add((entry["current_steps"], kind_of(entry)))
                         kept.append(line + "\n")
         return kept
 
@@ -113,7 +114,7 @@ class RunLog(TrainerCallback):
         self.end("stopped early: the loss had been rising" if early else "finished")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        event = state.global_step, "loss" not in logs  # a training loss, or figures of dev rows
+        event = state.global_step, kind_of(logs)
         if not self.writes or event in self.written or not {"loss", "eval_loss", *self.also} & logs.keys():
             return
         self.written.add(event)
@@ -164,6 +165,11 @@ class RunLog(TrainerCallback):
             except OSError:
                 self.said = True
                 raise
+
+
+def kind_of(entry: dict) -> str:
+    """What an entry of the log is about: the loss of a step, the drift, or dev rows."""
+    return "loss" if entry.get("loss") is not None else "drift" if "drift" in entry else "dev"
 
 
 def append(file, text):

@@ -22,6 +22,7 @@ WITHOUT = {  # flags of answers, {name: its value that changes nothing}
     "eval_with_generate": False,
     "label_smoothing_factor": 0.0,
     "precision": "auto",
+    "general_file": None,
 }
 
 

@@ -38,13 +38,13 @@ def run(monkeypatch, settings, **more):
         words += [] if value is None else [f"--{name}", str(value)]
     used = []
 
-    class Trainer(main.PrefixTrainer):
+    class Trainer(main.GeneralTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             used.append(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", *words])
-        patch.setattr(main, "PrefixTrainer", Trainer)
+        patch.setattr(main, "GeneralTrainer", Trainer)
         main.main()
     return used[0]
