@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from chatglm2.bits import check_quantization_bit
-from checkpoints.ways import EFFICIENT_TUNING, RULES, default_method
+from checkpoints.ways import EFFICIENT_TUNING, RULES, SWAPPED, default_method
 from common.failure import refuse
 from common.flags import (
     YAML_ENDS,
@@ -276,6 +276,7 @@ def check(model_args, data_args, training_args):
             "--quantize_output_layer is for answers; its loss would not be the model's. Leave it out in training."
         )
     check_precision(training_args)
+    check_keeping(model_args, training_args)
     for name, reason in UNSUPPORTED.items():
         if getattr(training_args, name) not in (None, False):
             raise ValueError(f"--{name} {reason} Leave it out.")
@@ -308,6 +309,28 @@ def check_precision(training_args):
         raise ValueError(
             f"--precision official and --{halves[0]} contradict each other: the official recipe is float16 weights "
             f"without loss scaling. Leave one of the two out."
+        )
+
+
+def check_keeping(model_args, training_args):
+    """ValueError where --keep_base has no prompts, or no base that it could keep."""
+    keeps, method = training_args.keep_base, model_args.finetuning_type or default_method(model_args.stage)
+    if not keeps:
+        return
+    if not training_args.general_file:
+        raise ValueError(
+            f"--keep_base {keeps:g} needs --general_file, rows with general prompts; answers are not needed."
+        )
+    if training_args.precision == "official":
+        raise ValueError(
+            "--precision official and --keep_base contradict each other: the official loss is that of the rows alone. "
+            "Leave one of the two out."
+        )
+    if method not in SWAPPED:
+        raise ValueError(
+            f"--keep_base {keeps:g}: --finetuning_type {method} changes the base's own weights, and its answers with them. Give "
+            f"--finetuning_type {' or '.join(SWAPPED)}, or leave --keep_base out and mix general rows with answers into the "
+            "training rows (--dataset a,b)."
         )
 
 

@@ -206,9 +206,10 @@ RANGES = {
         "prefix_dropout lora_dropout adam_beta1 adam_beta2".split(),
         (lambda value: 0 <= value < 1, "from 0 up to, but not, 1"),
     ),
+    "keep_base_rows": (lambda value: 0 < value <= 8, "a number above 0, at most 8"),
     **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1")),
     **dict.fromkeys(
-        "warmup_steps weight_decay max_grad_norm adam_epsilon preprocessing_num_workers dataloader_num_workers".split(),
+        "keep_base warmup_steps weight_decay max_grad_norm adam_epsilon preprocessing_num_workers dataloader_num_workers".split(),
         at_least(0),
     ),
     **dict.fromkeys(

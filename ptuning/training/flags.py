@@ -40,6 +40,14 @@ class TrainingArguments:
         "General prompts, one a row, answers not needed: at the start and at every save the run logs how far the model has "
         "moved from its base on them (drift), and how many it still answers as its base does. none: do not measure."
     )
+    keep_base: float = declare(
+        "Weight of general prompts that every step learns with the base's own answers, so that less is forgotten; 0: off. "
+        "The prompts are those of --general_file that are not measured.",
+        default=0.0,
+    )
+    keep_base_rows: float = declare(
+        "keep_base: how many general rows a step has, for each of its own rows.", default=0.5
+    )
     stage: Literal["sft", "rm", "dpo", "ppo"] = declare(
         "What is trained for: sft: to give the answers of the rows; rm: a reward model, from pairs of answers; dpo: to "
         "prefer the chosen answer of each pair; ppo: to please a reward model.",

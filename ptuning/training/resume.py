@@ -179,7 +179,11 @@ COMPARED = {
     "quantization_bit": "the frozen model is another one",
     "train_file": "",
     "train_rows": "the rows, or how they are cut, have changed",
+    "keep_base": "",
+    "keep_base_rows": "other general rows come into a step",
+    "general_file": "other general rows come into a step",
 }
+OF_KEEPING = ("keep_base", "keep_base_rows", "general_file")  # remembered where a run keeps its base's answers only
 
 
 def training_record(training_args, train_file: str | None, train_rows: str, quantization_bit: int | None) -> dict:
@@ -196,7 +200,8 @@ def training_record(training_args, train_file: str | None, train_rows: str, quan
     }
     rows, accumulated = training_args.given_batches
     record |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
-    others = {name: getattr(training_args, name) for name in COMPARED if name not in record}
+    left = {*record, *(() if training_args.keep_base else OF_KEEPING)}
+    others = {name: getattr(training_args, name) for name in COMPARED if name not in left}
     return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
 
 
@@ -211,8 +216,8 @@ def describe_differences(before: dict, now: dict) -> str:
     """One line that names what differs between two training_records and what comes of it; empty if nothing does."""
     changed = []
     for name, consequence in COMPARED.items():
-        if name in before and before[name] != now[name]:
-            shown = "" if name == "train_rows" else f" {str(before[name])[:200]} -> {now[name]}"
+        if name in before and before[name] != now.get(name):
+            shown = "" if name == "train_rows" else f" {str(before[name])[:200]} -> {now.get(name, 'none')}"
             changed.append(f"{name}{shown}{f' ({consequence})' if consequence else ''}")
     return f"Not as in the checkpoint's run: {'; '.join(changed)}." if changed else ""
 

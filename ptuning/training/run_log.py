@@ -66,7 +66,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, say=print, also=()):
         self.say, self.phases = say, {}
-        self.also = [*also, *(f"eval_{name}" for name in also), *DRIFT_FIGURES]
+        self.also = [*also, *(f"eval_{name}" for name in also), *DRIFT_FIGURES, "keep_loss"]
         self.writes = False  # from when training begins until the end is logged, on the first process
 
     def on_train_begin(self, args, state, control, **kwargs):

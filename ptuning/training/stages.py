@@ -23,6 +23,7 @@ WITHOUT = {  # flags of answers, {name: its value that changes nothing}
     "label_smoothing_factor": 0.0,
     "precision": "auto",
     "general_file": None,
+    "keep_base": 0.0,
 }
 
 
