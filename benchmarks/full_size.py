@@ -37,6 +37,7 @@ from data.examples import load_examples
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {
     "model_type": "chatglm",
+    "model_family": "chatglm2",
     "add_bias_linear": False,
     "add_qkv_bias": True,
     "ffn_hidden_size": 13696,

@@ -36,6 +36,7 @@ from common.flags_of_2023 import RENAMED, RETIRED, translate_flags
 from common.paths import READ, seen_from_caller
 from common.quoting import as_typed
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
+from families import SUPPORTED
 from training.flags import TrainingArguments
 from training.saving import check_saving
 from training.stages import check_own_flags, check_stage
@@ -46,6 +47,9 @@ from tuning.rules import LORA_TARGETS, check_method
 class ModelArguments:
     model_name_or_path: str | None = declare(
         "Base model: folder in the official ChatGLM2 layout, or hub id (THUDM/chatglm2-6b)."
+    )
+    model_family: Literal["chatglm2", "codegeex2"] = declare(
+        "Which model the base is, where its files leave it open. Read from a given checkpoint."
     )
     ptuning_checkpoint: str | None = declare(
         "What was trained: checkpoint folder, of these or of the official scripts; or a run's folder, for its best "
@@ -390,6 +394,7 @@ def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
         help="What was trained: a checkpoint folder, or a run (its best one, or else the last); several LoRA adapters "
         "with commas.",
     )
+    parser.add_argument("--model_family", choices=SUPPORTED, help="Where the base model's files leave it open.")
     parser.add_argument("--finetuning_type", choices=list(RULES), help="Not needed: read from the checkpoint.")
     parser.add_argument("--cache_dir", help="Folder for models downloaded from the hub.")
     parser.add_argument("--model_revision", help="Branch, tag or commit on the hub.")

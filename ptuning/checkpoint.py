@@ -58,7 +58,7 @@ from checkpoints.weight_files import (
 )
 from common.files import read_json, write_json
 from common.messages import dtype_name, first_line
-from families import local_folder, read_base_settings
+from families import BY_NAME, FAMILY_KEY, Family, local_folder, read_base_settings
 
 # What PEFT's methods adapt where they are not told, other than query_key_value; as in models of the same shape.
 ADAPTED_MODULES = {
@@ -101,20 +101,25 @@ def is_prefix_checkpoint(folder):
     return bool(names) and all(name.startswith(PREFIX_KEY) for name in names)
 
 
-def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
-    """ChatGLMConfig of a base model folder, with fields overridden.
+def read_config(
+    folder: Path | str, model_family: str | None = None, *, remembered: str | None = None, **overrides
+) -> ChatGLMConfig:
+    """The configuration of a base model folder, of its family's class, with fields overridden.
+
+    `model_family` names the family of a folder that does not tell; `remembered` is what a checkpoint names.
 
     Raises FileNotFoundError without config.json, ValueError for a folder of another model or of a prefix.
     """
     folder = Path(folder)
-    settings = read_base_settings(folder)
+    settings = read_json(folder / "config.json")
     if is_prefix_checkpoint(folder):
         raise ValueError(
             f"{folder} holds only a trained prefix (pre_seq_len {settings.get('pre_seq_len')}), not a base model. "
             f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
         )
+    settings, family = read_base_settings(folder, model_family, remembered)
     try:
-        config = ChatGLMConfig(**{**settings, **overrides})
+        config = family.configuration_class(**{**settings, **overrides, FAMILY_KEY: family.name})
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f'torch_dtype is {config.dtype!r}, expected the name of one, such as "float16".')
         return config
@@ -122,6 +127,11 @@ def read_config(folder: Path | str, **overrides) -> ChatGLMConfig:
         raise ValueError(f"{folder / 'config.json'}: {str(error).removeprefix('config.json: ')}") from error
     except Exception as error:  # transformers meets settings of any type with any error
         raise ValueError(f"{folder / 'config.json'} has a setting of a wrong kind ({error}).") from error
+
+
+def family_of(config: ChatGLMConfig) -> Family:
+    """The family of a model with this configuration; one that is not from read_config is ChatGLM2's."""
+    return BY_NAME[config.model_family or "chatglm2"]
 
 
 # ---- the base model
@@ -175,7 +185,7 @@ def load_model(
     config = config or read_config(folder, pre_seq_len=None)
     config.quantization_bit = check_quantization_bit(quantization_bit, config.quantization_bit)
     with torch.device("meta"):
-        model = modeling_chatglm.ChatGLMForConditionalGeneration(config)
+        model = family_of(config).model_class(config)
     if quantize_output_layer:
         prepare_output_layer_(model)
     integers = {f"{name}.weight": m.bits for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -283,7 +293,8 @@ def save_model(
     for name in ("dtype", "pre_seq_len", "prefix_projection"):
         settings.pop(name, None)
     bits = {"quantization_bit": model.config.quantization_bit} if model.config.quantization_bit else {}
-    write_json(folder / "config.json", {**settings, "torch_dtype": dtype_name(dtype), **bits})
+    family = {FAMILY_KEY: model.config.model_family} if model.config.model_family else {}
+    write_json(folder / "config.json", {**settings, "torch_dtype": dtype_name(dtype), **bits, **family})
     for file in (file for pattern in COPIED for file in model.base_folder.glob(pattern)):
         shutil.copy(file, folder)
     return list(split.filename_to_tensors)
@@ -298,7 +309,7 @@ def load_tokenizer(folder: Path | str, config: ChatGLMConfig, source_prefix: str
         if (Path(folder) / name).is_file():
             read_json(Path(folder) / name)
     try:
-        tokenizer = ChatGLMTokenizer.from_pretrained(folder)
+        tokenizer = family_of(config).tokenizer_class.from_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # bytes at random in either file make transformers raise anything
@@ -452,19 +463,24 @@ def load_pretrained(
     output_loading_info=False,
     revision=None,
     cache_dir=None,
+    model_family=None,
     **settings,
 ):
     """load_model's model of a folder or hub id; `settings` are fields of the configuration, such as pre_seq_len.
 
     `dtype` is by default, and with "auto", the one that config.json names, else the stored one. With a prefix all but
-    the prefix is frozen, as in the official constructor; else every float weight trains. `device_map` is a device, a
+    the prefix is frozen, as in the official constructor; else every float weight trains. `model_family` is as in read_config. `device_map` is a device, a
     dictionary of modules, or "auto". The configuration that is given is not changed.
     """
     settings = {name: value for name, value in settings.items() if name not in IGNORED}
     folder = resolve_folder(str(name_or_path), revision, cache_dir)
-    own_config = read_config(folder) if config is None or (folder / "config.json").is_file() else None
+    own_config = None
+    if config is None or (folder / "config.json").is_file():
+        own_config = read_config(folder, model_family or getattr(config, FAMILY_KEY, None))
     check_settings(settings)
     config = copy.deepcopy(config or own_config)
+    if own_config is not None:  # AutoConfig knows one class for all of this type
+        config = type(own_config)(**{**config.to_dict(), FAMILY_KEY: own_config.model_family})
     for name, value in settings.items():
         setattr(config, name, value)
     config = type(config)(**config.to_dict())  # checked once more

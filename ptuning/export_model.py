@@ -83,7 +83,7 @@ def main(argv):
     for line in (*args.notes, *damaged):
         print(line)
     # --quantization_bit is about what is written: the session has the bits that the checkpoint was trained on
-    given = {name: getattr(args, name) for name in ("model_name_or_path", "finetuning_type")}
+    given = {name: getattr(args, name) for name in ("model_name_or_path", "model_family", "finetuning_type")}
     session = resolve_session(given, found)
     if not found or not session.method.beside_model:
         return export_weights(args, session)

@@ -22,7 +22,7 @@ from data.examples import COLUMNS, look_at_file
 from data.general import look_at_general
 from data.preferences import look_at_pairs
 from data.sources import FILES, source_of
-from families import local_folder, read_base_settings
+from families import check_same_family, local_folder, read_base_settings
 from training.stages import reads_pairs
 
 NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
@@ -57,7 +57,9 @@ def check_holds_head(folder: Path, flag: str) -> Path:
     return folder
 
 
-def look_at_base(name_or_path: str | None, checkpoint: Path | None, missing: str = NO_BASE) -> str | None:
+def look_at_base(
+    name_or_path: str | None, checkpoint: Path | None, model_family: str | None = None, missing: str = NO_BASE
+) -> str | None:
     """The base model that flag and checkpoint mean, None where this takes longer to know. Raises where it is none.
 
     `missing` is said where nothing names one.
@@ -69,8 +71,10 @@ def look_at_base(name_or_path: str | None, checkpoint: Path | None, missing: str
     if not base:
         raise ValueError(missing.format(checkpoint=checkpoint))
     if isinstance(base, str) and (folder := local_folder(base)):
-        settings = read_base_settings(folder)
+        remembered = read_sidecar(checkpoint).get("model_family") if checkpoint else None
+        settings, family = read_base_settings(folder, model_family, remembered)
         if checkpoint:
+            check_same_family(checkpoint, base, family)
             check_same_shape(checkpoint, base, settings)
     return base
 
@@ -94,7 +98,7 @@ def check_same_shape(checkpoint: Path, base: str, settings: dict) -> None:
 
 def look_at_model(args) -> None:
     """Check the model that export_model.py is to write. FileNotFoundError and ValueError."""
-    look_at_base(args.model_name_or_path, look_at_checkpoint(args.ptuning_checkpoint), NO_BASE_OF)
+    look_at_base(args.model_name_or_path, look_at_checkpoint(args.ptuning_checkpoint), args.model_family, NO_BASE_OF)
 
 
 def look_at_demo(args) -> None:
@@ -109,7 +113,7 @@ def look_at_demo(args) -> None:
         )
     if args.pre_seq_len and not checkpoint:
         raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
-    look_at_base(args.model_name_or_path, checkpoint)
+    look_at_base(args.model_name_or_path, checkpoint, args.model_family)
 
 
 def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
@@ -127,7 +131,7 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     base = model_args.model_name_or_path
     if base or not resumes:
         missing = f"--model_name_or_path is missing (for ADGEN: {EXAMPLES['model_name_or_path']})."
-        base = look_at_base(base, checkpoint, missing)
+        base = look_at_base(base, checkpoint, model_args.model_family, missing)
     if os.environ.get("RANK", "0") != "0":  # the first process reads the rows, and says what is wrong with them
         return
     files = look_at_data(data_args, given, trains)

@@ -59,6 +59,7 @@ DEFAULTS = {
     "eos_token_id": 2,
     "pad_token_id": 0,
     "tie_word_embeddings": False,
+    "model_family": None,  # which of the models of this type it is; written where this code writes, not official
 }
 
 
@@ -110,6 +111,8 @@ class ChatGLMConfig(PretrainedConfig):
         """The text of a config.json, which has the official settings only."""
         settings = json.loads(super().to_json_string(*args, **kwargs))
         settings.pop("num_key_value_heads", None)
+        if settings.get("model_family") is None:
+            settings.pop("model_family", None)
         return json.dumps(settings, indent=2, sort_keys=True) + "\n"
 
     @classmethod

@@ -35,6 +35,7 @@ BUCKET = 4  # batches that are drawn together and sorted by length, so that litt
 CONFIG = {
     "_name_or_path": "tiny",
     "model_type": "chatglm",
+    "model_family": "chatglm2",
     "architectures": ["ChatGLMModel"],
     "auto_map": {
         "AutoConfig": "configuration_chatglm.ChatGLMConfig",

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from chatglm2.bits import check_quantization_bit
 from chatglm2.configuration_chatglm import ChatGLMConfig
-from checkpoint import read_config, resolve_folder
+from checkpoint import family_of, read_config, resolve_folder
 from checkpoints.ways import EFFICIENT_TUNING, METHOD_FLAGS, default_method
+from families import check_same_family
 from tuning.method import Method
 from tuning.methods import METHODS, read_settings
 
@@ -56,6 +57,7 @@ class Session:
     # open_base and check_base fill in:
     folder: Path | None = None
     config: ChatGLMConfig | None = None
+    model_family: str | None = None  # the flag; then the name of the one it is
     bits: int | None = None  # of the weights that will be used, the folder's own included
 
     @property
@@ -105,6 +107,7 @@ class Session:
             **own,
             **({"engine": engine} if engine else {}),
             "base_model": self.base,
+            "model_family": self.model_family,
             "base_fingerprint": fingerprint,
             **self.data_fields,
             **({"training": training} if training else {}),
@@ -171,6 +174,7 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
         do_train=do_train,
         resumes=resumes,
         resume_adapter=resume_adapter,
+        model_family=given.get("model_family"),
         decided_by={name: decider(flags.get(name), told.get(name)) for name in ("finetuning_type", *holds)},
     )
 
@@ -181,7 +185,11 @@ def open_base(session: Session, *, revision=None, cache_dir=None, weights=True, 
     Without `weights` the hub is asked for configuration and tokenizer only. Raises as resolve_folder and read_config.
     """
     session.folder = resolve_folder(session.base, revision, cache_dir, weights=weights)
-    session.config = read_config(session.folder, **overrides)
+    remembered = session.saved.get("model_family")
+    session.config = read_config(session.folder, session.model_family, remembered=remembered, **overrides)
+    session.model_family = session.config.model_family
+    for checkpoint in [] if session.method.is_complete else session.checkpoints:
+        check_same_family(checkpoint, session.base, family_of(session.config))
     return session.config
 
 

@@ -374,7 +374,7 @@ def test_auto_tokenizer_uses_this_class_and_runs_no_code_of_the_folder(small_fol
     folder = shutil.copytree(small_folder, tmp_path / "folder")
     ChatGLMTokenizer.from_pretrained(small_folder).save_pretrained(folder)
     (folder / "tokenization_chatglm.py").write_text("raise SystemExit('code of the folder was run')")
-    (folder / "config.json").write_text(json.dumps({"model_type": "chatglm"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "chatglm", "model_family": "chatglm2"}))
     code = (
         "import sys; from transformers import AutoTokenizer, PretrainedConfig\n"
         "from chatglm2.tokenization_chatglm import ChatGLMTokenizer\n"

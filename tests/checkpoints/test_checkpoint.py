@@ -30,7 +30,8 @@ from checkpoint import (
 )
 from checkpoints.run_folder import find_checkpoints, point_to_best
 
-CONFIG = {"model_type": "chatglm", "torch_dtype": "float16", **OFFICIAL_FIELDS, **SYNTHETIC["config"]}
+CONFIG = {"model_type": "chatglm", "model_family": "chatglm2", "torch_dtype": "float16"}
+CONFIG |= {**OFFICIAL_FIELDS, **SYNTHETIC["config"]}
 INPUT_IDS = torch.tensor(SYNTHETIC["input_ids"])
 
 
@@ -245,11 +246,11 @@ ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
         ("tokenization_chatglm.py", f"role_special_tokens = {ROLES}"),
     ],
 )
-def test_chatglm3_without_its_name_is_recognised_by_its_tokens(file, content, folder):
+def test_a_folder_whose_tokens_contradict_its_configuration_is_asked_about(file, content, folder):
     # In JSON as some libraries write it, "<" is an escape.
     text = content if isinstance(content, str) else json.dumps(content).replace("<", "\\u003c")
     (folder / file).write_text(text)
-    with pytest.raises(ValueError, match=f"holds ChatGLM3, whose <.user.> is in its {file}; this program trains"):
+    with pytest.raises(ValueError, match=f"could be ChatGLM2 or ChatGLM3; .*<.user.> is in its {file}"):
         read_config(folder)
 
 
