@@ -79,6 +79,7 @@ from training.shards import count_writers, divide_anew
 from training.signals import StopOnSignal
 from training.watch import RunWatch, StepWatch, follow, watched_key
 from tuning.methods import load_trained, save_trained
+from tuning.signature import sign_run, write_signature
 
 LOGGERS = tuple(INTEGRATION_TO_CALLBACK.values())  # TensorBoard's, wandb's, …
 STEPS_GROUPED = 50  # whose rows --train_sampling_strategy group_by_length sorts by length; as transformers does
@@ -138,6 +139,8 @@ class PrefixTrainer(Seq2SeqTrainer):
             for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
                 config["checkpoint"] = {"load_universal": True}
         last_words[:] = [self.run_log.end, self.progress.close]
+        if self.args.should_save and not self.sharded:
+            self.signature = sign_run(self.model, self.train_dataset, self.processing_class, self.sidecar, self.args)
         with reading_known_keys():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -181,6 +184,7 @@ class PrefixTrainer(Seq2SeqTrainer):
         self.watch.saw_batch(loss, rows)
         return loss
 
+    signature = None  # of the training prompts, for every checkpoint
     rows_fed = 0  # to this process, by this call of train()
     batch_parts = 1  # a batch is computed in so many, one after the other
 
@@ -321,6 +325,7 @@ class PrefixTrainer(Seq2SeqTrainer):
             return
         output_dir = Path(output_dir or self.args.output_dir)
         save_trained(self.accelerator.unwrap_model(self.model), output_dir, self.sidecar, state_dict)
+        write_signature(self.signature, output_dir)
         self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
 

@@ -26,6 +26,7 @@ CHECKPOINT_FILES = {  # the official file set, the sidecar, and the checksums of
     "trainer_state.json",
     "training_args.bin",
     "ptuning.json",
+    "signature.safetensors",
 }
 
 

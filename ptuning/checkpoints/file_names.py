@@ -12,6 +12,7 @@ FINETUNING_FILE = "finetuning_args.json"  # ChatGLM-Efficient-Tuning's, beside w
 # values with which what trains has begun.
 VALUE_HEAD_FILE = "value_head.bin"
 REFERENCE_FILE = "reference.bin"
+SIGNATURE_FILE = "signature.safetensors"  # what prompts it was trained on look like; see tuning/signature.py
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
