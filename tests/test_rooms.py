@@ -11,6 +11,7 @@ HOUSE = ROOT / "ptuning"
 FLOORS = (
     ("main", "web_demo", "cli_demo", "api_demo", "export_model", "compare", "launch"),
     ("preference",),
+    ("board",),
     ("serving",),
     ("forgetting",),
     ("alignment",),

@@ -14,6 +14,7 @@ from common.text import parse_json
 STATE_FILE = "trainer_state.json"  # the Trainer's: step, log
 RESULTS_FILE = "all_results.json"
 ANSWERS_FILE = "generated_predictions.txt"
+LOG_FILE = "trainer_log.jsonl"  # a line for each loss and phase, as a run goes on
 
 
 def read_json(file: Path | str, damaged="Copy or download it again.", other="") -> dict:

@@ -17,10 +17,9 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from common.failure import going_on_without, reason_of
-from common.files import write_text
+from common.files import LOG_FILE, write_text
 from common.messages import clock, silent
 
-LOG_FILE = "trainer_log.jsonl"
 DRIFT_FIGURES = ("drift", "same_answers")  # logged of general prompts, in lines of their own; see forgetting/
 GUARDED = (
     "on_epoch_begin on_epoch_end on_step_begin on_step_end on_log on_evaluate on_predict on_save on_train_end"

@@ -1,0 +1,385 @@
+"""Settings of the page -> the one command that they mean: a script, variables in front of it, words behind it.
+
+Answers to nothing in the official scripts. No shell reads what a visitor typed: the script is started with a list of
+words and an environment. `Command.text` is the same command as one would type it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arguments import flags_of_main, parse_flags
+from board.files import MAX_SOURCES, PROJECT, Roots, link_rows, plain_text, run_name, shown_path
+from checkpoints.sidecar import finetuning_type
+from common.files import read_json, write_json
+from common.quoting import NEEDS_EQUALS, as_typed
+from families import local_folder, read_base_settings
+from training.stages import reads_pairs
+
+TINY = "ptuning/tiny"
+METHODS = ("p_tuning", "lora", "freeze", "full")
+STAGES = ("sft", "rm", "dpo", "ppo")
+MAX_EXTRA = 60  # further flags
+MAX_SETTINGS_BYTES = 2**16
+# Field -> (the variable of the scripts that it sets, the flag behind that).
+NUMBERS = {
+    "steps": ("MAX_STEPS", "max_steps"),
+    "batch": ("BATCH_SIZE", "per_device_train_batch_size"),
+    "accumulation": ("ACCUMULATION", "gradient_accumulation_steps"),
+    "lr": ("LR", "learning_rate"),
+    "prefix": ("PRE_SEQ_LEN", "pre_seq_len"),
+    "source": ("MAX_SOURCE_LENGTH", "max_source_length"),
+    "target": ("MAX_TARGET_LENGTH", "max_target_length"),
+    "save": ("SAVE_STEPS", "save_steps"),
+}
+EMPTY = {
+    "model": "tiny",
+    "sources": [],
+    "data": "",
+    "dev": "",
+    "dev_ratio": "",
+    **dict.fromkeys(NUMBERS, ""),
+    "epochs": "",
+    "method": "p_tuning",
+    "stage": "sft",
+    "bits": "",
+    "gpus": "",
+    "start": "",
+    "name": "",
+    "extra": "",
+}
+OFFICIAL = {
+    "steps": "3000",
+    "batch": "1",
+    "accumulation": "16",
+    "lr": "2e-2",
+    "prefix": "128",
+    "source": "64",
+    "target": "128",
+    "save": "1000",
+    "bits": "4",
+}
+PRESETS = {
+    "tiny": {
+        "model": "tiny",
+        "steps": "200",
+        "batch": "16",
+        "accumulation": "1",
+        "lr": "2e-2",
+        "prefix": "32",
+        "source": "64",
+        "target": "64",
+        "save": "100",
+        "bits": "",
+        "gpus": "1",
+    },
+    "one_gpu": {**OFFICIAL, "batch": "auto", "gpus": "1"},
+    "eight_gpus": {**OFFICIAL, "batch": "2", "accumulation": "1", "gpus": "8"},
+    "official": {**OFFICIAL, "gpus": "1", "extra": "precision = official"},
+}
+# The page itself decides these; as further flags they would make its command another one.
+OWNED = {
+    *(flag for _, flag in NUMBERS.values()),
+    *("model_name_or_path train_file validation_file test_file dataset dataset_dir mix_ratios dev_ratio").split(),
+    *("prompt_column response_column history_column messages_column output_dir overwrite_output_dir stage").split(),
+    *("finetuning_type quantization_bit do_train do_eval do_predict check_data ptuning_checkpoint debug").split(),
+    *("num_train_epochs resume_from_checkpoint").split(),
+}
+
+
+@dataclass
+class Command:
+    """A program, its words, and the environment variables in front of it."""
+
+    program: list[str]  # such as ["bash", "train.sh"]
+    variables: dict[str, str] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The command as it is typed in the project's folder."""
+        before = [f"{name}={as_typed(value) if value else ''}" for name, value in self.variables.items()]
+        return " ".join([*before, *map(as_typed, self.program), *map(as_typed, self.words)])
+
+    def extended(self, *words: str) -> Command:
+        return Command(self.program, self.variables, [*self.words, *words])
+
+
+def script_variables() -> set[str]:
+    """The names of all variables that the scripts read: none of them may come in unseen from the page's own environment."""
+    text = "".join(file.read_text(encoding="utf-8") for file in PROJECT.glob("*.sh"))
+    return set(re.findall(r"\b([A-Za-z_]+)=\$\{\1:?-", text)) | {"typed_flags"}
+
+
+# ---- what a visitor chose
+
+
+def check_model(text, roots: Roots) -> str:
+    """The base model as MODEL takes it. ValueError and FileNotFoundError in the programs' words."""
+    text = plain_text(text, "The model")
+    if text in ("", "tiny", TINY):
+        return "tiny"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not (PROJECT / text).exists():
+        return text  # a hub id
+    folder = roots.checked(text, "The model")
+    found = local_folder(str(folder))
+    read_base_settings(found)
+    return shown_path(folder)
+
+
+def checked_settings(values: dict) -> dict:
+    """All fields of EMPTY, as bounded plain text, from what a browser or a file says. ValueError names the field."""
+    if not isinstance(values, dict):
+        raise ValueError("The settings must be one JSON object.")
+    unknown = sorted(map(str, values.keys() - EMPTY.keys()))
+    if unknown:
+        raise ValueError(f"The settings have {unknown[0][:40]!r}, which this page does not know.")
+    settings = {**EMPTY, **values}
+    sources = settings["sources"]
+    if not isinstance(sources, list) or len(sources) > MAX_SOURCES:
+        raise ValueError(f"sources: expected a list of at most {MAX_SOURCES} files of rows.")
+    keys = ("path", "prompt", "response", "history", "messages", "share")
+    checked = []
+    for source in sources:
+        if not isinstance(source, dict) or not source.get("path"):
+            raise ValueError("sources: each needs a path.")
+        checked.append({key: plain_text(source.get(key), f"sources: {key}") for key in keys})
+    extra = settings["extra"]
+    if not isinstance(extra, str) or len(extra) > 100 * MAX_EXTRA:
+        raise ValueError(f"Further flags: expected at most {MAX_EXTRA} lines of text.")
+    return {
+        **{name: plain_text(value, name) for name, value in settings.items() if name not in ("sources", "extra")},
+        "sources": checked,
+        "extra": extra,
+    }
+
+
+def load_settings(file: Path) -> dict:
+    """The settings in a file. Raises as checked_settings."""
+    if Path(file).stat().st_size > MAX_SETTINGS_BYTES:
+        raise ValueError(f"{Path(file).name} is no settings.json of this page: it is too long.")
+    return checked_settings(read_json(file))
+
+
+def save_settings(file: Path, settings: dict) -> None:
+    """Write settings for load_settings. OSError on a full disk."""
+    write_json(file, {name: value for name, value in settings.items() if value != EMPTY[name]})
+
+
+def known_flags() -> dict:
+    """{name: Flag} of main.py that may be set as further ones."""
+    known = {name: flag for group in flags_of_main().values() for name, flag in group.items()}
+    return {name: flag for name, flag in known.items() if name not in OWNED}
+
+
+def extra_words(text: str, roots: Roots) -> list[str]:
+    """The words that lines of `name = value` mean. ValueError for an unknown flag, or a path outside the allowed folders."""
+    known, words = known_flags(), []
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > MAX_EXTRA:
+        raise ValueError(f"Further flags: {len(lines)} lines, expected at most {MAX_EXTRA}.")
+    for line in lines:
+        name, _, value = (part.strip() for part in line.partition("="))
+        name, value = name.removeprefix("--").replace("-", "_"), plain_text(value, name)
+        if name in OWNED:
+            raise ValueError(f"Further flags: {name} has a field of its own on this page. Set it there.")
+        if name not in known:
+            raise ValueError(f"Further flags: {name[:60]!r} is none of main.py's. Choose one from the list.")
+        values = value.split() if "list" in known[name].type else [value]
+        for each in values:
+            if "/" in each or each.startswith(("~", ".")) or (each and (PROJECT / each).exists()):
+                roots.checked(each, f"--{name}")
+        if "list" in known[name].type and any(each.startswith("-") for each in values):
+            raise ValueError(f"Further flags: {name} takes values, not flags.")
+        if not value:
+            words.append(f"--{name}")
+        elif "list" not in known[name].type and NEEDS_EQUALS.match(value):
+            words.append(f"--{name}={value}")
+        else:
+            words += [f"--{name}", *values]
+    return words
+
+
+# ---- the commands
+
+
+def training_command(values: dict, roots: Roots, output: Path | None = None) -> tuple[str, Command]:
+    """(name of the run, the command that trains it). Raises what the settings make impossible, before anything starts."""
+    settings = checked_settings(values)
+    variables = {"MODEL": check_model(settings["model"], roots)}
+    words = [*data_words(settings, variables, roots, output)]
+    for name, (variable, _) in NUMBERS.items():
+        if settings[name]:
+            variables[variable] = settings[name]
+    if settings["epochs"]:
+        variables["MAX_STEPS"] = "-1"
+        words += ["--num_train_epochs", settings["epochs"]]
+    for variable, value in (("QUANTIZATION_BIT", settings["bits"]), ("NUM_GPUS", settings["gpus"])):
+        if value:
+            variables[variable] = value
+    if not settings["bits"]:
+        variables["QUANTIZATION_BIT"] = ""
+    program = ["bash", "train.sh"]
+    method, stage = settings["method"], settings["stage"]
+    if method not in METHODS or stage not in STAGES:
+        raise ValueError(f"Expected a method of {', '.join(METHODS)} and a stage of {', '.join(STAGES)}.")
+    if stage != "sft":
+        program = ["bash", "train_preference.sh"]
+        variables |= {"STAGE": stage, "FINETUNING_TYPE": method}
+        if settings["start"]:
+            variables["START"] = shown_path(roots.checked(settings["start"], "The run to start from"))
+    else:
+        if method != "p_tuning":
+            program = ["bash", "finetune.sh"]
+            variables["FINETUNING_TYPE"] = method
+            variables.pop("PRE_SEQ_LEN", None)
+        if settings["start"]:
+            start = shown_path(roots.checked(settings["start"], "The run to start from"))
+            words += ["--ptuning_checkpoint", start]
+            if method == "p_tuning":  # whose prefix has its own length
+                variables["with_prefix"] = ""
+                variables.pop("PRE_SEQ_LEN", None)
+    words += extra_words(settings["extra"], roots)
+    name = run_name(settings["name"] or default_name(settings, variables))
+    variables["CHECKPOINT"] = name
+    check_flags(settings, variables, words)
+    return name, Command(program, variables, words)
+
+
+def default_name(settings, variables):
+    """A name for the run that says model and way."""
+    model = re.sub(r"[^\w.+-]+", "-", Path(variables["MODEL"]).name).strip("-._") or "model"
+    stage = "" if settings["stage"] == "sft" else f"{settings['stage']}-"
+    return f"{stage}{model}-{settings['method'].replace('p_tuning', 'pt')}"
+
+
+def data_words(settings, variables, roots, output):
+    """The words about the rows; `variables` get DATA and the columns."""
+    sources = settings["sources"]
+    dev = roots.checked(settings["dev"], "The dev file") if settings["dev"] else None
+    if settings["dev_ratio"] and not dev:
+        variables["DEV_RATIO"] = settings["dev_ratio"]
+    if settings["data"] or not sources:
+        if settings["data"]:
+            variables["DATA"] = shown_path(roots.checked(settings["data"], "The folder of rows"))
+        return []
+    for source in sources:
+        path = roots.checked(source["path"], "The file of rows")
+        if not path.is_file():
+            raise FileNotFoundError(f"{source['path']} does not exist; choose the file of rows again.")
+        source["path"] = str(path)
+        for kind in ("prompt", "response", "history", "messages"):
+            if source[kind].startswith("-"):
+                raise ValueError(f"The column {source[kind]!r} begins with -, as flags do. Rename it in the file.")
+    folder = link_rows([{key: source[key] for key in source if key != "share"} for source in sources], dev, output)
+    variables["DATA"] = shown_path(folder)
+    first = sources[0]
+    for kind in ("prompt", "response", "history"):
+        if first[kind]:
+            variables[f"{kind.upper()}_COLUMN"] = first[kind]
+    words = []
+    if len(sources) > 1:
+        words += ["--dataset", ",".join("abcdefgh"[: len(sources)]), "--dataset_dir", shown_path(folder)]
+        if any(source["share"] for source in sources):
+            words += ["--mix_ratios", ",".join(source["share"] or "1" for source in sources)]
+    elif first["messages"]:
+        words += ["--messages_column", first["messages"]]
+    return words
+
+
+def check_flags(settings, variables, words):
+    """Let arguments.py say what is wrong with the settings: its own words, without starting anything."""
+    argv = [
+        "--do_train",
+        "--train_file",
+        "train.json",
+        "--model_name_or_path",
+        variables["MODEL"],
+        "--output_dir",
+        "output",
+    ]
+    columns = {"prompt_column": "prompt", "response_column": "response"}
+    argv += [f"--{flag}={variables.get(flag.upper(), name)}" for flag, name in columns.items()]
+    for variable, flag in NUMBERS.values():
+        value = variables.get(variable, "")
+        if value and not (variable == "BATCH_SIZE" and value == "auto"):
+            argv.append(f"--{flag}={value}")
+    if variables["QUANTIZATION_BIT"]:
+        argv.append(f"--quantization_bit={variables['QUANTIZATION_BIT']}")
+    if "DEV_RATIO" in variables:
+        argv.append(f"--dev_ratio={variables['DEV_RATIO']}")
+    if not re.fullmatch(r"\d{0,4}", settings["gpus"]) or settings["gpus"] in ("0", "00"):
+        raise ValueError(f"GPUs: {settings['gpus']!r}, expected a whole number, at least 1.")
+    argv += ["--finetuning_type", settings["method"]]
+    argv += [] if settings["stage"] == "sft" else ["--stage", settings["stage"]]
+    if settings["method"] == "p_tuning" and not settings["start"] and "PRE_SEQ_LEN" not in variables:
+        argv.append("--pre_seq_len=128")  # the scripts' own
+    # parse_flags tells a check of the words apart from a run only by what it reads, which is nothing here.
+    parse_flags([*argv, *(word for word in words if word != "--debug")])
+
+
+def is_pairs(settings: dict) -> bool:
+    """True where the rows of a run hold two answers."""
+    return reads_pairs(settings["stage"])
+
+
+def model_of(folder: Path, variables: dict) -> str:
+    """MODEL for a run in output/: that of its command, else that of its checkpoints."""
+    if "MODEL" in variables:
+        return variables["MODEL"]
+    for sidecar in sorted(Path(folder).glob("checkpoint-*/ptuning.json")):
+        base = read_json(sidecar).get("base_model")
+        if isinstance(base, str) and base:
+            return "tiny" if Path(base).name == "tiny" and (PROJECT / TINY).samefile(base) else base
+    return "tiny"
+
+
+def method_of(folder: Path) -> str:
+    """The way in which the newest checkpoint of a run was trained."""
+    for checkpoint in sorted(Path(folder).glob("checkpoint-*")):
+        if kind := finetuning_type(checkpoint):
+            return kind
+    return "p_tuning"
+
+
+def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: Roots) -> Command:
+    """The command that answers dev rows with a checkpoint of the run in a folder, or with all."""
+    step = plain_text(step, "The checkpoint", 20)
+    if not re.fullmatch(r"|\d{1,9}|best|last|all", step):
+        raise ValueError(f"The checkpoint is {step!r}; expected a step, best, last or all.")
+    script = "evaluate.sh" if method_of(folder) == "p_tuning" else "evaluate_finetune.sh"
+    chosen = {"MODEL": model_of(folder, variables), "CHECKPOINT": run_name(folder.name), "STEP": step}
+    chosen["QUANTIZATION_BIT"] = variables.get("QUANTIZATION_BIT", "")
+    if data:
+        chosen["DATA"] = shown_path(roots.checked(data, "The folder of rows"))
+    elif "DATA" in variables:
+        chosen["DATA"] = variables["DATA"]
+    if "NUM_GPUS" in variables:
+        chosen["NUM_GPUS"] = variables["NUM_GPUS"]
+    words = []
+    if rows := plain_text(rows, "The number of rows", 9):
+        if not re.fullmatch(r"[1-9]\d*", rows):
+            raise ValueError(f"The number of rows is {rows!r}; expected a whole number above 0.")
+        words = ["--max_predict_samples", rows]
+    return Command(["bash", script], chosen, words)
+
+
+def export_command(folder: Path, step, bits, target: Path) -> Command:
+    """The command that writes what a run has tuned to a folder of its own."""
+    checkpoint = checkpoint_of(folder, step)
+    words = ["--ptuning_checkpoint", shown_path(checkpoint), "--output_dir", shown_path(target)]
+    if bits := plain_text(bits, "Bits", 2):
+        words += ["--quantization_bit", bits]
+    return Command(["python", "ptuning/export_model.py"], {}, words)
+
+
+def checkpoint_of(folder: Path, step) -> Path:
+    """The checkpoint folder of a run that a name means: a step, best, last, or empty for the run itself."""
+    step = plain_text(step, "The checkpoint", 20)
+    if step in ("", "best", "last"):
+        return folder / step if step else folder
+    if not step.isdecimal() or not (folder / f"checkpoint-{step}").is_dir():
+        raise ValueError(f"{folder.name} has no checkpoint of step {step!r}.")
+    return folder / f"checkpoint-{step}"
