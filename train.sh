@@ -25,6 +25,8 @@ DEV_RATIO=${DEV_RATIO:-}                   # share of the training rows held out
                                            # file of DATA
 DEV_ROWS=${DEV_ROWS:-200}                  # first rows of the dev file, for the dev loss at the start and every save
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}      # the same in one batch; changes nothing but speed and memory
+GENERAL_FILE=${GENERAL_FILE-ptuning/forgetting/general.jsonl} # general prompts: how much of them the run forgets; empty: not
+                                           # measured
 QUANTIZATION_BIT=${QUANTIZATION_BIT-4}     # 4 or 8: integer weights; empty: bf16 or fp16
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)}        # processes on this machine, one for each GPU
 NNODES=${NNODES:-1}                        # machines that train together; each runs this script
@@ -70,6 +72,7 @@ launch ptuning/main.py \
   --logging_steps 10 \
   --save_steps "$SAVE_STEPS" \
   --learning_rate "$LR" \
+  ${GENERAL_FILE:+--general_file "$GENERAL_FILE"} \
   ${with_prefix:+--pre_seq_len "$PRE_SEQ_LEN"} \
   ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
   "$@"

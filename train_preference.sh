@@ -28,6 +28,7 @@ SAVE_STEPS=${SAVE_STEPS:-500}              # steps between checkpoints
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} # longest prompt with its history, tokens
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256} # longest answer, tokens
 CHECKPOINT=${CHECKPOINT:-$STAGE-$(basename "$MODEL")-$FINETUNING_TYPE-$LR} # name of the run: output/$CHECKPOINT
+GENERAL_FILE=                              # what is forgotten is measured in tuning on answers only
 with_prefix=                               # empty: no prefix, or the one of START
 [ -n "$START" ] || [ "$FINETUNING_TYPE" = lora ] || with_prefix=yes
 

@@ -31,6 +31,8 @@ COLUMNS = (
     ("dev loss, start", "first_eval_loss", "{:.4f}", None),
     ("dev loss, best", "best_eval_loss", "{:.4f}", min),
     ("dev loss, end", "last_eval_loss", "{:.4f}", min),
+    ("drift", "drift", "{:.3f}", None),
+    ("same general answers", "same_answers", "{:.0%}", None),
     ("BLEU-4", "predict_bleu-4", "{:.2f}", max),
     ("ROUGE-1", "predict_rouge-1", "{:.2f}", max),
     ("ROUGE-2", "predict_rouge-2", "{:.2f}", max),
@@ -40,6 +42,7 @@ COLUMNS = (
     ("peak memory, GB", "train_peak_memory_gb", "{:.2f}", None),
     ("samples/s", "train_samples_per_second", "{:.1f}", None),
 )
+CURVES = {"loss": "training loss", "eval_loss": "dev loss", "drift": "drift on general prompts"}  # {key: title}
 CHINESE = {
     "run": "训练",
     "steps": "步数",
@@ -47,6 +50,8 @@ CHINESE = {
     "dev loss, start": "验证集 loss，开始",
     "dev loss, best": "验证集 loss，最低",
     "dev loss, end": "验证集 loss，结束",
+    "drift": "偏移",
+    "same general answers": "不变的通用回答",
     "rows scored": "评分条数",
     "trained": "训练的比例",
     "peak memory, GB": "内存峰值，GB",
@@ -132,7 +137,7 @@ def read_run(folder):
             f"{folder} has none of {STATE_FILE}, {RESULTS_FILE} and {ANSWERS_FILE}. Give a folder that main.py trained "
             "or predicted in, not one above it or a checkpoint in it."
         )
-    curves = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in ("loss", "eval_loss")}
+    curves = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in CURVES}
     trained, total = (results.get(f"{kind}_parameters") for kind in ("trainable", "total"))
     if is_number(trained) and is_number(total) and trained and total:
         results["trained_share"] = trained / total
@@ -259,7 +264,7 @@ def draw(runs):
     """A PNG of the training and dev losses of all runs over their steps; None where no run has any."""
     kinds = [
         (key, title)
-        for key, title in (("loss", "training loss"), ("eval_loss", "dev loss"))
+        for key, title in CURVES.items()
         if any(run["curves"][key] for run in runs.values())
     ]
     if not kinds:

@@ -148,6 +148,7 @@ def main():
         result = trainer.train(resume_from_checkpoint=resume_from)
         if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
             write_training_results(trainer, model, result.metrics, len(data.train))
+            trainer.show_forgetting()
             say(describe_end(trainer.state, training_args, data_args.validation_file))
         if trainer.stop.agreed:
             close_reports(trainer)

@@ -227,6 +227,7 @@ def test_the_end_of_both_scripts_says_what_to_do_and_where_the_answers_are(tmp_p
     assert status == 0, written[-3000:]
     end = written.split("Drawing training_loss.png …")[1].strip().splitlines()
     assert end[0].startswith(f"Best and last checkpoint: output/{checkpoint}/checkpoint-2 (dev loss")
+    assert end.pop(2).startswith("Forgetting: drift ")
     assert end[1:] == [
         f"Picture of the losses: output/{checkpoint}/training_loss.png",
         f"Evaluate it: MODEL=tiny CHECKPOINT={checkpoint} bash evaluate.sh",

@@ -66,7 +66,7 @@ TRAIN = """
 --response_column summary --model_name_or_path hub/glm --output_dir output/adgen-glm-pt-128-2e-2 --overwrite_output_dir
 --max_source_length 64 --max_target_length 128 --per_device_train_batch_size 1 --per_device_eval_batch_size 8
 --gradient_accumulation_steps 16 --predict_with_generate --max_steps 3000 --logging_steps 10 --save_steps 1000
---learning_rate 2e-2 --pre_seq_len 128 --quantization_bit 4
+--learning_rate 2e-2 --pre_seq_len 128 --quantization_bit 4 --general_file ptuning/forgetting/general.jsonl
 """
 TRAIN_CHAT = """
 --do_train --train_file data/train.json --validation_file data/dev.json --eval_strategy steps --eval_steps 1000
@@ -74,7 +74,7 @@ TRAIN_CHAT = """
 --history_column history --model_name_or_path hub/glm --output_dir output/chat-glm-pt-128-1e-2 --overwrite_output_dir
 --max_source_length 256 --max_target_length 256 --per_device_train_batch_size 1 --per_device_eval_batch_size 8
 --gradient_accumulation_steps 16 --predict_with_generate --max_steps 3000 --logging_steps 10 --save_steps 1000
---learning_rate 1e-2 --pre_seq_len 128 --quantization_bit 4
+--learning_rate 1e-2 --pre_seq_len 128 --quantization_bit 4 --general_file ptuning/forgetting/general.jsonl
 """
 FINETUNE = """
 --do_train --finetuning_type full --train_file AdvertiseGen/train.json --validation_file AdvertiseGen/dev.json
@@ -82,7 +82,7 @@ FINETUNE = """
 --prompt_column content --response_column summary --model_name_or_path hub/glm --output_dir output/adgen-glm-full-1e-4
 --overwrite_output_dir --max_source_length 64 --max_target_length 64 --per_device_train_batch_size 4
 --per_device_eval_batch_size 8 --gradient_accumulation_steps 1 --predict_with_generate --max_steps 5000
---logging_steps 10 --save_steps 1000 --learning_rate 1e-4
+--logging_steps 10 --save_steps 1000 --learning_rate 1e-4 --general_file ptuning/forgetting/general.jsonl
 """
 TRAIN_PREFERENCE = """
 --stage dpo --finetuning_type p_tuning --do_train --train_file data/train.json --validation_file data/dev.json
@@ -121,7 +121,7 @@ DEFAULTS = {
 SMALL_DATA = "--train_file AdvertiseGen/sample/train.json --validation_file AdvertiseGen/sample/dev.json"
 SMALL_TRAINING = f"""{SMALL_DATA} --eval_steps 100 --max_eval_samples 240 --model_name_or_path ptuning/tiny
 --max_target_length 64 --per_device_train_batch_size 16 --per_device_eval_batch_size 60 --gradient_accumulation_steps 1
---max_steps 200 --save_steps 100"""
+--max_steps 200 --save_steps 100 --general_file AdvertiseGen/sample/general.json"""
 SMALL_EVALUATION = """--validation_file AdvertiseGen/sample/dev.json --test_file AdvertiseGen/sample/dev.json
 --model_name_or_path ptuning/tiny --max_source_length 64 --max_target_length 64 --per_device_eval_batch_size 60"""
 RUN, CHAT_RUN, FULL_RUN = "output/adgen-tiny-pt-32-2e-2", "output/chat-tiny-pt-32-2e-2", "output/adgen-tiny-full-1e-4"

@@ -5,21 +5,28 @@ alone, too, but for what it writes: measuring draws no random number and changes
 """
 
 import time
+from pathlib import Path
 
 from transformers import TrainerCallback
 
+from alignment.swapping import BASE, swapped
 from checkpoints.ways import SWAPPED
+from common.failure import going_on_without
+from common.files import write_text
 from common.ranks import gather
 from data.general import General, read_general
 from data.splits import seed_of_rows
-from forgetting.answers import base_answers
+from forgetting.answers import answers_of, base_answers
 from forgetting.drift import Drift
 from forgetting.keeping import KeptRows
+from forgetting.page import PAGE_FILE, lines_of, page_of
 from trainer import PrefixTrainer
+from training.results import describe_drift
 from training.run_log import DRIFT_FIGURES
 from training.schedule import rows_of_whole_step
 
 MEASURED_TOKENS = 64  # of an answer of the base
+SHOWN = 6  # prompts that are answered at the end
 
 
 def open_general(session, data_args, training_args, tokenizer, seq_length: int, say) -> General | None:
@@ -94,6 +101,30 @@ class GeneralTrainer(PrefixTrainer):
         figures = self.drift.measure()
         self.sidecar |= figures
         self.log(dict(figures))
+
+    def show_forgetting(self):
+        """Answer a few of the measured prompts as tuned and as base, side by side: said, and in forgetting.html."""
+        if self.general is None or not self.args.should_save:
+            return
+        asked = self.general.measured
+        asked = asked.chosen(
+            [index * len(asked) // SHOWN for index in range(SHOWN)] if len(asked) > SHOWN else range(len(asked))
+        )
+        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        how = {"most": MEASURED_TOKENS, "num_known": len(tokenizer)}
+        with swapped(model, BASE):
+            before = answers_of(model, asked.ids, **how)
+        after = answers_of(model, asked.ids, **how)
+        texts = [
+            [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found] for found in (before, after)
+        ]
+        answers = [
+            dict(zip(("prompt", "base", "tuned"), row, strict=True)) for row in zip(asked.texts, *texts, strict=True)
+        ]
+        file = Path(self.args.output_dir) / PAGE_FILE
+        with going_on_without(file, self.say):
+            write_text(file, page_of(answers, describe_drift(self.state.log_history)))
+        self.say(f"General prompts, answered by base and tuned model; also in {file}:\n{lines_of(answers)}")
 
     def _save_checkpoint(self, model, trial):
         if self.general is not None:

@@ -12,6 +12,7 @@ DEV_ROWS=${DEV_ROWS:-240}
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-60}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH-64}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH-64}
+GENERAL_FILE=${GENERAL_FILE-AdvertiseGen/sample/general.json}
 QUANTIZATION_BIT=${QUANTIZATION_BIT-}
 # Matrices this small gain nothing from a second thread, and on a busy machine threads wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
