@@ -80,12 +80,12 @@ def formula_weights(state_dict, scale=0.02, bias_scale=0.01):
     return weights
 
 
-def formula_model(config, scale=0.02, bias_scale=0.01, **overrides):
+def formula_model(config, scale=0.02, bias_scale=0.01, config_class=None, **overrides):
     """A model of `config` (dict of an official config.json) with formula weights, prefix dropout off, eval mode."""
     from chatglm2.configuration_chatglm import ChatGLMConfig
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 
-    config = ChatGLMConfig(**{**config, "prefix_dropout": 0.0, **overrides})
+    config = (config_class or ChatGLMConfig)(**{**config, "prefix_dropout": 0.0, **overrides})
     model = ChatGLMForConditionalGeneration(config)
     model.load_state_dict(formula_weights(model.state_dict(), scale, bias_scale))
     for name, parameter in model.named_parameters():

@@ -24,6 +24,7 @@ FLOORS = (
     ("data",),
     ("checkpoint", "families", "pretrained"),
     ("checkpoints",),
+    ("chatglm3",),
     ("chatglm2",),
     ("common",),
 )

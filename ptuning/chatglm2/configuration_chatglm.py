@@ -10,7 +10,7 @@ import json
 
 from transformers import PretrainedConfig
 
-from common.values import is_integer
+from common.values import is_integer, is_number
 
 SIZES = (
     "num_layers padded_vocab_size hidden_size ffn_hidden_size kv_channels num_attention_heads multi_query_group_num "
@@ -126,6 +126,16 @@ class ChatGLMConfig(PretrainedConfig):
         """KV groups G: `multi_query_group_num` with multi-query attention, else every query head."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
+    @property
+    def rope_position_divisor(self):
+        """What positions are divided by: in ChatGLM2-6B-32k `rope_ratio`."""
+        return self.rope_ratio
+
+    @property
+    def rope_base_factor(self):
+        """What the base of the rotary frequencies is multiplied by."""
+        return 1
+
     def _check(self, rope_scaling):
         for name in SIZES:
             value = getattr(self, name)
@@ -154,13 +164,13 @@ class ChatGLMConfig(PretrainedConfig):
                 raise ValueError(
                     f"config.json: {name} is {value!r}, expected a token id below {self.padded_vocab_size}."
                 )
-        if not self.original_rope or self.rope_ratio != 1 or rope_scaling is not None:
+        if not self.original_rope or rope_scaling is not None:
             raise ValueError(
-                f"config.json: original_rope={self.original_rope}, rope_ratio={self.rope_ratio}, "
-                f"rope_scaling={rope_scaling} is the rotary "
-                "embedding of a later or long-context GLM; this code computes the one of ChatGLM2-6B "
-                "(original_rope true, no rope_ratio)."
+                f"config.json: original_rope={self.original_rope}, rope_scaling={rope_scaling} is the rotary embedding of "
+                "another GLM; this code computes the one of ChatGLM2-6B and of its long-context models (original_rope true)."
             )
+        if not is_number(self.rope_ratio) or not 1 <= self.rope_ratio <= LARGEST_SIZE:
+            raise ValueError(f"config.json: rope_ratio is {self.rope_ratio!r}, expected a number from 1 on.")
         if self.tie_word_embeddings:
             raise ValueError("config.json: tie_word_embeddings is true; ChatGLM2 keeps a separate output layer.")
         if self.quantization_bit not in (0, 4, 8):

@@ -36,18 +36,19 @@ from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_m
 ROPE_BASE = 10000
 
 
-def rotary_frequencies(head_channels: int, device=None) -> torch.Tensor:
+def rotary_frequencies(head_channels: int, device=None, base=ROPE_BASE) -> torch.Tensor:
     """Radians per position of every pair of channels (D/4), float32."""
     rotary_channels = head_channels // 2
-    return ROPE_BASE ** (-torch.arange(0, rotary_channels, 2, device=device, dtype=torch.float32) / rotary_channels)
+    return base ** (-torch.arange(0, rotary_channels, 2, device=device, dtype=torch.float32) / rotary_channels)
 
 
-def rotary_cos_sin(position_ids, head_channels, dtype):
+def rotary_cos_sin(position_ids, config, dtype):
     """Cosines and sines for `position_ids` (B, S): two tensors (B, 1, S, D/4) of `dtype`.
 
     ChatGLM2 rotates only the first half of a head, so D/2 channels make D/4 pairs.
     """
-    angles = position_ids[:, None, :, None].float() * rotary_frequencies(head_channels, position_ids.device)
+    frequencies = rotary_frequencies(config.kv_channels, position_ids.device, ROPE_BASE * config.rope_base_factor)
+    angles = position_ids[:, None, :, None].float() / config.rope_position_divisor * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -451,7 +452,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if position_ids is None:
             start = first_slot - prefix_length
             position_ids = torch.arange(start, start + query_length, device=device)[None]
-        cos, sin = rotary_cos_sin(position_ids, self.config.kv_channels, self.dtype_of_blocks)
+        cos, sin = rotary_cos_sin(position_ids, self.config, self.dtype_of_blocks)
         padding_mask = None
         if attention_mask is not None:
             if attention_mask.dim() != 2:

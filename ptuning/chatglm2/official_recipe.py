@@ -94,9 +94,7 @@ def official_loss(model, input_ids: torch.Tensor, labels: torch.Tensor, num_item
     prefix = prefix_in_official_order(transformer.prefix_encoder, batch_size, dtype, model.training)
     prefix_length = prefix[0].shape[0]
     positions = torch.arange(length, device=input_ids.device)
-    cos, sin = (
-        table[0, 0, :, None, None] for table in rotary_cos_sin(positions[None], transformer.config.kv_channels, dtype)
-    )
+    cos, sin = (table[0, 0, :, None, None] for table in rotary_cos_sin(positions[None], transformer.config, dtype))
     mask = torch.ones(length, prefix_length + length, dtype=torch.bool, device=input_ids.device)
     mask = mask.tril(diagonal=prefix_length)[None, None]
     x = transformer.embedding(input_ids).transpose(0, 1).contiguous()  # (S, B, H)

@@ -65,7 +65,7 @@ def test_full_multi_head_keeps_query_key_and_value_side_by_side_within_a_head():
 
 def test_rotary_turns_pairs_of_the_first_half_of_a_head_only():
     x = torch.randn(1, 1, 1, 8)
-    cos, sin = rotary_cos_sin(torch.tensor([[3]]), 8, torch.float32)
+    cos, sin = rotary_cos_sin(torch.tensor([[3]]), ChatGLMConfig(kv_channels=8), torch.float32)
     y = Rotary.apply(x, cos, sin)
     for pair, frequency in enumerate((1.0, 0.01)):  # 10000 ** (-2 * pair / 4)
         turned = complex(*x[0, 0, 0, 2 * pair : 2 * pair + 2]) * numpy.exp(3j * frequency)
@@ -77,7 +77,7 @@ def test_rotary_turns_pairs_of_the_first_half_of_a_head_only():
     "fields",
     [
         {"original_rope": False},
-        {"rope_ratio": 50},
+        {"rope_ratio": 0.5},
         {"kv_channels": 6},
         {"multi_query_group_num": 3},
         {"num_layers": 0},

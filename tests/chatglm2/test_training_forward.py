@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatglm2.loss import OutputLayer, SupervisedLoss, next_tokens, supervised_loss
 from chatglm2.matmul import ONEDNN, round_rows
+from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import NormProduct, Rotary, SwiGLU, rotary_cos_sin
 from tuning.methods import prepare_model
 
@@ -179,7 +180,7 @@ def test_the_norm_the_gate_and_the_rotation_have_the_gradients_of_plain_operatio
         return torch.cat((turned, x[..., 4:]), dim=-1)
 
     torch.manual_seed(0)
-    cos, sin = rotary_cos_sin(torch.tensor([[0, 1, 5]]), 8, dtype)
+    cos, sin = rotary_cos_sin(torch.tensor([[0, 1, 5]]), ChatGLMConfig(kv_channels=8), dtype)
     weight = (1 + 0.1 * torch.randn(8)).to(dtype).requires_grad_()
     wide_weight = weight.detach().float().requires_grad_()
     x = torch.randn(2, 2, 3, 8).to(dtype)
