@@ -262,11 +262,7 @@ def markdown(rows):
 
 def draw(runs):
     """A PNG of the training and dev losses of all runs over their steps; None where no run has any."""
-    kinds = [
-        (key, title)
-        for key, title in CURVES.items()
-        if any(run["curves"][key] for run in runs.values())
-    ]
+    kinds = [(key, title) for key, title in CURVES.items() if any(run["curves"][key] for run in runs.values())]
     if not kinds:
         return None
     figure, all_axes = new_figure(6 * len(kinds), 4.2, columns=len(kinds))

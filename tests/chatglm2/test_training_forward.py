@@ -6,9 +6,9 @@ from conftest import relative_difference, synthetic_model
 from support.small_model import LEFT_PADDED, batch, generate, model  # noqa: F401, fixtures
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.loss import OutputLayer, SupervisedLoss, next_tokens, supervised_loss
 from chatglm2.matmul import ONEDNN, round_rows
-from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import NormProduct, Rotary, SwiGLU, rotary_cos_sin
 from tuning.methods import prepare_model
 
