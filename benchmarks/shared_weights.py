@@ -72,8 +72,11 @@ def proportional_bytes(processes):
     return total
 
 
-def measure(folder, num_processes, way="load"):
-    """(bytes after loading, bytes at the peak) of so many processes together, without what they had before."""
+def measure(folder, num_processes, way="load", watch_peak=True):
+    """(bytes after loading, bytes at the peak) of so many processes together, without what they had before.
+
+    Watching the peak slows the loading: the system walks through all pages for each look.
+    """
     command = [sys.executable, "-m", "benchmarks.shared_weights", "--work", str(folder), "--way", way]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning")}
     processes = [
@@ -89,7 +92,7 @@ def measure(folder, num_processes, way="load"):
             process.stdin.flush()
         for process in processes:
             while not has_loaded(process):
-                peak = max(peak, proportional_bytes(processes))
+                peak = max(peak, proportional_bytes(processes)) if watch_peak else peak
         after = proportional_bytes(processes)
         return after - before, max(peak, after) - before
     finally:

@@ -1,10 +1,13 @@
 """Runs main.py in forks of one process that has loaded torch and transformers once: seconds are saved at every start.
 
-Reads one JSON object a line: words (of the command line), before (code to run first), processes, log (a file).
-Answers with one line of process ids, and when all have ended with one line of their exit statuses.
+Reads one JSON object a line: words (of the command line), before (code to run first), processes,
+launched (with torchrun's environment), log (a file).
+Answers with one line of process ids, and when all have ended with one line of their exit statuses. The words of its own
+command line are modules to load, too.
 """
 
 import gc
+import importlib
 import json
 import os
 import socket
@@ -20,6 +23,8 @@ import torch
 import main
 from common import failure
 
+for module in sys.argv[1:]:
+    importlib.import_module(module)
 torch.set_num_threads(1)
 gc.collect()
 gc.freeze()  # what is loaded is not searched again in every fork
@@ -41,9 +46,9 @@ def run(job, environment):
     os._exit(0)
 
 
-def ranks(processes):
-    """What torchrun puts into the environment of each process."""
-    if processes == 1:
+def ranks(processes, launched):
+    """What torchrun puts into the environment of each process; one that is not `launched` is alone."""
+    if not launched:
         return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,7 +60,7 @@ def ranks(processes):
 for line in sys.stdin:
     job = json.loads(line)
     children = []
-    for environment in ranks(job["processes"]):
+    for environment in ranks(job["processes"], job["launched"]):
         child = os.fork()
         if not child:
             run(job, environment)

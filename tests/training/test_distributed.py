@@ -335,7 +335,7 @@ def test_four_processes_hold_one_copy_of_weights_that_need_no_conversion(tmp_pat
     size = write_folder(
         tmp_path, torch.float32, hidden_size=256, ffn_hidden_size=684, num_layers=8, padded_vocab_size=65024
     )
-    after, _ = measure(tmp_path, 4)
+    after, _ = measure(tmp_path, 4, watch_peak=False)
     assert 0.9 * size < after < 1.3 * size
 
 

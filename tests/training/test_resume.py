@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 import torch
 from conftest import ROOT, SAMPLE
 from support.pairs import write_pairs
+from support.ranks import Ranks
 from support.resuming import RUN, flip_bit, names
 from support.runs import flags
 
@@ -38,37 +38,16 @@ def run(tmp_path_factory):
 
     `before` is Python that the process runs first; `meanwhile` is called with the process ids.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("PTUNING_TRACEBACK", None)
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "support" / "run_server.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    log = tmp_path_factory.mktemp("logs") / "log"
+    ranks = Ranks(tmp_path_factory.mktemp("logs") / "log")
 
     def run(output_dir, before="", processes=1, meanwhile=None, **more):
-        log.unlink(missing_ok=True)
         settings = {
             name: value for name, value in {**RUN, "output_dir": output_dir, **more}.items() if value is not None
         }
-        job = {"words": flags(settings), "before": before, "processes": processes, "log": str(log)}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        children = json.loads(server.stdout.readline())
-        limit = threading.Timer(120, lambda: [os.kill(child, signal.SIGKILL) for child in children])
-        limit.start()
-        if meanwhile:
-            meanwhile(children)
-        statuses = json.loads(server.stdout.readline())
-        limit.cancel()
-        return statuses, log.read_text()
+        return ranks.run(flags(settings), before, processes, meanwhile)
 
     yield run
-    server.stdin.close()
-    server.wait(timeout=60)
+    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,25 @@
 """Full finetuning with weights and optimizer divided over two processes, which talk through gloo on a CPU.
 
-accelerate divides with FSDP on GPUs only, so the program below tells it that these CPUs are some other accelerator.
+accelerate divides with FSDP on GPUs only, so the code below tells it that these CPUs are some other accelerator.
 DeepSpeed runs on a CPU as it is, where it is installed (not by requirements.txt: it needs the installed torch to build):
     pip install --no-build-isolation deepspeed && python -m pytest tests/training/test_sharding.py
 """
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT, SAMPLE, TINY, relative_difference
+from support.ranks import Ranks
 
 from checkpoint import load_model
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = f"""
-import runpy, sys
-sys.path.insert(0, {str(ROOT / "ptuning")!r})
+# accelerate takes these CPUs for some other accelerator.
+PRETEND = """
+import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 honest = PartialState.__init__
@@ -31,10 +29,7 @@ def pretend(self, *args, **kwargs):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_SDAA
 PartialState.__init__ = pretend
 if "--deepspeed" in sys.argv:  # its kernel for sums in shared memory takes minutes to compile; gloo does the same
-    import deepspeed
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # the package's own name of it is torch itself
-sys.argv[0] = {str(ROOT / "ptuning" / "main.py")!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 ENGINES = {
     "fsdp": ["--fsdp", "full_shard auto_wrap"],
@@ -44,33 +39,43 @@ ENGINES = {
 LAST, RESUMED = "checkpoint-4", "checkpoint-2"
 
 
-def train(folder, processes, engine, *words, program=PROGRAM):
-    """4 steps of 4 rows, checkpoints 2 and 4, dev loss at both; the finished program."""
-    folder.mkdir(exist_ok=True)
-    (folder / "program.py").write_text(program)
-    settings = [
-        *("--do_train", "--train_file", SAMPLE / "train.json", "--validation_file", SAMPLE / "dev.json"),
-        *("--prompt_column", "content", "--response_column", "summary", "--model_name_or_path", TINY),
-        *("--max_train_samples", 40, "--max_eval_samples", 8, "--eval_strategy", "steps", "--eval_steps", 2),
-        *("--max_source_length", 64, "--max_target_length", 32, "--per_device_eval_batch_size", 4),
-        *("--per_device_train_batch_size", 4 // processes, "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1),
-        *("--learning_rate", 1e-3, "--finetuning_type", "full", "--report_to", "none", "--disable_tqdm", "true"),
-        *("--output_dir", folder / "run", *ENGINES.get(engine, []), *words),
-    ]
-    command = [sys.executable, ROOT / "ptuning" / "launch.py", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [str(word) for word in (*command, folder / "program.py", *settings)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    modules = ["deepspeed"] if importlib.util.find_spec("deepspeed") else []
+    ranks = Ranks(tmp_path_factory.mktemp("logs") / "log", *modules, DS_ACCELERATOR="cpu")
+    yield ranks
+    ranks.close()
 
 
-def trained(folder, processes, engine, *words):
-    done = train(folder, processes, engine, *words)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return folder / "run"
+@pytest.fixture(scope="module")
+def train(ranks):
+    """4 steps of 4 rows, checkpoints 2 and 4, dev loss at both: (exit statuses, output)."""
+
+    def train(folder, processes, engine, *words, before=PRETEND):
+        settings = [
+            *("--do_train", "--train_file", SAMPLE / "train.json", "--validation_file", SAMPLE / "dev.json"),
+            *("--prompt_column", "content", "--response_column", "summary", "--model_name_or_path", TINY),
+            *("--max_train_samples", 40, "--max_eval_samples", 8, "--eval_strategy", "steps", "--eval_steps", 2),
+            *("--max_source_length", 64, "--max_target_length", 32, "--per_device_eval_batch_size", 4),
+            *("--per_device_train_batch_size", 4 // processes, "--max_steps", 4, "--save_steps", 2),
+            *("--logging_steps", 1, "--learning_rate", 1e-3, "--finetuning_type", "full", "--report_to", "none"),
+            *("--disable_tqdm", "true", "--output_dir", folder / "run", *ENGINES.get(engine, []), *words),
+        ]
+        return ranks.run(settings, before, processes, launched=True)
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    """The folder of such a run, which must end well."""
+
+    def trained(folder, processes, engine, *words):
+        statuses, output = train(folder, processes, engine, *words)
+        assert statuses == [0] * processes, output[-3000:]
+        return folder / "run"
+
+    return trained
 
 
 def losses(run):
@@ -84,12 +89,12 @@ def weights(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def single(trained, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("single"), 1, None)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def sharded(request, tmp_path_factory):
+def sharded(request, trained, tmp_path_factory):
     """(engine, run on two processes)"""
     if request.param != "fsdp" and not importlib.util.find_spec("deepspeed"):
         pytest.skip("DeepSpeed is not installed: pip install --no-build-isolation deepspeed")
@@ -119,7 +124,7 @@ def test_the_gradient_is_clipped_alike(single, sharded):
 
 
 @pytest.mark.parametrize("processes", [2, 1])
-def test_a_resumed_run_ends_as_the_uninterrupted_one_on_any_number_of_processes(sharded, tmp_path, processes):
+def test_a_resumed_run_ends_as_the_uninterrupted_one_on_any_number_of_processes(sharded, trained, tmp_path, processes):
     engine, run = sharded
     resumed = trained(tmp_path, processes, engine, "--resume_from_checkpoint", run / RESUMED)
     expected, actual = weights(run / LAST), weights(resumed / LAST)
@@ -131,16 +136,16 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_on_any_number_of_processes(
     assert sorted(path.name for path in resumed.iterdir() if path.name.startswith(".")) == [".lock"]
 
 
-def test_an_optimizer_is_resumed_the_way_it_was_written(sharded, tmp_path):
+def test_an_optimizer_is_resumed_the_way_it_was_written(sharded, train, tmp_path):
     engine, run = sharded
-    done = train(tmp_path, 1, None, "--resume_from_checkpoint", run / RESUMED)
+    statuses, output = train(tmp_path, 1, None, "--resume_from_checkpoint", run / RESUMED)
     name = "fsdp" if engine == "fsdp" else "deepspeed"
-    assert done.returncode == 2
-    assert f"was written with --{name}, and its optimizer is continued the same way only." in done.stderr
+    assert statuses == [2]
+    assert f"was written with --{name}, and its optimizer is continued the same way only." in output
 
 
-def test_fsdp_is_refused_where_accelerate_would_train_whole_copies(tmp_path):
-    done = train(tmp_path, 2, "fsdp", program=PROGRAM.replace("MULTI_SDAA", "MULTI_CPU"))
-    assert done.returncode == 2
-    assert "--fsdp shards on GPUs only" in done.stderr
+def test_fsdp_is_refused_where_accelerate_would_train_whole_copies(train, tmp_path):
+    statuses, output = train(tmp_path, 2, "fsdp", before="")
+    assert statuses == [2, 2]
+    assert "--fsdp shards on GPUs only" in output
     assert not (tmp_path / "run").exists()
