@@ -63,6 +63,16 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Runs of main.py with one or several processes, which start in no time."""
+    from support.ranks import Ranks
+
+    ranks = Ranks(tmp_path_factory.mktemp("ranks") / "log")
+    yield ranks
+    ranks.close()
+
+
 def formula_weights(state_dict, scale=0.02, bias_scale=0.01):
     """The weights of the reference runs: normal numbers seeded by the CRC of each parameter's name."""
     weights = {}

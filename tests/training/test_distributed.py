@@ -255,7 +255,7 @@ def test_a_process_that_dies_ends_the_job_with_its_own_error(code, status, messa
 def test_a_process_that_hangs_ends_the_job_after_ddp_timeout(tmp_path):
     began = time.monotonic()
     status, lines = broken(
-        f"bash train.sh {WORDS} --ddp_timeout 40", "import time; time.sleep(100_000)", RECORD=tmp_path
+        f"bash train.sh {WORDS} --ddp_timeout 25", "import time; time.sleep(100_000)", RECORD=tmp_path
     )
     assert status == 1
     assert lines[0].startswith("error: Another process does not answer, and --ddp_timeout has passed; ")

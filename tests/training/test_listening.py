@@ -78,9 +78,8 @@ class Watched:
             self.status, self.output = running.returncode, output.read()
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_on_one_machine_nothing_listens_outside_loopback(processes, tmp_path):
-    words = ["--standalone", f"--nproc-per-node={processes}", *MAIN, "--output_dir", tmp_path / "run"]
+def test_on_one_machine_nothing_listens_outside_loopback(tmp_path):
+    words = ["--standalone", "--nproc-per-node=3", *MAIN, "--output_dir", tmp_path / "run"]
     run = Watched([*LAUNCH, *words], tmp_path)
     assert run.status == 0, run.output[-3000:]
     assert run.of_launcher and run.of_descendants

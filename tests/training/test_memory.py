@@ -1,12 +1,8 @@
 """What a model weighs, and the estimate printed after loading."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, synthetic_model
+from conftest import synthetic_model
 from support.runs import TRAIN_SETTINGS, flags, losses, run
 
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
@@ -214,12 +210,10 @@ def test_out_of_memory_elsewhere_keeps_the_figures_of_torch():
 
 
 @pytest.mark.slow
-def test_a_process_may_halve_its_batches_alone(monkeypatch, tmp_path):
+def test_a_process_may_halve_its_batches_alone(ranks, monkeypatch, tmp_path):
     # Process 0 has room for one row, process 1 for all of its four; both stay in step.
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, runpy, sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT / 'ptuning')!r})\n"
+    little_room = (
+        "import os, torch\n"
         "from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration as Model\n"
         "honest = Model.forward\n"
         "def forward(self, input_ids=None, **kwargs):\n"
@@ -227,19 +221,11 @@ def test_a_process_may_halve_its_batches_alone(monkeypatch, tmp_path):
         "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
         "    return honest(self, input_ids, **kwargs)\n"
         "Model.forward = forward\n"
-        f"sys.argv[0] = {str(ROOT / 'ptuning' / 'main.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     settings = {**PLENTY, "max_steps": 2, "gradient_accumulation_steps": 1}
     words = flags({**settings, "auto_find_batch_size": True, "output_dir": tmp_path / "two"})
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program), *words],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Out of memory with") == 2
+    statuses, output = ranks.run(words, little_room, processes=2)
+    assert statuses == [0, 0], output[-3000:]
+    assert output.count("Out of memory with") == 2
     run(monkeypatch, settings, per_device_train_batch_size=8, output_dir=tmp_path / "one")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

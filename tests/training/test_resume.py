@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT, SAMPLE
 from support.pairs import write_pairs
-from support.ranks import Ranks
 from support.resuming import RUN, flip_bit, names
 from support.runs import flags
 
@@ -33,12 +32,11 @@ def saved(run):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(ranks):
     """main.py with the flags of RUN and more, as a process of its own or several: (exit statuses, output).
 
     `before` is Python that the process runs first; `meanwhile` is called with the process ids.
     """
-    ranks = Ranks(tmp_path_factory.mktemp("logs") / "log")
 
     def run(output_dir, before="", processes=1, meanwhile=None, **more):
         settings = {
@@ -46,8 +44,7 @@ def run(tmp_path_factory):
         }
         return ranks.run(flags(settings), before, processes, meanwhile)
 
-    yield run
-    ranks.close()
+    return run
 
 
 @pytest.fixture(scope="module")

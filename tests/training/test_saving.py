@@ -9,7 +9,6 @@ import torch
 from conftest import SAMPLE, TINY
 from support.finetuned import TRAIN, run
 from support.runs import flags
-from support.shell import bash
 
 from arguments import parse_flags
 from tuning.methods import load_trained
@@ -109,14 +108,14 @@ def test_the_weights_at_the_end_are_the_best_checkpoints(method, tmp_path, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "metric"), [("lora", "loss"), ("full", "loss"), ("prefix", "bleu-4")])
-def test_two_processes_load_the_same_best_checkpoint_at_the_end(method, metric, tmp_path):
+def test_two_processes_load_the_same_best_checkpoint_at_the_end(method, metric, ranks, tmp_path):
     settings = FLAGS["the best at the end"][0] | {"metric_for_best_model": metric, "eval_with_generate": True}
     predict = {"do_predict": True, "test_file": SAMPLE / "dev.json", "max_predict_samples": 2, "max_target_length": 8}
     words = flags({**TRAIN, **METHODS[method], **settings, **predict, "output_dir": tmp_path / "run"})
-    done = bash(f"torchrun --standalone --nproc-per-node=2 ptuning/main.py {' '.join(words)}", OMP_NUM_THREADS=1)
-    assert done.returncode == 0, done.stderr[-3000:]
+    statuses, output = ranks.run(words, processes=2)
+    assert statuses == [0, 0], output[-3000:]
     best = (tmp_path / "run" / "best").resolve()
-    assert f"The best checkpoint has been loaded: {tmp_path}/run/{best.name}" in done.stdout
+    assert f"The best checkpoint has been loaded: {tmp_path}/run/{best.name}" in output
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     values = {entry["step"]: entry[f"eval_{metric}"] for entry in state["log_history"] if f"eval_{metric}" in entry}
     assert best.name == f"checkpoint-{max(values, key=values.get)}"
