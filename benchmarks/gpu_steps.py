@@ -2,9 +2,10 @@
 
     PYTHONPATH=ptuning python -m benchmarks.gpu_steps rates --out FOLDER
     PYTHONPATH=ptuning python -m benchmarks.gpu_steps steps --out FOLDER
+    PYTHONPATH=ptuning python -m benchmarks.gpu_steps drift --out FOLDER
 
-One 6B of random weights, in bf16 and then in int4. Each figure goes to FOLDER/rates.json or FOLDER/steps.json as soon as
-it is there, and is printed. `--size tiny` and a CPU do for a dry run.
+One 6B of random weights, in bf16 and then in int4. Each figure goes to FOLDER/rates.json, steps.json or drift.json as soon
+as it is there, and is printed. `drift` is what measuring and keeping what is forgotten costs beside a step of 16 rows. `--size tiny` and a CPU do for a dry run.
 """
 
 import argparse
@@ -20,12 +21,17 @@ from benchmarks.contenders.base import COMMON, SIZES, find_data
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from alignment.swapping import BASE, swapped
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.generation import Batch, graph_slots
 from chatglm2.kernels import kernels_for
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm2.quantization import choose_backend, quantize_model_, use_backend_
 from common.slowness import slow_because
+from data.general import MEASURED
+from forgetting.answers import answers_of
+from forgetting.drift import Drift
+from forgetting.trainer import MEASURED_TOKENS
 
 PREFIX = 128
 ROW = 130  # tokens, as ADGEN's on average; the later half is supervised
@@ -230,9 +236,42 @@ def measure_steps(results, args, device, dtype):
             torch.cuda.empty_cache()
 
 
+def measure_forgetting(results, args, device, dtype):
+    """The base's answers, the drift and a step's general rows, beside a training step of the scripts' 16 rows."""
+    prompts = [list(range(100 + number, 100 + number + PROMPT)) for number in range(MEASURED)]
+    for bits in args.bits:
+        model = make_model(args.size, bits, device, dtype)
+        weights = f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+        step, keep = training_step(model, 16, device), training_step(model, 8, device)
+        step_seconds, keep_seconds = median_time(step, device), median_time(keep, device)
+
+        def answer(model=model):
+            with swapped(model, BASE):
+                return answers_of(model, prompts, MEASURED_TOKENS, 64794)
+
+        answer_seconds = timed(answer, device)
+        answers = [list(range(5, 5 + MEASURED_TOKENS)) for _ in prompts]  # random weights may end theirs at once
+        drift = Drift(model, prompts, answers, num_known=64794, pad_token_id=0)
+        first, later = timed(drift.measure, device), median_time(drift.measure, device)
+        run = 3000 * step_seconds  # of train.sh, which measures at the start and at three saves
+        results.add(
+            weights=weights,
+            step_ms=1000 * step_seconds,
+            keep_rows_8_ms=1000 * keep_seconds,
+            answers_s=answer_seconds,
+            first_s=first,
+            later_s=later,
+            share_of_a_run=(answer_seconds + first + 3 * later) / run,
+        )
+        del model, drift, step, keep
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rates", "steps"))
+    parser.add_argument("what", choices=("rates", "steps", "drift"))
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--size", choices=SIZES, default="6b")
     parser.add_argument("--bits", type=int, nargs="+", default=[0, 4], choices=(0, 4, 8))
@@ -256,6 +295,8 @@ def main():
     if args.what == "rates":
         measure_products(results, SIZES[args.size], device, dtype)
         measure_attention(results, SIZES[args.size], device, dtype)
+    elif args.what == "drift":
+        measure_forgetting(results, args, device, dtype)
     else:
         measure_steps(results, args, device, dtype)
 

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Everything here that needs a GPU, in three parts of at most 9 minutes, each complete in itself, from the repository's
+# Everything here that needs a GPU, in four parts of at most 9 minutes, each complete in itself, from the repository's
 # root:
 #
-#     bash benchmarks/on_gpu.sh a|b|c FOLDER [STEP …]        (PYTHON=… chooses the interpreter, SIZE=tiny is a dry run)
+#     bash benchmarks/on_gpu.sh a|b|c|d FOLDER [STEP …]      (PYTHON=… chooses the interpreter, SIZE=tiny is a dry run)
 #
 #   a   versions, tests, rates of products and attention, quantized layers
 #   b   profiles of training and decoding steps, speed beside the official recipe
 #   c   speed in int4, the full-size folder, NCCL, a small run from end to end
+#   d   what measuring and keeping what is forgotten costs; with MODEL=THUDM/chatglm2-6b, what it brings, on ADGEN
 #
 # What each step prints goes to FOLDER/PART as well, beside its JSON. Without names all steps run, each at most as many
 # seconds as it says below. A step that fails or runs out of its time does not stop the others; endings.json and the last
 # lines say how each ended.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-usage="usage: bash benchmarks/on_gpu.sh a|b|c FOLDER [STEP …]"
+usage="usage: bash benchmarks/on_gpu.sh a|b|c|d FOLDER [STEP …]"
 part=${1:?"$usage"}
 out=${2:?"$usage"}/$part
-[[ $part = [abc] ]] || { echo "error: $usage" >&2 && exit 2; }
+[[ $part = [abcd] ]] || { echo "error: $usage" >&2 && exit 2; }
 chosen=" ${*:3} "
 python=${PYTHON:-python3}
 size=${SIZE:-6b}
@@ -87,6 +88,12 @@ case $part in
       --output_dir "$out/nccl" --overwrite_output_dir --pre_seq_len 32 --max_steps 20 --learning_rate 2e-2
     step train 90 env MODEL=tiny CHECKPOINT=on-gpu bash train.sh
     step evaluate 60 env MODEL=tiny CHECKPOINT=on-gpu bash evaluate.sh
+    ;;
+  d)
+    step drift 140 "$python" -m benchmarks.gpu_steps drift --size "$size" --out "$out"
+    [ -z "${MODEL:-}" ] || step forgetting 400 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
+      --general ptuning/forgetting/general.jsonl --general_dev none --lines official,keep --steps 100 --keep 1:0.5 \
+      --output_dir "$out/forgetting" --more pre_seq_len=128
     ;;
 esac
 if [ ${#endings[@]} = 0 ]; then
