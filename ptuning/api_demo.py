@@ -53,10 +53,12 @@ from common.files import file_sha256
 from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, CompletionRequest, OfficialRequest, said
 from serving.api_forms import ChatForm, TextForm, stream, whole
 from serving.api_index import docs_page, endpoints, names
+from serving.auto import AUTO
 from serving.json_mode import check_schema
 from serving.limits import Attempts, BodyLimit, client_of, error_response, uvicorn_settings
 from serving.loading import opened_server
-from serving.server import Busy, Sampling, TooLong
+from serving.prompts import TooLong
+from serving.server import Busy, Sampling
 
 LOOK_SECONDS = 0.5  # between looks whether a client is still there
 
@@ -249,8 +251,8 @@ def create_app(server, api_key=None, cors_origins=()):
         return error_response(400, "; ".join(problems[:3]).encode(errors="replace").decode(), code=code)
 
     def model_name(name):
-        name = name or server.default
-        if name not in server.models():
+        name = name or server.usual
+        if name not in server.models() and not (name == AUTO and server.candidates):
             raise NoModel(404, f"There is no model {name!r}; there are {', '.join(server.models())}.")
         return name
 
@@ -302,8 +304,9 @@ def create_app(server, api_key=None, cors_origins=()):
 
     @app.get("/v1/models", dependencies=locked, responses={401: RESPONSES[401]})
     def models():
-        """The model that answers by default, then every other checkpoint of the run and the base model."""
-        ordered = sorted(server.models(), key=lambda name: name != server.default)
+        """The model that answers by default, then every other checkpoint, the base model, and auto, which chooses."""
+        names = [*server.models(), *([AUTO] if server.offers_auto() else [])]
+        ordered = sorted(names, key=lambda name: name != server.usual)
         return {"object": "list", "data": [describe_model(name) for name in ordered]}
 
     @app.get("/v1/models/{model}", dependencies=locked, responses={401: RESPONSES[401], 404: RESPONSES[404]})
@@ -316,7 +319,7 @@ def create_app(server, api_key=None, cors_origins=()):
         """The official API: prompt and history in, response and longer history out."""
         history = [(question, answer) for question, answer in body.history or []]
         pending = Pending(server, request)
-        token_ids = await pending.encode(limiter, lambda: server.encode(body.prompt, history))
+        token_ids = await pending.encode(limiter, lambda: server.encode(body.prompt, history, server.usual))
         max_length = min(body.max_length or 2048, server.model.config.seq_length)
         if len(token_ids) >= max_length:
             raise PromptTooLong(
@@ -327,7 +330,7 @@ def create_app(server, api_key=None, cors_origins=()):
             top_p=given.get("top_p", 0.7) if body.top_p is None else body.top_p,
             temperature=given.get("temperature", 0.95) if body.temperature is None else body.temperature,
         )
-        await pending.submit(token_ids, server.default, [sampling])
+        await pending.submit(token_ids, server.usual, [sampling])
         await pending.finish()
         response = pending.answers[0].text
         return {

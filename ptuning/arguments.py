@@ -392,7 +392,7 @@ def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
         "--ptuning_checkpoint",
         "--checkpoint_dir",
         help="What was trained: a checkpoint folder, or a run (its best one, or else the last); several LoRA adapters "
-        "with commas.",
+        "with commas, to the demos also several prefixes.",
     )
     parser.add_argument("--model_family", choices=SUPPORTED, help="Where the base model's files leave it open.")
     parser.add_argument("--finetuning_type", choices=list(RULES), help="Not needed: read from the checkpoint.")
@@ -409,6 +409,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize_output_layer", action="store_true", help="The output layer in int8, too.")
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
     parser.add_argument("--source_prefix", help="Text before every prompt. Read from the checkpoint.")
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="Answer as the model `auto` unless another is asked for: what its training prompts are like is answered by "
+        "the checkpoint, all else by the base. A LoRA adapter needs it for that.",
+    )
     parser.add_argument("--max_length", "--max_new_tokens", type=int, help="Longest answer, in new tokens [8192].")
     parser.add_argument("--top_p", type=float, help="Probability mass to choose from [0.8].")
     parser.add_argument("--temperature", type=float, help="0: always the likeliest token [0.95].")

@@ -27,6 +27,7 @@ def parse_arguments(argv):
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
     run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
+from serving.auto import AUTO
 from serving.loading import load_server
 from serving.server import Sampling
 
@@ -39,6 +40,9 @@ HELP = """\
 Type a message. Commands, each on a line of its own:
   clear          start a new conversation
   prefix on|off  answer with the trained prefix, or as the base model
+  prefix auto    let each question decide which of them answers
+  prefix NAME    answer with this one of several prefixes
+  other          ask the last question of the other one
   checkpoint N   answer with checkpoint-N of the run
   help, ?        show this, and the checkpoints of the run
   exit, stop     leave (Ctrl-D too); Ctrl-C stops an answer"""
@@ -49,14 +53,15 @@ class Terminal:
 
     def __init__(self, server, sampling):
         self.server, self.sampling = server, sampling
-        self.tuned = self.model = server.default
+        self.tuned, self.model = server.default, server.usual
         self.history = []
+        self.answered = self.other = None  # who has answered the last question of auto, and who has not
 
     def command(self, line):
         """The answer to a command, None for a line that is no command."""
         words = line.split()
         if line == "clear":
-            self.history = []
+            self.history, self.other = [], None
             return "A new conversation."
         if line in ("help", "?", "？"):
             return f"{HELP}\nHere there are: {', '.join(self.server.models())}. Answering: {self.model}."
@@ -64,12 +69,20 @@ class Terminal:
             if words[1] == "on" and self.tuned == self.server.base:
                 return "There is no prefix to switch on; start with --ptuning_checkpoint."
             return self.use(self.tuned if words[1] == "on" else self.server.base)
+        if len(words) == 2 and words[0] == "prefix" and words[1] in (AUTO, *self.server.models()):
+            return self.use(words[1])
+        if line == "other":
+            return self.ask_other()
         if len(words) == 2 and words[0] == "checkpoint" and words[1].removeprefix("checkpoint-").isdecimal():
             return self.use(f"checkpoint-{words[1].removeprefix('checkpoint-')}")
         return None
 
     def use(self, model):
         try:
+            if model == AUTO:
+                names = [*self.server.signatures(), self.server.base]
+                self.model = AUTO
+                return f"Each question decides: {' or '.join(names)}."
             facts = self.server.facts(model)
         except (ValueError, OSError) as error:
             return str(error)
@@ -77,13 +90,25 @@ class Terminal:
         self.tuned = model if model != self.server.base else self.tuned
         return f"Answering: {model}, {facts['pre_seq_len']} virtual tokens."
 
-    def answer(self, question):
+    def ask_other(self):
+        """Ask the last question again, of the model that has not answered it."""
+        if self.other is None:
+            return "There is no other one to ask; it is there after an answer of prefix auto."
+        turn = self.history.pop()
+        try:
+            return self.answer(turn[0], self.other)
+        except ValueError:
+            self.history.append(turn)
+            raise
+
+    def answer(self, question, model=None):
         """Write the answer as it grows, remember the turn, and return one line about it."""
-        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens, self.model)
+        model = model or self.model
+        token_ids, dropped = self.server.fit(question, self.history, self.sampling.max_new_tokens, model)
         if dropped:
             print(f"(the oldest {dropped} turns no longer fit and were left out)")
         written, answer = "", None
-        stream = self.server.stream(token_ids, model=self.model, sampling=self.sampling, session="terminal")
+        stream = self.server.stream(token_ids, model=model, sampling=self.sampling, session="terminal")
         try:
             for answer in stream:
                 print(printable(answer.text[len(written) :]), end="", flush=True)
@@ -96,7 +121,15 @@ class Terminal:
             print()
         self.history.append((question, written))
         speed = f"{len(answer.response_ids)} tokens, {answer.tokens_per_second:.1f} tokens/s · " if answer else ""
-        return f"[{self.model} · {speed}{reason}]"
+        return f"[{self.describe(answer, model)} · {speed}{reason}]"
+
+    def describe(self, answer, model):
+        """Who answers, and how sure that is; remembers who else could."""
+        if answer is None or answer.decision is None:
+            self.answered, self.other = model, self.answered if model == self.other else None
+            return model
+        self.answered, self.other = answer.model, answer.decision.other
+        return f"{answer.model}, chosen by the question, {answer.decision.sure:.0%} sure"
 
 
 def talk(server, sampling):
@@ -131,10 +164,10 @@ def answer_lines(server, sampling, lines):
         text = ""
         if line.strip():
             try:
-                token_ids, _ = server.fit(line.rstrip("\r\n"), [], sampling.max_new_tokens)
+                token_ids, _ = server.fit(line.rstrip("\r\n"), [], sampling.max_new_tokens, server.usual)
             except ValueError as error:
                 raise ValueError(f"Line {number}: {error}") from error
-            *_, answer = server.stream(token_ids, sampling=sampling)
+            *_, answer = server.stream(token_ids, model=server.usual, sampling=sampling)
             if answer.error:
                 raise ValueError(f"Line {number}: {answer.error}")
             text = printable(answer.text).replace("\n", "\\n")

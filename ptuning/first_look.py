@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from arguments import EXAMPLES
 from checkpoints.file_names import VALUE_HEAD_FILE
-from checkpoints.run_folder import check_holds_prefix, find_checkpoints, names_in
+from checkpoints.run_folder import check_holds_prefix, check_holds_signature, find_checkpoints, names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES
 from common.files import read_json
@@ -113,7 +113,23 @@ def look_at_demo(args) -> None:
         )
     if args.pre_seq_len and not checkpoint:
         raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
+    if args.auto:
+        check_auto([checkpoint] if checkpoint else [])
     look_at_base(args.model_name_or_path, checkpoint, args.model_family)
+
+
+def check_auto(checkpoints: list) -> None:
+    """ValueError and FileNotFoundError where --auto cannot choose among checkpoint folders and their base model."""
+    if not checkpoints:
+        raise ValueError("--auto needs --ptuning_checkpoint: it chooses between what was trained and the base model.")
+    for checkpoint in checkpoints:
+        kind = finetuning_type(checkpoint) or DEFAULT_METHOD
+        if not RULES[kind].swaps:
+            raise ValueError(
+                f"--auto: {checkpoint} was trained with --finetuning_type {kind}, which changes the weights of the base "
+                "model itself, so nothing is left to answer other prompts. Leave --auto out."
+            )
+        check_holds_signature(checkpoint)
 
 
 def look_at_run(model_args, data_args, given: dict, notes: list) -> None:

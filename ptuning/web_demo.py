@@ -51,7 +51,7 @@ from common.environment import before_page
 from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, uvicorn_settings
 from serving.loading import opened_server
 from serving.markdown import LATEX_DELIMITERS
-from serving.page_events import SIDES, Page
+from serving.page_events import SIDES, Page, first_mode, modes_of
 from serving.page_examples import examples_of
 from serving.page_kept import COLUMNS, FeedbackFile, empty
 from serving.page_words import TEXTS
@@ -93,8 +93,8 @@ def build(server, feedback=None):
             with gr.Row(elem_id="head"):
                 gr.Markdown(i18n("heading"), elem_id="title")
                 mode = gr.Radio(
-                    [(i18n(name), name) for name in COLUMNS],
-                    value="tuned" if has_prefix else "base",
+                    [(i18n(name), name) for name in modes_of(server)],
+                    value=first_mode(server),
                     label=i18n("mode"),
                     show_label=False,
                     visible=has_prefix,
@@ -105,7 +105,7 @@ def build(server, feedback=None):
             with gr.Row(elem_id="chats"):
                 chats = [
                     gr.Chatbot(
-                        label=i18n("tuned" if side == "left" and has_prefix else "base"),
+                        label=i18n(COLUMNS[first_mode(server)][0] if side == "left" else "base"),
                         elem_id=side,
                         visible=side == "left",
                         height=None,
@@ -121,6 +121,7 @@ def build(server, feedback=None):
                     for side in SIDES
                 ]
             status = gr.HTML(elem_id="status", js_on_load="element.setAttribute('role', 'status')")
+            other = gr.Button(i18n("other"), size="sm", elem_id="other")  # page.js shows it
             with gr.Row(elem_id="ask"):
                 box = gr.Textbox(
                     label=i18n("message"),
@@ -153,6 +154,7 @@ def build(server, feedback=None):
             gr.on([chat.retry for chat in chats], page.retry, **answering),
             gr.on([chat.edit for chat in chats], page.edit, **answering),
             mode.input(page.switch, **answering),
+            other.click(page.other, **answering),
             chats[0].example_select(page.example, **answering),
         ):
             asking.failure(None, None, [status], js="() => window.refused", **browser)

@@ -267,11 +267,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """One open turn of the prompt, counted from 1."""
         return f"[Round {number}]\n\n问：{query}\n\n答："
 
-    def last_turn(self, token_ids: list[int]) -> int:
-        """Place of the first token of the last turn in the ids of a chat prompt; 0 where no turn begins."""
-        mark = self.encode_batch(["[Round"])[0][1:]  # without the bracket, whose id differs at the start of a text
-        places = range(len(token_ids) - len(mark), 0, -1)
-        return next((place - 1 for place in places if token_ids[place : place + len(mark)] == mark), 0)
+    def last_turn(self, token_ids: list[int]) -> list[int]:
+        """Ids of the last turn of a chat prompt as if nothing had been said before; `token_ids` where that is so."""
+        text = self.decode(token_ids)
+        start = text.rfind("[Round ")
+        if start <= 0:
+            return token_ids
+        return self.encode("[Round 1]" + text[start:].partition("]")[2])
 
     def fit_prompt(
         self, query: str, history: list[tuple[str, str]], limit: int, source_prefix: str = ""

@@ -13,7 +13,7 @@ import math
 import shutil
 from pathlib import Path
 
-from checkpoints.file_names import FINETUNING_FILE, INDEX_FILES, TENSORS_FILE, weight_files
+from checkpoints.file_names import FINETUNING_FILE, INDEX_FILES, SIGNATURE_FILE, TENSORS_FILE, weight_files
 from checkpoints.sidecar import SIDECAR_FILE
 from checkpoints.trainer_state import check_state
 from checkpoints.ways import ADAPTER_FILES
@@ -132,6 +132,15 @@ def check_holds_prefix(checkpoint: Path | str) -> None:
     if others or runs:
         hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
     raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
+
+
+def check_holds_signature(checkpoint: Path | str) -> None:
+    """FileNotFoundError for a checkpoint without the file that tells what its training prompts look like."""
+    if not (Path(checkpoint) / SIGNATURE_FILE).is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} has no {SIGNATURE_FILE}, which says what its training prompts look like, so it cannot be chosen "
+            "automatically. Ask for it by its name. Training with this version writes the file."
+        )
 
 
 def dev_loss_of(checkpoint: Path | str) -> float | None:

@@ -4,6 +4,7 @@ Answers to the arguments and to the texts of the official `stream_chat`.
 """
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from chatglm2.chat import TRAINING_DATE
 
@@ -62,6 +63,8 @@ class Answer:
     cancelled: bool = False
     seconds: float = 0.0  # since the first token was asked for
     reused_tokens: int = 0  # of the prompt, found in the cache of the conversation
+    signatures: dict = field(default_factory=dict, repr=False)  # {model: signature} of those that auto chooses among
+    decision: object = None  # of auto, see auto.py: `model` is then the one that it names
     format: object = field(default=None, repr=False)  # what holds it to the schema
     paused: tuple = field(default=(), repr=False)  # its BatchRow and cache while it waits for its place again
 
@@ -97,3 +100,8 @@ def hold_back(text, patterns):
     beginnings = (pattern[:length] for pattern in patterns for length in range(1, len(pattern)))
     longest = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
     return text[: len(text) - longest]
+
+
+def shared_length(left, right):
+    """How many tokens two sequences have in common at their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

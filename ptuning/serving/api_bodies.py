@@ -104,7 +104,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 class Generation(Strict):
     """How to generate."""
 
-    model: str | None = Field(None, description="A name of GET /v1/models; by default the checkpoint it started with.")
+    model: str | None = Field(None, description="A name of GET /v1/models; by default the first of them.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy [0.95].")
     top_p: float | None = Field(None, ge=0, le=1, description="Probability mass to choose from [0.8].")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None

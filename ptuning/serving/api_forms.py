@@ -6,6 +6,7 @@ Answers to `create_chat_completion` and `predict` of the official `openai_api.py
 import json
 import time
 import uuid
+from dataclasses import asdict
 
 from serving.probabilities import chat_entries, token_bytes, token_name
 
@@ -128,10 +129,18 @@ def head(form, kind, model):
     return {"id": f"{form.mark}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
+def chosen(answer):
+    """{"auto": who answers and how sure that is} of an answer that auto was asked for, once that is decided."""
+    return {"auto": asdict(answer.decision)} if answer.decision else {}
+
+
 def whole(form, answers, model):
     """The body for answers that have ended."""
     choices = [
-        form.choice(index, form.text(index, answer), form.logprobs(index, answer)[0], reason_of(answer))
+        {
+            **form.choice(index, form.text(index, answer), form.logprobs(index, answer)[0], reason_of(answer)),
+            **chosen(answer),
+        }
         for index, answer in enumerate(answers)
     ]
     return {**head(form, form.whole, model), "choices": choices, "usage": form.usage(answers)}
@@ -166,7 +175,7 @@ async def stream(form, pending, model, include_usage):
                 return
             if reason:
                 del running[index]
-                yield event([form.piece(index, "", logprobs, reason)])
+                yield event([{**form.piece(index, "", logprobs, reason), **chosen(answer)}])
     if include_usage:
         yield event([], usage=form.usage(pending.answers))
     yield "data: [DONE]\n\n"

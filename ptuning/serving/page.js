@@ -7,10 +7,11 @@
   const box = () => find("#message textarea");
   const shown = () => (window.kept.mode === "both" ? ["tuned", "base"] : [window.kept.mode]);
   document.documentElement.lang = words === texts.en ? "en" : "zh";
-  window.kept = { tuned: [], base: [], mode: "tuned" };
+  window.kept = { tuned: [], base: [], auto: [], mode: "tuned" };
   window.refused = `<p class="error" role="alert">${words.refused}</p>`;
   window.onKept = (kept) => {
     window.kept = kept;
+    document.body.classList.toggle("has-other", kept.mode === "auto" && Boolean(kept.other));
     if (document.activeElement === document.body) focus();
   };
 

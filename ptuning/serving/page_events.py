@@ -11,11 +11,13 @@ from itertools import zip_longest
 
 import gradio as gr
 
+from serving.auto import AUTO
 from serving.limits import client_key
 from serving.markdown import as_markdown, literally
-from serving.page_kept import COLUMNS, bounded, checked, empty, is_turns, preference, to_ask
+from serving.page_kept import COLUMNS, CONVERSATIONS, bounded, checked, empty, is_turns, preference, to_ask
 from serving.page_words import words_for
-from serving.server import BASE, Busy, Sampling, TooLong
+from serving.prompts import TooLong
+from serving.server import BASE, Busy, Sampling
 
 SIDES = ("left", "right")  # the places of the columns; the right one is there in mode both only
 YIELD_SECONDS = 0.05  # a page that is told of every token does little else
@@ -46,6 +48,18 @@ def as_status(lines, kind=""):
 def place_of(event):
     """The turn that an event of a chat is about; -1 where the browser sent something else."""
     return event.index // 2 if isinstance(event.index, int) else -1
+
+
+def modes_of(server):
+    """The modes that a server's page offers."""
+    if server.default == server.base:
+        return ["base"]
+    return [mode for mode in COLUMNS if mode != AUTO or server.offers_auto()]
+
+
+def first_mode(server):
+    """The mode that a page begins with."""
+    return AUTO if server.usual == AUTO else modes_of(server)[0]
 
 
 def said_in(request):
@@ -83,6 +97,16 @@ class Page:
         earlier = {name: answer for name, (_, answer) in last.items()}
         yield from self.ask(request, plan, kept, settings, earlier=earlier)
 
+    def other(self, request: gr.Request, kept, *settings):
+        """Ask the last question again, of the model that auto has not chosen; both answers stay for a thumb."""
+        kept = checked(kept)
+        if settings[0] != AUTO or not kept[AUTO] or kept["other"] not in self.server.models():
+            yield self.update()
+            return
+        question, answer = kept[AUTO][-1]
+        plan = {AUTO: (kept[AUTO][:-1], [question])}
+        yield from self.ask(request, plan, kept, settings, earlier={AUTO: answer}, model=kept["other"])
+
     def edit(self, request: gr.Request, event: gr.EditData, kept, *settings):
         """Ask a changed question; what came behind it is left out."""
         kept, shown = checked(kept), COLUMNS[settings[0]]
@@ -98,14 +122,14 @@ class Page:
         notes = [said_in(request)["asked_late"].format(count=left_out)] if left_out else []
         yield from self.ask(request, plan, {**kept, "earlier": {}}, settings, notes=notes)
 
-    def ask(self, request, plan, kept, settings, draft="", earlier=None, notes=()):
-        """Ask each model of {name: (turns, questions)} one question after the other."""
+    def ask(self, request, plan, kept, settings, draft="", earlier=None, notes=(), model=None):
+        """Ask each model of {name: (turns, questions)} one question after the other; `model` instead of auto."""
         mode, checkpoint, *how = settings
         session, words = request.session_hash, said_in(request)
         if session in self.running:
             yield self.update()
             return
-        kept = {**kept, "mode": mode, "checkpoint": checkpoint, "draft": ""}
+        kept = {**kept, "mode": mode, "checkpoint": checkpoint, "draft": "", "other": None}
         new = {**kept, "earlier": earlier or {}, **{name: turns for name, (turns, _) in plan.items()}}
         answers = self.running[session] = {}
         try:
@@ -116,7 +140,13 @@ class Page:
             yield self.update("" if rounds else None, self.columns(new, mode, words), kept=start, busy=bool(rounds))
             for left, questions in zip(range(len(rounds) - 1, -1, -1), rounds, strict=True):
                 asked = {name: text for name, text in zip(plan, questions, strict=True) if text is not None}
-                how = {"mode": mode, "checkpoint": checkpoint, "sampling": sampling, "notes": list(notes)}
+                how = {
+                    "mode": mode,
+                    "checkpoint": checkpoint,
+                    "sampling": sampling,
+                    "notes": list(notes),
+                    "auto": model,
+                }
                 kept = new = yield from self.answer(request, asked, new, answers, is_last=not left, **how)
                 if any(answer.finish_reason in CUT_SHORT for answer in answers.values()):
                     break
@@ -130,14 +160,19 @@ class Page:
             self.cancel(answers)
             self.running.pop(session, None)
 
-    def answer(self, request, asked, kept, answers, *, is_last, mode, checkpoint, sampling, notes):
-        """Ask {name: question} and yield the growing answers until all have ended; returns `kept` with them."""
+    def answer(self, request, asked, kept, answers, *, is_last, mode, checkpoint, sampling, notes, auto):
+        """Ask {name: question} and yield the growing answers until all have ended; returns `kept` with them.
+
+        `auto` answers in that conversation, None where the question chooses.
+        """
         words, client, changed = said_in(request), client_key(request.client.host), threading.Event()
         answers.clear()
         for name, question in asked.items():
-            model = self.server.base if name == "base" else checkpoint or self.server.default
+            chosen = checkpoint or self.server.default
+            model = {"base": self.server.base, "tuned": chosen, AUTO: auto or AUTO}[name]
+            among = () if len(self.server.candidates) > 1 else (chosen,)
             with self.server.preparing(client):
-                token_ids, dropped = self.server.fit(question, kept[name], sampling.max_new_tokens, model)
+                token_ids, dropped = self.server.fit(question, kept[name], sampling.max_new_tokens, model, among)
             notes += [words["dropped"].format(count=dropped)] if dropped else []
             answers[name] = self.server.submit(
                 token_ids,
@@ -156,6 +191,8 @@ class Page:
             lines = [self.status(answer, words) for answer in answers.values()]
             if ended:
                 kept = {**kept, **{name: bounded(turns) for name, turns in new.items()}}
+                if AUTO in answers:
+                    kept["other"] = self.other_than(answers[AUTO], checkpoint)
             yield self.update(
                 columns=[[*before[name], *last[name]] if name in last else gr.skip() for name in COLUMNS[mode]],
                 status=as_status([*lines, *notes], "error" if failed else "" if ended else "growing"),
@@ -167,6 +204,12 @@ class Page:
             time.sleep(YIELD_SECONDS * (1 + sum(len(answer.text) for answer in answers.values()) / LONG_TEXT))
             changed.wait(timeout=1)  # not longer: a yield lets the page close this generator
             changed.clear()
+
+    def other_than(self, answer, checkpoint):
+        """The model that could have given an answer in its place."""
+        if answer.decision:
+            return answer.decision.other
+        return self.server.base if answer.model != self.server.base else checkpoint or self.server.default
 
     def last_bubbles(self, question, answer, words):
         """The turn that is on its way: the chat turns a wheel beside the title of what is pending."""
@@ -207,6 +250,8 @@ class Page:
     def status(self, answer, words):
         """One line: model, checkpoint, prefix, bits, device, speed, why the answer ended."""
         parts = [self.describe(answer.model, words)]
+        if answer.decision:
+            parts.append(words["chosen"].format(sure=answer.decision.sure))
         if answer.response_ids:
             parts.append(words["speed"].format(tokens=len(answer.response_ids), speed=answer.tokens_per_second))
         if answer.finish_reason:
@@ -215,9 +260,11 @@ class Page:
 
     def describe(self, model, words):
         """What answers: base model, prefix or checkpoint, bits and device."""
-        facts = self.server.facts(model)
+        facts = self.server.facts(self.server.base if model == AUTO else model)
         prefix = words["prefix"].format(**facts) if facts["pre_seq_len"] else words["no_prefix"]
-        if not facts["pre_seq_len"] and model != BASE:  # weights that were tuned themselves
+        if model == AUTO:
+            prefix = words["chooses"].format(names=", ".join([*self.server.candidates, self.server.base]))
+        elif not facts["pre_seq_len"] and model != BASE:  # weights that were tuned themselves
             prefix = model
         parts = [facts["base_model"], prefix, facts["weights"], facts["device"], facts.get("slow_because")]
         return " · ".join(filter(None, parts))
@@ -233,11 +280,9 @@ class Page:
     def opened(self, request: gr.Request, kept):
         """The page as the browser kept it, with the checkpoints of now: a running training gets new ones."""
         kept, words, names = checked(kept), said_in(request), self.server.models()[:-1]
-        mode = kept["mode"] if kept["mode"] in COLUMNS else "tuned"
-        if self.server.default == self.server.base:
-            mode = "base"
+        mode = kept["mode"] if kept["mode"] in modes_of(self.server) else first_mode(self.server)
         chosen = kept["checkpoint"] if kept["checkpoint"] in names else self.server.default
-        status = as_status([self.describe(self.server.base if mode == "base" else chosen, words)])
+        status = as_status([self.describe({"base": self.server.base, AUTO: AUTO}.get(mode, chosen), words)])
         choices = gr.update(choices=names, value=chosen if names else None)
         draft, kept = kept["draft"] or gr.skip(), {**kept, "mode": mode, "draft": ""}  # what was typed meanwhile stays
         return [choices, mode, *self.columns(kept, mode, words), draft, status, kept]
@@ -290,7 +335,7 @@ class Page:
     def close(self, request: gr.Request):
         """The page was closed: nothing of it stays."""
         self.stop(request)
-        for name in COLUMNS["both"]:
+        for name in CONVERSATIONS:
             self.server.forget((request.session_hash, name))
 
     # ---- for programs
@@ -304,8 +349,8 @@ class Page:
         try:
             with self.server.preparing(client):
                 sampling = Sampling(**self.server.sampling)
-                token_ids, _ = self.server.fit(prompt, history, sampling.max_new_tokens)
-            for answer in self.server.stream(token_ids, sampling=sampling, client=client):
+                token_ids, _ = self.server.fit(prompt, history, sampling.max_new_tokens, self.server.usual)
+            for answer in self.server.stream(token_ids, model=self.server.usual, sampling=sampling, client=client):
                 yield answer.text
         except (ValueError, OSError, Busy) as error:
             raise gr.Error(self.explain(error, said_in(request)), print_exception=False) from error

@@ -9,15 +9,21 @@ import os
 import threading
 from itertools import takewhile
 
-COLUMNS = {"tuned": ("tuned",), "base": ("base",), "both": ("tuned", "base")}  # mode -> the conversations shown
+# mode -> the conversations shown; that of `auto` is answered by whom each question chooses
+COLUMNS = {"tuned": ("tuned",), "base": ("base",), "both": ("tuned", "base"), "auto": ("auto",)}
+CONVERSATIONS = ("tuned", "base", "auto")
 MAX_CHARACTERS = 100_000  # of a conversation, more than a model reads; two of them fit into a request
 MAX_ASKED_AGAIN = 8  # turns that another model is asked when it joins a conversation
 MAX_FEEDBACK_BYTES = 64 * 2**20
 
 
 def empty():
-    """What is kept at first. A conversation is [[question, answer]]; `earlier` holds the last answers before a retry."""
-    return {"tuned": [], "base": [], "earlier": {}, "draft": "", "mode": None, "checkpoint": None}
+    """What is kept at first. A conversation is [[question, answer]]; `earlier` holds the last answers before a retry.
+
+    `other` is the model that could have given the last answer of the conversation `auto`, None where that is not known.
+    """
+    texts = {"draft": "", "mode": None, "checkpoint": None, "other": None}
+    return {**{name: [] for name in CONVERSATIONS}, "earlier": {}, **texts}
 
 
 def checked(value):
@@ -25,14 +31,14 @@ def checked(value):
     new = empty()
     if not isinstance(value, dict):
         return new
-    for name in COLUMNS["both"]:
-        turns, earlier = value.get(name), value.get("earlier")
+    for name in CONVERSATIONS:
+        turns, earlier = value.get(name, []), value.get("earlier")
         if not is_turns(turns):
             return empty()
         new[name] = bounded(turns)
         if isinstance(earlier, dict) and isinstance(earlier.get(name), str):
             new["earlier"][name] = earlier[name]
-    new.update({name: value[name] for name in ("mode", "checkpoint") if isinstance(value.get(name), str)})
+    new.update({name: value[name] for name in ("mode", "checkpoint", "other") if isinstance(value.get(name), str)})
     new["draft"] = value["draft"] if isinstance(value.get("draft"), str) else ""
     return new
 

@@ -19,40 +19,36 @@ import contextlib
 import random
 import threading
 import time
-from bisect import bisect_right
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, takewhile
 
 import torch
 
 from chatglm2.configuration_chatglm import ChatGLMConfig
-from chatglm2.conversation import read_history
 from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import list_checkpoints
+from checkpoints.sidecar import read_sidecar
 from common.messages import dtype_name
 from common.slowness import slow_because
-from serving.answers import Answer, Sampling, check_text, hold_back, read_answer
+from serving.answers import Answer, Sampling, hold_back, read_answer, shared_length
+from serving.auto import AUTO, StateMean, decide
 from serving.json_mode import JsonMode, check_schema
 from serving.limits import Turns, fair_share
 from serving.probabilities import log_probabilities
+from serving.prompts import Prompts
+from tuning.signature import read_signature
 
 BASE = "base"  # name of the model without a prefix
-CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
-TURN_TOKENS = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
 SCORED_AT_ONCE = 128  # tokens of a prompt: bounds the memory of their logits, 33 MB of ChatGLM2 in float32
+NOTHING_KEPT = (None, [], [])  # of a conversation: model, token ids, layers
 TOKENIZE_AT_ONCE = 2  # texts of clients; each may take a second of a core
 
 
 class Busy(RuntimeError):
     """All places are taken and the queue is full."""
-
-
-class TooLong(ValueError):
-    """A prompt leaves no room for an answer."""
 
 
 @dataclass(eq=False)
@@ -66,7 +62,7 @@ class BatchRow:
     next_logprob: tuple | None = None
 
 
-class ChatServer:
+class ChatServer(Prompts):
     """A model, the prefixes of a run, and the thread that answers with them. See `submit` and `stream`.
 
     `base` is what the model is called without a prefix: the checkpoint's name where its weights were tuned, with
@@ -93,9 +89,13 @@ class ChatServer:
         self.name = BASE  # of the base model, for people
         self.run_folder = None  # rescanned for new checkpoints
         self.sampling = {}  # of an answer, where who asks says nothing
+        self.gate = None  # an AdapterGate, where a row of the batch may go around an adapter
         self.given_source_prefix = None  # before every prompt, whatever a model was trained with
+        self.candidates = ()  # models that auto chooses among, beside the base
+        self.usual = self.default  # where who asks names no model: this one, or auto
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
+        self._signatures = {}
         self._prefixes_of_worker = {}  # on the model's device; only the worker computes there
         self._kept_caches = OrderedDict()  # session -> (model, token ids, layers) between two answers
         self._running = []  # rows; row i is row i of the batch
@@ -133,9 +133,10 @@ class ChatServer:
                 checkpoints = self.checkpoints()
                 if name not in checkpoints:
                     raise ValueError(f"There is no model {name!r}; there are {', '.join(self.models())}.")
-                settings = read_prefix_settings(checkpoints[name])
+                adapter = self.gate is not None  # a part of the model
+                settings = (read_sidecar if adapter else read_prefix_settings)(checkpoints[name])
                 self._source_prefixes[name] = settings.get("source_prefix") or ""
-                self._prefixes[name] = self._read_prefix(checkpoints[name], settings)
+                self._prefixes[name] = [] if adapter else self._read_prefix(checkpoints[name], settings)
             return self._prefixes[name]
 
     @torch.inference_mode()
@@ -145,75 +146,34 @@ class ChatServer:
         fill_prefix_encoder(encoder, checkpoint)
         return encoder(1, self.model.transformer.dtype_of_blocks)
 
+    def signatures(self, among=()):
+        """{name: what its training prompts look like} of models, by default the candidates; each is read once.
+
+        Raises ValueError where there is none, and as read_signature.
+        """
+        names = among or self.candidates
+        if not names:
+            raise ValueError(
+                f"There is nothing that {AUTO} could choose: start with --ptuning_checkpoint, and for a LoRA adapter with "
+                "--auto, too."
+            )
+        with self._loading:
+            for name in names:
+                if name not in self._signatures:
+                    self._signatures[name] = read_signature(self.checkpoints()[name], self.model.config.hidden_size)
+            return {name: self._signatures[name] for name in names}
+
+    def offers_auto(self):
+        """True where `auto` can be asked for: every candidate has a signature that fits."""
+        try:
+            return bool(self.signatures())
+        except (ValueError, OSError):
+            return False
+
     def prefix_length(self, name):
         """Virtual tokens of a prefix that has been read, 0 for the base model."""
         layers = self.prefix(name)
         return layers[0][0].shape[2] if layers else 0
-
-    # ---- prompts
-
-    def source_prefix(self, name=None):
-        """The text before every prompt: the given one, else that of the training of a model; "" where there is none."""
-        name = name or self.default
-        self.prefix(name)
-        return self._source_prefixes[name] if self.given_source_prefix is None else self.given_source_prefix
-
-    def encode(self, query, history=(), model=None):
-        """Token ids of the chat prompt for a model; ValueError for text that no UTF-8 file could hold."""
-        query, history = read_history(query, history)
-        self.check_characters(query, history)
-        check_text(query, history)
-        return self.tokenizer.encode(self.source_prefix(model) + self.tokenizer.build_prompt(query, history))
-
-    def read_prompt(self, prompt):
-        """(text, token ids) of a raw prompt, a text or ids; `[gMASK] sop` stands before a text's. ValueError for others."""
-        if isinstance(prompt, str):
-            self.check_characters(prompt)
-            check_text(prompt, [])
-            return prompt, self.tokenizer.encode(prompt)
-        if max(prompt) >= len(self.tokenizer):
-            last = len(self.tokenizer) - 1
-            raise ValueError(f"The prompt has the token id {max(prompt)}; this model's are from 0 to {last}.")
-        return self.tokenizer.decode(prompt), prompt
-
-    def fit(self, query, history, max_new_tokens, model=None):
-        """(token ids, number of oldest turns left out so that an answer fits); ValueError if the question is too long.
-
-        Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
-        """
-        query, history = read_history(query, history)
-        self.check_characters(query)
-        check_text(query, history)
-        seq_length = self.model.config.seq_length
-        # The oldest turns may have too many characters behind them to be a part of any prompt.
-        behind = list(accumulate(sum(map(len, turn)) for turn in reversed(history)))
-        too_old = len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // TURN_TOKENS)
-        history = history[too_old:]
-        limit = seq_length - min(max_new_tokens, seq_length // 4)
-        token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit, self.source_prefix(model))
-        self.check_length(token_ids)
-        return token_ids, dropped + too_old
-
-    def check_characters(self, query, history=()):
-        """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
-        seq_length = self.model.config.seq_length
-        if TURN_TOKENS * len(history) > seq_length:
-            raise self.too_long(f"The history has {len(history):,} turns", "tokens ", "history")
-        characters = len(query) + sum(len(text) for turn in history for text in turn)
-        if characters > CHARACTERS_A_TOKEN * seq_length:
-            raise self.too_long(f"The prompt has {characters:,} characters", "tokens ")
-
-    def check_length(self, token_ids):
-        """ValueError where a prompt leaves no room for an answer."""
-        if len(token_ids) >= self.model.config.seq_length:
-            raise self.too_long(f"The prompt has {len(token_ids)} tokens")
-
-    def too_long(self, found, unit="", what="question or the history"):
-        """The error for a prompt that leaves no room for an answer."""
-        return TooLong(
-            f"{found}; this model takes {self.model.config.seq_length} {unit}for prompt and answer together (seq_length "
-            f"of its config.json). Shorten the {what}."
-        )
 
     # ---- asking
 
@@ -253,8 +213,11 @@ class ChatServer:
         """
         self.check_length(token_ids)
         model = model or self.default
-        self.prefix(model)
-        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client)
+        signatures = self.signatures(getattr(token_ids, "among", ())) if model == AUTO else {}
+        for name in signatures or [model]:
+            self.prefix(name)
+            self.check_length(getattr(token_ids, "others", {}).get(name, ()))
+        answer = Answer(token_ids, model, sampling or Sampling(), notify, session, client, signatures=signatures)
         if answer.sampling.schema is not None:
             check_schema(answer.sampling.schema)
             with self._loading:
@@ -399,18 +362,45 @@ class ChatServer:
     def _start(self, answer):
         """Feed the part of the prompt that is not in the conversation's cache; logits (1, V) of the first token."""
         started = time.monotonic()
-        prefix_length, layers = self.prefix_length(answer.model), self._prefix_on_device(answer.model)
         with self._changed:
-            model, token_ids, kept = self._kept_caches.pop(answer.session, (None, [], []))
+            kept = self._kept_caches.pop(answer.session, NOTHING_KEPT)
+        logits = self._decide(answer, kept) if answer.signatures else self._admit(answer, kept)
+        with self._changed:
+            self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
+        return logits
+
+    def _admit(self, answer, kept, *watches):
+        """Give an answer a row of the batch, with what the conversation's cache `kept` has of its prompt; logits (1, V)."""
+        prefix_length, layers = self.prefix_length(answer.model), self._prefix_on_device(answer.model)
+        model, token_ids, cache = kept
+        answer.reused_tokens = 0
         if model == answer.model:
             answer.reused_tokens = shared_length(token_ids, answer.token_ids[:-1])
             length = prefix_length + answer.reused_tokens
-            layers = [(key[:, :, :length], value[:, :, :length]) for key, value in kept]
-        watch = partial(self._score, answer) if answer.sampling.score_prompt else None
+            layers = [(key[:, :, :length], value[:, :, :length]) for key, value in cache]
+        if answer.sampling.score_prompt:
+            watches = [*watches, partial(self._score, answer)]
         fed = answer.token_ids[answer.reused_tokens :]
-        logits = self._feed(self._batch.admit, [fed], layers, prefix_length, watch)
-        with self._changed:
-            self._running.append(BatchRow(answer, random.Random(answer.sampling.seed), started))
+        self._open_gate([answer])
+        watch = (lambda hidden: [each(hidden) for each in watches]) if watches else None
+        return self._feed(self._batch.admit, [fed], layers, prefix_length, watch)
+
+    def _decide(self, answer, kept):
+        """Let the base read the last turn alone, and the model that is chosen by that answer; logits (1, V).
+
+        Where nothing was said before, the base has then read its whole prompt.
+        """
+        prompt, answer.model, states = answer.token_ids, self.base, StateMean()
+        alone = self.tokenizer.last_turn(list(prompt))
+        answer.token_ids = alone
+        logits = self._admit(answer, NOTHING_KEPT, states)
+        answer.decision = decide(answer.signatures, states.value, self.base)
+        answer.model = answer.decision.model
+        answer.token_ids = getattr(prompt, "others", {}).get(answer.model, prompt)
+        if answer.model != self.base or alone != prompt:
+            self._batch.remove(len(self._batch.lengths) - 1)
+            answer.prompt_logprobs = []
+            logits = self._admit(answer, kept)
         return logits
 
     def _score(self, answer, hidden):
@@ -433,9 +423,15 @@ class ChatServer:
         (row, layers), answer.paused = answer.paused, ()
         layers = [(key[:, :, :-1], value[:, :, :-1]) for key, value in layers]
         token_ids = answer.token_ids + answer.response_ids
+        self._open_gate([answer])
         self._feed(self._batch.admit, [token_ids[-1:]], layers, self.prefix_length(answer.model))
         with self._changed:
             self._running.append(row)
+
+    def _open_gate(self, answers):
+        """Let the adapter take part in the rows that are fed next, where it is asked for."""
+        if self.gate is not None:
+            self.gate.open([answer.model != self.base for answer in answers])
 
     def _feed(self, feed, *inputs):
         """Logits (rows, V) from admit() or step() of the batch or the output layer, of the ids that are tokens."""
@@ -443,6 +439,7 @@ class ChatServer:
 
     def _step(self):
         """Feed the chosen token of every running answer, and choose the next."""
+        self._open_gate([row.answer for row in self._running])
         self._choose(self._running, self._feed(self._batch.step, [row.next_id for row in self._running]))
 
     def _choose(self, rows, logits):
@@ -526,8 +523,3 @@ class ChatServer:
             self._kept_caches[answer.session] = answer.model, token_ids, layers
             while len(self._kept_caches) > self.max_sessions:
                 self._kept_caches.popitem(last=False)
-
-
-def shared_length(left, right):
-    """How many tokens two sequences have in common at their start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -32,10 +32,11 @@ def method_of(checkpoint) -> Method:
     return METHODS[finetuning_type(checkpoint) or DEFAULT_METHOD]
 
 
-def find_trained(text):
+def find_trained(text, prefixes=False):
     """(the checkpoint folders that `--ptuning_checkpoint` means, what is wrong with others that were passed over).
 
-    As find_checkpoints says, or several LoRA adapters with commas. Raises FileNotFoundError and ValueError.
+    As find_checkpoints says, or several LoRA adapters with commas, or where they may be, several `prefixes`. Raises
+    FileNotFoundError and ValueError.
     """
     if not text:
         return [], []
@@ -49,9 +50,12 @@ def find_trained(text):
         return found, damaged
     parts = [find_checkpoints(name) for name in names]
     found = [folders[-1] for folders, _ in parts]
-    if not found or not all(method_of(folder).stacks for folder in found):
-        listed = ", ".join(f"{folder}: {method_of(folder).name}" for folder in found)
-        raise ValueError(f"Several checkpoints can be given for LoRA adapters only; found {listed}. Give one of them.")
+    kinds = [method_of(folder) for folder in found]
+    beside = prefixes and all(kind.beside_model for kind in kinds)
+    if not found or not (beside or all(kind.stacks for kind in kinds)):
+        listed = ", ".join(f"{folder}: {kind.name}" for folder, kind in zip(found, kinds, strict=True))
+        several = "prefixes, or for LoRA adapters," if prefixes else "LoRA adapters"
+        raise ValueError(f"Several checkpoints can be given for {several} only; found {listed}. Give one of them.")
     return found, [problem for _, damaged in parts for problem in damaged]
 
 

@@ -2,8 +2,9 @@
 
 Answers to nothing in the official scripts, whose prefix answers every prompt in the style of its training rows.
 
-A prompt is the mean of the base's last hidden states over its last turn, in the context of the turns before it: the states
-that its prefill computes anyway. A signature is a normal distribution of these means over the training prompts:
+A prompt is the mean of the base's last hidden states over its last turn alone, as if nothing had been said before: what is
+asked now decides, after small talk too, and without a history the prefill of the prompt computes these states anyway. A
+signature is a normal distribution of these means over the training prompts:
 
     covariance   9/10 of the measured one and a tenth of its mean variance in every direction
     directions   the MOST_DIRECTIONS of largest variance; in all others the variance is their mean
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.file_names import SIGNATURE_FILE
-from checkpoints.run_folder import verify_checkpoint
+from checkpoints.run_folder import check_holds_signature, verify_checkpoint
 from checkpoints.ways import RULES
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import write_bytes
@@ -91,8 +92,8 @@ def distribution(means, threshold=None):
 
 
 @torch.no_grad()
-def prompt_means(model: nn.Module, prompts: list[list[int]], starts: list[int]) -> Tensor:
-    """The mean (N, H) of the last hidden states of each prompt (token ids) from a place on, by a model as it is."""
+def prompt_means(model: nn.Module, prompts: list[list[int]]) -> Tensor:
+    """The mean (N, H) of the last hidden states of each prompt (token ids), by a model as it is."""
     means = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     while by_length:
@@ -103,7 +104,7 @@ def prompt_means(model: nn.Module, prompts: list[list[int]], starts: list[int]) 
             token_ids[row, : len(prompts[index])] = torch.tensor(prompts[index])
         hidden = model.transformer(token_ids.to(model.device), use_cache=False, return_dict=True).last_hidden_state
         for row, index in enumerate(batch):
-            means[index] = hidden[row, starts[index] : len(prompts[index])].float().mean(0).cpu()
+            means[index] = hidden[row, : len(prompts[index])].float().mean(0).cpu()
     return torch.stack(means)
 
 
@@ -125,21 +126,17 @@ def untouched(model: nn.Module):
             layer._active_adapter = name
 
 
-def prompts_of(dataset, tokenizer, sidecar: dict, most: int) -> list[list[int]]:
-    """At most so many prompts (token ids) of an encoded training set, spread over all of it.
+def prompts_of(dataset, tokenizer, max_target_length: int, most: int) -> list[list[int]]:
+    """The last turns (token ids) of at most so many rows of an encoded training set, spread over all of it.
 
-    They are what the base is asked at: without the text that the run has put before every prompt.
+    Each is as the base is asked: alone, and without the text that the run has put before every prompt.
     """
     if not {"labels", "target_length"} <= set(dataset.column_names):
         return []
-    step = max(1, -(-len(dataset) // most)) if most else len(dataset) + 1
-    rows = dataset.select(range(0, len(dataset), step) if most else ())
-    answers = [min(length, sidecar["max_target_length"]) + 1 for length in rows["target_length"][:]]
-    prompts = [list(ids[:-answer]) for ids, answer in zip(rows["input_ids"][:], answers, strict=True)]
-    if before := sidecar.get("source_prefix"):
-        texts = [tokenizer.decode(prompt).removeprefix(before) for prompt in prompts]
-        prompts = [tokenizer.prefix_tokens + ids for ids in tokenizer.encode_batch(texts)]
-    return prompts
+    rows = dataset.select(range(0, len(dataset), max(1, -(-len(dataset) // most))))
+    answers = [min(length, max_target_length) + 1 for length in rows["target_length"][:]]
+    prompts = zip(rows["input_ids"][:], answers, strict=True)
+    return [tokenizer.last_turn(list(ids[:-answer])) for ids, answer in prompts]
 
 
 def sign_run(model: nn.Module, dataset, tokenizer, sidecar: dict, args) -> Signature | None:
@@ -153,11 +150,11 @@ def sign_run(model: nn.Module, dataset, tokenizer, sidecar: dict, args) -> Signa
     rows_of_step = batch_size * batches_per_step * args.world_size
     rows_of_run = rows_of_step * args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(dataset))
     most = min(MOST_PROMPTS, max(FEWEST_PROMPTS, rows_of_run // ROWS_A_PROMPT))
-    prompts = prompts_of(dataset, tokenizer, sidecar, most)
+    prompts = prompts_of(dataset, tokenizer, sidecar["max_target_length"], most)
     if len(prompts) < FEWEST_PROMPTS:
         return None
     with untouched(model):
-        return fit_signature(prompt_means(model, prompts, [tokenizer.last_turn(prompt) for prompt in prompts]))
+        return fit_signature(prompt_means(model, prompts))
 
 
 # ---- kept
@@ -176,11 +173,7 @@ def read_signature(checkpoint: Path | str, hidden_size: int) -> Signature:
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of a model of another hidden size.
     """
     file = Path(checkpoint) / SIGNATURE_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} has no {SIGNATURE_FILE}, which says what its training prompts look like: it cannot be chosen "
-            "automatically. Ask for it by its name, or train it anew; training writes the file."
-        )
+    check_holds_signature(checkpoint)
     verify_checkpoint(checkpoint, [SIGNATURE_FILE])
     tensors = dict(read_tensors(file))
     kept = tensors["directions"].shape[0] if "directions" in tensors and tensors["directions"].ndim == 2 else 0

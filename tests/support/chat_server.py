@@ -5,12 +5,13 @@ import json
 import time
 
 import torch
-from conftest import TINY
+from conftest import SAMPLE, TINY
 
 from arguments import add_model_arguments
-from checkpoint import load_model, read_config, save_prefix
+from checkpoint import load_model, load_tokenizer, read_config, save_prefix
 from serving.loading import load_server
 from serving.server import ChatServer, Sampling
+from tuning.signature import fit_signature, prompt_means, write_signature
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 QUERIES = ["类型#裙*颜色#白色", "类型#上衣*风格#简约*图案#刺绣", "你好", "类型#锅*功能#聚热*颜色#黑色*人群#上班族"]
@@ -74,3 +75,15 @@ def remember(checkpoint, **settings):
     """Add to what a checkpoint's sidecar says."""
     file = checkpoint / "ptuning.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def sign(checkpoint, prompts=None):
+    """Give a checkpoint the signature of prompts, by default of the sample's adverts."""
+    model = load_model(TINY)
+    tokenizer = load_tokenizer(TINY, model.config)
+    if prompts is None:
+        rows = (SAMPLE / "train.json").read_text("utf-8").splitlines()[::12]
+        prompts = [json.loads(row)["content"] for row in rows]
+    token_ids = [tokenizer.encode(tokenizer.build_prompt(prompt)) for prompt in prompts]
+    write_signature(fit_signature(prompt_means(model, token_ids)), checkpoint)
+    return checkpoint

@@ -54,7 +54,7 @@ def distances(signature, base, conversations):
     model, tokenizer = base
     prompts = [tokenizer.encode(tokenizer.build_prompt(query, history)) for query, history in conversations]
     with untouched(model):
-        return signature.distance(prompt_means(model, prompts, list(map(tokenizer.last_turn, prompts))))
+        return signature.distance(prompt_means(model, list(map(tokenizer.last_turn, prompts))))
 
 
 def test_held_out_adverts_are_of_the_kind_of_the_training_rows(signature, base):
@@ -70,12 +70,12 @@ def test_general_prompts_without_a_list_of_attributes_are_of_another_kind(signat
     assert (distances(signature, base, general) > 1).double().mean() >= 0.99
 
 
-def test_what_was_said_before_does_not_hide_what_is_asked_now(signature, base):
-    advert, general = rows_of("dev.json")[0]["content"], "你好"
-    after_small_talk, after_an_advert = distances(
-        signature, base, [(advert, [("你好", "你好！")]), (general, [(advert, "白色的配色清爽干净。")])]
+def test_what_is_asked_now_decides_whatever_was_said_before(signature, base):
+    advert, history = rows_of("dev.json")[0]["content"], [("你好", "你好！")]
+    alone, after_small_talk, after_an_advert = distances(
+        signature, base, [(advert, []), (advert, history), ("你好", [(advert, "白色的配色清爽干净。")])]
     )
-    assert after_small_talk < after_an_advert and after_an_advert > 1
+    assert alone == pytest.approx(after_small_talk) and alone <= 1 < after_an_advert
 
 
 def test_a_signature_measures_as_the_whole_shrunk_covariance_does():
@@ -89,20 +89,20 @@ def test_a_signature_measures_as_the_whole_shrunk_covariance_does():
     assert fit_signature(means).distance(means).le(1).double().mean() >= 0.97
 
 
-def test_the_last_turn_begins_at_its_number(base):
+def test_the_last_turn_stands_alone(base):
     tokenizer = base[1]
+    alone = tokenizer.encode(tokenizer.build_prompt("类型#裙"))
     for history in ([], [("你好", "你好！")], [("一", "二"), ("三", "四")]):
-        prompt = tokenizer.encode(tokenizer.build_prompt("类型#裙", history))
-        turn = tokenizer.decode(prompt[tokenizer.last_turn(prompt) :])
-        assert turn == tokenizer.build_turn("类型#裙", len(history) + 1)
-    assert tokenizer.last_turn(tokenizer.encode("类型#裙")) == 0
+        for before in ("", "广告："):
+            assert tokenizer.last_turn(tokenizer.encode(before + tokenizer.build_prompt("类型#裙", history))) == alone
+    raw = tokenizer.encode("类型#裙")
+    assert tokenizer.last_turn(raw) == raw
 
 
 def test_a_text_before_every_prompt_of_training_is_no_part_of_a_signature(base):
     tokenizer = base[1]
-    plain = prompts_of(encoded(tokenizer), tokenizer, LENGTHS, 40)
     named = encoded(tokenizer, source_prefix="广告：")
-    assert prompts_of(named, tokenizer, {**LENGTHS, "source_prefix": "广告："}, 40) == plain
+    assert prompts_of(named, tokenizer, 64, 40) == prompts_of(encoded(tokenizer), tokenizer, 64, 40)
 
 
 @pytest.mark.parametrize("sidecar", [{"finetuning_type": "full"}, {"finetuning_type": "lora", "stage": "rm"}])
@@ -128,8 +128,8 @@ def test_every_checkpoint_of_a_run_has_the_signature_of_the_untouched_base(monke
     assert files[0].read_bytes() == files[1].read_bytes()
     found = read_signature(files[0].parent, 128)
     model = load_model(TINY, quantization_bit=how.get("quantization_bit"))
-    prompts = prompts_of(trainer.train_dataset, base[1], trainer.sidecar, FEWEST_PROMPTS)
-    expected = prompt_means(model, prompts, list(map(base[1].last_turn, prompts))).mean(0)
+    prompts = prompts_of(trainer.train_dataset, base[1], trainer.sidecar["max_target_length"], FEWEST_PROMPTS)
+    expected = prompt_means(model, prompts).mean(0)
     assert found.mean == pytest.approx(expected, abs=1e-5)
 
 
