@@ -47,7 +47,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
-from chatglm2.conversation import conversation
 from checkpoints.file_names import TENSORS_FILE
 from common.files import file_sha256
 from serving.api_bodies import CODES, RESPONSES, TOO_LONG, ChatRequest, CompletionRequest, OfficialRequest, said
@@ -283,7 +282,9 @@ def create_app(server, api_key=None, cors_origins=()):
         def encode():
             if samplings[0].schema is not None:
                 check_schema(samplings[0].schema)
-            return server.encode(*conversation(said(body.messages)), model)
+            messages = said(body.messages, server.tokenizer.keeps_roles)
+            question, history, role = server.tokenizer.conversation(messages)
+            return server.encode(question, history, model, role=role)
 
         token_ids = await pending.encode(limiter, encode)
         await pending.submit(token_ids, model, samplings)

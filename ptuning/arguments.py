@@ -36,7 +36,7 @@ from common.flags_of_2023 import RENAMED, RETIRED, translate_flags
 from common.paths import READ, seen_from_caller
 from common.quoting import as_typed
 from data.sources import FILES, check_columns, check_mixture, scores_answers, source_of
-from families import SUPPORTED
+from families import SUPPORTED, TEMPLATES
 from training.flags import TrainingArguments
 from training.saving import check_saving
 from training.stages import check_own_flags, check_stage
@@ -48,7 +48,7 @@ class ModelArguments:
     model_name_or_path: str | None = declare(
         "Base model: folder in the official ChatGLM2 layout, or hub id (THUDM/chatglm2-6b)."
     )
-    model_family: Literal["chatglm2", "codegeex2"] = declare(
+    model_family: Literal["chatglm2", "chatglm3", "chatglm3-base", "codegeex2"] = declare(
         "Which model the base is, where its files leave it open. Read from a given checkpoint."
     )
     ptuning_checkpoint: str | None = declare(
@@ -118,6 +118,10 @@ class DataTrainingArguments:
     messages_column: str | None = declare(
         "Column of whole dialogues, lists of role (system, user, assistant) and content; used in place of the other "
         "three columns. The last answer is the response."
+    )
+    prompt_template: Literal["chatglm2", "chatglm3", "none"] = declare(
+        "How prompts are written: rounds of ChatGLM2, messages of roles of ChatGLM3, or the text as it is. Read from a given "
+        "checkpoint [the base model's own]."
     )
     query_separator: str | None = declare(
         "Data sets: text between prompt and query, \\n for a line break; '' as in ChatGLM-Efficient-Tuning. Read from a "
@@ -408,6 +412,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
     parser.add_argument("--quantize_output_layer", action="store_true", help="The output layer in int8, too.")
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
+    parser.add_argument(
+        "--prompt_template", choices=TEMPLATES, help="Read from the checkpoint, else the base model's own."
+    )
     parser.add_argument("--source_prefix", help="Text before every prompt. Read from the checkpoint.")
     parser.add_argument(
         "--auto",

@@ -58,7 +58,7 @@ from checkpoints.weight_files import (
 )
 from common.files import read_json, write_json
 from common.messages import dtype_name, first_line
-from families import BY_NAME, FAMILY_KEY, Family, local_folder, read_base_settings
+from families import BY_NAME, FAMILY_KEY, Family, check_template, find_family, local_folder, read_base_settings
 
 # What PEFT's methods adapt where they are not told, other than query_key_value; as in models of the same shape.
 ADAPTED_MODULES = {
@@ -300,10 +300,13 @@ def save_model(
     return list(split.filename_to_tensors)
 
 
-def load_tokenizer(folder: Path | str, config: ChatGLMConfig, source_prefix: str = "") -> ChatGLMTokenizer:
+def load_tokenizer(
+    folder: Path | str, config: ChatGLMConfig, source_prefix: str = "", prompt_template: str | None = None
+) -> ChatGLMTokenizer:
     """The folder's tokenizer; ValueError where it has more tokens than the model has embeddings.
 
-    Its prompts begin with `source_prefix`: chat() with a checkpoint that was trained so needs it.
+    Its prompts begin with `source_prefix`: chat() with a checkpoint that was trained so needs it. They are written as
+    `prompt_template` says, by default as the model's family does.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (Path(folder) / name).is_file():
@@ -330,13 +333,14 @@ def load_tokenizer(folder: Path | str, config: ChatGLMConfig, source_prefix: str
             f"{config.eos_token_id} in config.json. The two files come from different models."
         )
     tokenizer.source_prefix = source_prefix
+    tokenizer.prompt_template = check_template(prompt_template, family_of(config))
     return tokenizer
 
 
 def generation_config(tokenizer, config: ChatGLMConfig, **settings) -> GenerationConfig:
     """How to generate with this model: its end and padding ids, and no ids that stand for no token."""
     return GenerationConfig(
-        eos_token_id=config.eos_token_id,
+        eos_token_id=[config.eos_token_id, *tokenizer.stop_ids] if tokenizer.stop_ids else config.eos_token_id,
         pad_token_id=config.pad_token_id,
         suppress_tokens=unknown_token_ids(tokenizer, config),
         use_cache=True,
@@ -511,6 +515,28 @@ class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGene
         return load_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
+class FamilyTokenizer(ChatGLMTokenizer):
+    """What AutoTokenizer is given: its `from_pretrained` is that of the tokenizer of the folder's family."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, model_family=None, **kwargs):
+        """The tokenizer of a folder or hub id; `model_family` is as in read_config."""
+        name = str(pretrained_model_name_or_path)
+        place = name if Path(name).is_dir() else None
+        if place is None:
+            place = resolve_folder(name, kwargs.get("revision"), kwargs.get("cache_dir"), weights=False)
+        family = BY_NAME["chatglm2"]
+        if (Path(place) / "config.json").is_file():
+            family = find_family(read_json(Path(place) / "config.json"), place, model_family)
+        tokenizer = family.tokenizer_class.from_pretrained(place, *init_inputs, **kwargs)
+        tokenizer.prompt_template = family.template
+        return tokenizer
+
+
+# Under the name by which tokenizer_config.json calls it.
+FamilyTokenizer.__name__ = ChatGLMTokenizer.__name__
+
+
 def register_auto_classes():
     """Let transformers' AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM and AutoModelForSeq2SeqLM know
     ChatGLM2: their `from_pretrained(folder)` then gives the classes of this project, and runs no code of the folder.
@@ -521,7 +547,7 @@ def register_auto_classes():
     AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         auto_class.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-    AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok=True)
+    AutoTokenizer.register(ChatGLMConfig, tokenizer_class=FamilyTokenizer, exist_ok=True)
 
     from peft.utils import constants  # takes half a second, which others need not wait
 

@@ -53,7 +53,7 @@ import torch
 from transformers.utils import logging
 
 from chatglm2.prefix_encoder import PrefixEncoder
-from checkpoint import load_model, load_prefix, load_tokenizer, save_model, save_prefix
+from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_model, save_prefix
 from checkpoints.run_folder import publish_checkpoint, stage_checkpoint
 from checkpoints.sidecar import read_sidecar
 from checkpoints.weight_files import stored_dtype
@@ -67,8 +67,8 @@ import torch
 from checkpoint import choose_dtype, load_model, load_prefix, load_tokenizer, read_config, resolve_folder
 
 base = resolve_folder({base!r})
-config = read_config(base, pre_seq_len={pre_seq_len})
-tokenizer = load_tokenizer(base, config, source_prefix={source_prefix!r})
+config = read_config(base, {family!r}, pre_seq_len={pre_seq_len})
+tokenizer = load_tokenizer(base, config, source_prefix={source_prefix!r}, prompt_template={template!r})
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = load_model(base, config=config, dtype=choose_dtype(device)[0], device=device, quantization_bit={bits})
 load_prefix(model, {folder!r})
@@ -115,7 +115,7 @@ def new_folder(folder):
 @torch.inference_mode()
 def probe(model, tokenizer):
     """Logits (S, V) of a fixed prompt, float32 on the CPU."""
-    input_ids = torch.tensor([tokenizer.encode(tokenizer.build_prompt(PROBE))], device=model.device)
+    input_ids = torch.tensor([tokenizer.encode_prompt(PROBE)], device=model.device)
     return model(input_ids, use_cache=False).logits[0].float().cpu()
 
 
@@ -152,9 +152,9 @@ def export_weights(args, session):
             save_model(model, source)
             model = None
         if model is None:
-            model = load_model(
-                source, dtype=dtype, quantization_bit=args.quantization_bit, quantization_backend="torch"
-            )
+            config = read_config(source, config.model_family, pre_seq_len=None)
+            how = {"quantization_bit": args.quantization_bit, "quantization_backend": "torch"}
+            model = load_model(source, config=config, dtype=dtype, **how)
         before = probe(model, tokenizer)
         with new_folder(output_dir) as staging:
             files = save_model(model, staging, max_shard_size=args.max_shard_size, file_format=args.format)
@@ -216,7 +216,10 @@ def export_prefix(args, session):
         save_prefix(model, staging, sidecar)
         tokenizer.save_pretrained(staging)
         facts = {"base": base, "folder": str(output_dir), "pre_seq_len": config.pre_seq_len, "bits": bits}
-        facts["source_prefix"] = session.data_fields["source_prefix"]
+        facts["source_prefix"], facts["template"] = (
+            session.data_fields[name] for name in ("source_prefix", "prompt_template")
+        )
+        facts["family"] = session.model_family
         (staging / "load.py").write_text(LOADER.format(**facts, probe=PROBE), encoding="utf-8")
         model.transformer.prefix_encoder.embedding.weight.data.zero_()
         load_prefix(model, staging)

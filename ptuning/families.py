@@ -59,7 +59,6 @@ class Family:
     model: str = "chatglm2.modeling_chatglm:ChatGLMForConditionalGeneration"
     template: str = "chatglm2"  # its prompt template where --prompt_template says nothing
     templates: tuple[str, ...] = ("chatglm2", "none")  # those that its tokens can write
-    stop_tokens: tuple[str, ...] = ()  # that end an answer beside the end token
     refusal: str = ""  # why it is not loaded, and what to use
 
     @property
@@ -113,6 +112,12 @@ def _told_as_chatglm3_base(evidence):
     return "its files name chatglm3 and base" if "chatglm3" in evidence.names and "-base" in evidence.names else ""
 
 
+_CHATGLM3 = {
+    "tokenizer": "chatglm3.tokenization_chatglm:ChatGLMTokenizer",
+    "configuration": "chatglm3.configuration_chatglm:ChatGLMConfig",
+    "model": "chatglm3.modeling_chatglm:ChatGLMForConditionalGeneration",
+    "templates": ("chatglm3", "chatglm2", "none"),
+}
 # In the order in which they are tried: what tells the first two excludes all others.
 FAMILIES = (
     Family(
@@ -129,25 +134,14 @@ FAMILIES = (
         "tokenizer and are native in transformers: PEFT and LLaMA-Factory tune them",
     ),
     Family("chatglm2", "ChatGLM2", _told_as_chatglm2),
-    Family(
-        "chatglm3",
-        "ChatGLM3",
-        _told_as_chatglm3,
-        configuration="chatglm3.configuration_chatglm:ChatGLMConfig",
-        refusal="this program trains ChatGLM2 (ChatGLM2-6B and models of its architecture). Give a ChatGLM2 folder",
-    ),
-    Family(
-        "chatglm3-base",
-        "ChatGLM3-Base",
-        _told_as_chatglm3_base,
-        configuration="chatglm3.configuration_chatglm:ChatGLMConfig",
-        refusal="this program trains ChatGLM2 (ChatGLM2-6B and models of its architecture). Give a ChatGLM2 folder",
-    ),
-    Family("codegeex2", "CodeGeeX2", _told_as_codegeex2),
+    Family("chatglm3", "ChatGLM3", _told_as_chatglm3, **_CHATGLM3, template="chatglm3"),
+    Family("chatglm3-base", "ChatGLM3-Base", _told_as_chatglm3_base, **_CHATGLM3, template="none"),
+    Family("codegeex2", "CodeGeeX2", _told_as_codegeex2, template="none"),
 )
 BY_NAME = {family.name: family for family in FAMILIES}
 EXCLUSIVE = ("chatglm1", "glm4")
 ALIKE = ("chatglm2", "chatglm3")  # what a folder without any sign could be
+TEMPLATES = list(dict.fromkeys(name for family in FAMILIES for name in family.templates))  # of --prompt_template
 SUPPORTED = [family.name for family in FAMILIES if not family.refusal]  # the choices of --model_family
 
 
@@ -227,6 +221,16 @@ def check_same_family(checkpoint: Path | str, base: Path | str, family: Family) 
             f"{checkpoint} was trained on {BY_NAME[name].title}, and the base model {base} is {family.title}. Give the "
             "model that it was trained on as --model_name_or_path, or another checkpoint."
         )
+
+
+def check_template(name: str | None, family: Family) -> str:
+    """The prompt template of this name, by default the family's own. ValueError for one that its tokens cannot write."""
+    if name not in (None, *family.templates):
+        raise ValueError(
+            f"--prompt_template {name}: the prompts of {family.title} can be {' or '.join(family.templates)}"
+            + (", as its tokenizer has no tokens for roles." if name == "chatglm3" else ".")
+        )
+    return name or family.template
 
 
 def told_families(settings: dict, folder: Path | str) -> dict[Family, str]:

@@ -150,7 +150,8 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
         base = look_at_base(base, checkpoint, model_args.model_family, missing)
     if os.environ.get("RANK", "0") != "0":  # the first process reads the rows, and says what is wrong with them
         return
-    files = look_at_data(data_args, given, trains)
+    roles = has_roles(data_args.prompt_template, checkpoint, base, model_args.model_family)
+    files = look_at_data(data_args, given, trains, roles)
     plan = [f"Model: {base}."] if base else []
     plan += [f"Checkpoint: {checkpoint}."] if checkpoint else []
     counted = [f"{file}, {count:,} rows" if count else file for file, count in files.items()]
@@ -162,7 +163,16 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
         print(f"{' '.join(plan)}\nLoading libraries …", flush=True)
 
 
-def look_at_data(data_args, given: dict, trains: bool) -> dict:
+def has_roles(template: str | None, checkpoint: Path | None, base: str | None, model_family: str | None) -> bool:
+    """True where prompts are messages of roles, and where it takes longer to know."""
+    saved = read_sidecar(checkpoint) if checkpoint else {}
+    template = template or saved.get("prompt_template")
+    if template is None and isinstance(base, str) and (folder := local_folder(base)):
+        template = read_base_settings(folder, model_family, saved.get("model_family"))[1].template
+    return template in (None, "chatglm3")
+
+
+def look_at_data(data_args, given: dict, trains: bool, keep_roles: bool) -> dict:
     """{file: number of rows, or None} of what a run reads, data sets left out. Raises as look_at_file."""
     columns = {name: getattr(data_args, f"{name}_column", None) for name in COLUMNS}
     found = {}
@@ -174,7 +184,8 @@ def look_at_data(data_args, given: dict, trains: bool) -> dict:
             if reads_pairs(stage):
                 found[file] = look_at_pairs(file, columns, single=split == "predict")
             else:
-                found[file] = look_at_file(file, columns, answers or split == "predict" or stage == "ppo")
+                unlabelled = answers or split == "predict" or stage == "ppo"
+                found[file] = look_at_file(file, columns, unlabelled, keep_roles and stage == "sft")
     if trains and (file := given.get("general_file")):
         found[file] = look_at_general(file, data_args)
     return found

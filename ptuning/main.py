@@ -79,7 +79,7 @@ def main():
     source["weights"] = not data_args.check_data
     config = open_base(session, **source, **session.prefix_shape, prefix_dropout=model_args.prefix_dropout)
     check_base(session)
-    tokenizer = load_tokenizer(session.folder, config)
+    tokenizer = load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
     phases = {"encoding": time.time()}

@@ -76,7 +76,7 @@ def main(model_args, data_args, training_args, notes):
     check_base(session)
     if training_args.reward_model and not data_args.check_data:
         check_reward_base(training_args.reward_model, session)
-    tokenizer = load_tokenizer(session.folder, config)
+    tokenizer = load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids of pairs or prompts
     phases = {"encoding": time.time()}

@@ -510,6 +510,7 @@ class PrefixTrainer(Seq2SeqTrainer):
                 [prompts[index] for index in mine],
                 config.max_length,
                 num_known=len(self.processing_class),
+                ends=self.processing_class.stop_ids,
                 batch_size=batch_size,
                 rows=[rows[index] for index in mine],
                 seed=self.args.seed,

@@ -175,6 +175,7 @@ class PPOTrainer(ObjectiveTrainer):
                 limits.max_length,
                 max_answer=limits.max_new_tokens,
                 num_known=len(self.processing_class),
+                ends=self.processing_class.stop_ids,
                 batch_size=self.args.prediction_batch_size or rows_that_fit(model, limits.max_length),
                 rows=[row for _, row in asked],
                 seed=seed,

@@ -62,7 +62,7 @@ class ChatMethods:
         question, turns = read_history(query, history)
         if not turns:
             return self.build_inputs(tokenizer, query, history)
-        turn = "\n\n" + tokenizer.build_turn(question, len(turns) + 1)
+        turn = tokenizer.behind_answer + tokenizer.build_turn(question, len(turns) + 1)
         token_ids = tokenizer.encode(turn, add_special_tokens=False)
         if tokenizer.convert_ids_to_tokens(token_ids[0]) == "▁":  # SentencePiece's mark for a new text
             token_ids = token_ids[1:]
@@ -76,7 +76,18 @@ class ChatMethods:
         settings = {"top_p": top_p, "temperature": temperature, "top_k": TOP_K} if do_sample else {}
         settings |= {"do_sample": do_sample, **arguments}
         suppressed = [*(arguments.get("suppress_tokens") or []), *(unknown_token_ids(tokenizer, self.config) or [])]
+        if tokenizer.stop_ids:
+            settings.setdefault("eos_token_id", [self.config.eos_token_id, *tokenizer.stop_ids])
         return {**settings, "suppress_tokens": suppressed or None}
+
+    def role_in(self, arguments):
+        """(the role of the question,), taken out of a chat method's arguments; () for a model that knows one."""
+        return ()
+
+    def conclude(self, tokenizer, history, query, response):
+        """(what an answer says, the history with the new turn)."""
+        response = self.process_response(response)
+        return response, continued(history, query, response)
 
     @torch.inference_mode()
     def chat(
@@ -98,7 +109,8 @@ class ChatMethods:
         top_k and repetition_penalty.
         """
         check_arguments("chat", kwargs, REPLACEMENTS)
-        inputs = self.build_inputs(tokenizer, query, history)
+        role = self.role_in(kwargs)
+        inputs = self.build_inputs(tokenizer, query, history, *role)
         output = self.generate(
             **inputs,
             max_length=self.limit_length(max_length),
@@ -106,8 +118,8 @@ class ChatMethods:
             logits_processor=logits_processor,
             **self.sampling(tokenizer, do_sample, top_p, temperature, kwargs),
         )
-        response = self.process_response(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()))
-        return response, continued(history, query, response)
+        response = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist())
+        return self.conclude(tokenizer, history, query, response, *role)
 
     @torch.inference_mode()
     def stream_chat(
@@ -132,8 +144,9 @@ class ChatMethods:
         until the character is whole. `history` and `kwargs` are as in chat.
         """
         check_arguments("stream_chat", kwargs, STREAM_REPLACEMENTS)
+        role = self.role_in(kwargs)
         build = self.build_inputs if past_key_values is None else self.build_stream_inputs
-        inputs = build(tokenizer, query, history)
+        inputs = build(tokenizer, query, history, *role)
         length = inputs["input_ids"].shape[1]
         room = self.room(length, past_key_values, max_length)
         settings = self.sampling(tokenizer, do_sample, top_p, temperature, kwargs)
@@ -147,13 +160,12 @@ class ChatMethods:
         ):
             token_ids, cache = output if return_past_key_values else (output, None)
             response_ids = token_ids[0, length:].tolist()
-            if response_ids[-1] == self.config.eos_token_id:
+            if response_ids[-1] in (self.config.eos_token_id, *tokenizer.stop_ids):
                 return
             response = tokenizer.decode(response_ids)
             if not response or response.endswith("\ufffd"):
                 continue
-            response = self.process_response(response)
-            result = response, continued(history, query, response)
+            result = self.conclude(tokenizer, history, query, response, *role)
             yield (*result, cache) if return_past_key_values else result
 
     def room(self, length, past_key_values, max_length):

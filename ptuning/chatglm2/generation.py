@@ -300,11 +300,12 @@ def answer_prompts(
     top_p=1.0,
     progress=None,
     max_answer=None,
+    ends=(),
 ):
     """Token ids of the answer to each of `prompts` (token ids), the end token included, in their order.
 
     `max_length` tokens at most are prompt and answer together, `max_answer` the answer. The first `num_known` ids of the
-    vocabulary are the tokens that may be chosen. At most `batch_size` rows are computed at once. `rows` names each prompt: with `seed`
+    vocabulary are the tokens that may be chosen; `ends` finish an answer as the end token does. At most `batch_size` rows are computed at once. `rows` names each prompt: with `seed`
     it decides what is sampled; `temperature` 0 is greedy, `top_p` None draws any token as likely as the model says.
     `progress()` is called for every finished row.
     """
@@ -332,7 +333,7 @@ def answer_prompts(
         for index, token_id in zip(indices, chosen, strict=True):
             answers[index].append(token_id)
             room = min(max_length - len(prompts[index]), max_answer or max_length)
-            if token_id == model.config.eos_token_id or len(answers[index]) >= room:
+            if token_id == model.config.eos_token_id or token_id in ends or len(answers[index]) >= room:
                 finished.append(index)
         return finished
 

@@ -16,13 +16,15 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, PreTrainedTokenizer
 
-from chatglm2.conversation import read_history
+from chatglm2.conversation import conversation, read_history
 from common.claims import MOST_TOKENIZER_BYTES, check_size
 
 VOCABULARY_FILE = "tokenizer.model"
 # In the order of their ids, which follow the last SentencePiece piece: 64789 to 64793 in ChatGLM2-6B.
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# How a prompt is written: a turn up to its answer, and what stands behind the answer. Others are in other rooms.
+TEMPLATES = {"chatglm2": ("[Round {number}]\n\n问：{query}\n\n答：", "\n\n"), "none": ("{query}", "")}
 # build_prompt of the messages, as conversation.py reads them, in the language that transformers knows of.
 CHAT_TEMPLATE = """\
 {%- set now = namespace(round=0, question='', asked=false) -%}
@@ -91,6 +93,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
     source_prefix = ""  # text before every prompt of build_prompt
+    special_names = SPECIAL_TOKENS
+    prompt_template = "chatglm2"  # a name in TEMPLATES
+    keeps_roles = False  # a history is pairs of question and answer
+    stop_ids = ()  # that end an answer beside the end token
+    turn_tokens = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
 
     def __init__(self, vocab_file, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
         if vocab_file is None:
@@ -100,7 +107,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.vocab_file = str(vocab_file)
         self._load_sentencepiece()
         self.special_token_to_id = {
-            token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(SPECIAL_TOKENS)
+            token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(self.special_names)
         }
         self.chosen_ids = {}  # of bos, eos, pad and unk, where someone has set them
         settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
@@ -196,7 +203,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        return self.sp_model.get_piece_size() + len(SPECIAL_TOKENS)
+        return self.sp_model.get_piece_size() + len(self.special_names)
 
     unk_token_id = property(lambda self: self.chosen_ids.get("unk_token", self.sp_model.unk_id()))
     pad_token_id = property(lambda self: self.chosen_ids.get("pad_token", self.sp_model.unk_id()))
@@ -258,14 +265,77 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         query, history = read_history(query, history)
         turns = [
-            self.build_turn(question, number) + f"{answer}\n\n"
+            self.build_turn(question, number) + answer + self.behind_answer
             for number, (question, answer) in enumerate(history, start=1)
         ]
         return self.source_prefix + "".join(turns) + self.build_turn(query, len(turns) + 1)
 
     def build_turn(self, query: str, number: int) -> str:
         """One open turn of the prompt, counted from 1."""
-        return f"[Round {number}]\n\n问：{query}\n\n答："
+        return TEMPLATES[self.prompt_template][0].format(query=query, number=number)
+
+    def read_history(self, query, history):
+        """(question, past turns) of a question and what was said before it. ValueError for anything else."""
+        return read_history(query, history)
+
+    def conversation(self, messages: list[tuple[str, str]]):
+        """(question, history, role of the question) of (role, text) messages. ValueError where nobody asks."""
+        return *conversation(messages), "user"
+
+    def encode_prompts(self, queries, histories, source_prefix: str = "", roles=None) -> list[list[int]]:
+        """Ids of the chat prompt of each question and its history, `[gMASK] sop` included.
+
+        `roles` are those of the questions, for a template that has several.
+        """
+        prompts = [source_prefix + self.build_prompt(*each) for each in zip(queries, histories, strict=True)]
+        return [self.prefix_tokens + ids for ids in self.encode_batch(prompts)]
+
+    def encode_prompt(self, query: str, history=None, source_prefix: str = "", role: str = "user") -> list[int]:
+        """encode_prompts() of one."""
+        return self.encode_prompts([query], [history or []], source_prefix, [role])[0]
+
+    def encode_answers(self, answers: list[str], metadata=None) -> list[list[int]]:
+        """Ids of what stands behind a prompt, without the end token; `metadata` is for a template that has some."""
+        return self.encode_batch(answers)
+
+    def answers_in(self, source: list[int], history, source_prefix: str) -> list[tuple[int, int]]:
+        """[(start, end)] of the tokens of each earlier answer in the ids of a prompt. A token that is partly of what
+        stands before an answer is not of it, and neither is the next one.
+        """
+        text, texts = source_prefix, []
+        for number, (asked, answer) in enumerate(history, start=1):
+            text += self.build_turn(asked, number)
+            texts += [text, text + answer]
+            text += answer + self.behind_answer
+        borders = []
+        for ids in self.encode_batch(texts):
+            ids = self.prefix_tokens + ids
+            same = next(
+                (place for place, pair in enumerate(zip(ids, source, strict=False)) if pair[0] != pair[1]), len(ids)
+            )
+            borders.append((same, same == len(ids)))
+        return [
+            (start + (0 if clean else 2), end)
+            for (start, clean), (end, _) in zip(borders[::2], borders[1::2], strict=True)
+            if start < end
+        ]
+
+    def label_behind(self, token_id: int) -> int:
+        """What is learned where an earlier answer has ended and the prompt goes on with `token_id`: the end token."""
+        return self.eos_token_id
+
+    def kept_history(self, history, dropped: int):
+        """What fit_prompt has kept of a history, of which it has left out so many turns."""
+        return history[dropped:]
+
+    @property
+    def behind_answer(self) -> str:
+        """What stands between an answer and the next question."""
+        return TEMPLATES[self.prompt_template][1]
+
+    def show(self, token_ids) -> str:
+        """The text of ids for people."""
+        return self.decode(token_ids)
 
     def last_turn(self, token_ids: list[int]) -> list[int]:
         """Ids of the last turn of a chat prompt as if nothing had been said before; `token_ids` where that is so."""
@@ -276,7 +346,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.encode("[Round 1]" + text[start:].partition("]")[2])
 
     def fit_prompt(
-        self, query: str, history: list[tuple[str, str]], limit: int, source_prefix: str = ""
+        self, query: str, history: list[tuple[str, str]], limit: int, source_prefix: str = "", role: str = "user"
     ) -> tuple[list[int], int]:
         """(ids of the chat prompt, `[gMASK] sop` included, number of oldest turns left out to fit into `limit`).
 
@@ -290,7 +360,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             return self.prefix_tokens + self.encode_batch([prompt])[0]
 
         # A turn has more than ten tokens, so most of a very long history is left out without encoding it.
-        starts = range(max(0, len(history) - limit // 10), len(history))
+        fewest = 10 if self.prompt_template == "chatglm2" else 1
+        starts = range(max(0, len(history) - limit // fewest), len(history))
         dropped = starts.start + bisect_left(starts, True, key=lambda start: len(encode(start)) <= limit)
         return encode(dropped), dropped
 
@@ -335,7 +406,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if 0 <= index < self.sp_model.get_piece_size():
             return self.sp_model.id_to_piece(index)
         offset = index - self.sp_model.get_piece_size()
-        return SPECIAL_TOKENS[offset] if 0 <= offset < len(SPECIAL_TOKENS) else ""
+        return self.special_names[offset] if 0 <= offset < len(self.special_names) else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._decode(self.convert_tokens_to_ids(tokens))

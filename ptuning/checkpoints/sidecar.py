@@ -15,7 +15,10 @@ SIDECAR_FILE = "ptuning.json"
 TELLING_FILES = (SIDECAR_FILE, FINETUNING_FILE)  # of the way in which a checkpoint was trained
 SIDECAR_KINDS = {
     **dict.fromkeys("base_model prompt_column response_column history_column messages_column".split(), str),
-    **dict.fromkeys(("source_prefix", "query_separator", "base_fingerprint", "engine", "stage", "model_family"), str),
+    **dict.fromkeys(
+        ("source_prefix", "query_separator", "base_fingerprint", "engine", "stage", "model_family", "prompt_template"),
+        str,
+    ),
     **dict.fromkeys(("max_source_length", "max_target_length"), int),
     "train_on_history": bool,
     **dict.fromkeys(("drift", "same_answers"), float),

@@ -23,9 +23,9 @@ def _marked_prompt(ids, labels, tokenizer):
         first = end
         while first > done and labels[first - 1] == ids[first - 1]:
             first -= 1
-        text += f"{tokenizer.decode(ids[done:first])}⟦{tokenizer.decode(ids[first:end])} {tokenizer.eos_token}⟧"
+        text += f"{tokenizer.show(ids[done:first])}⟦{tokenizer.show(ids[first:end])} {tokenizer.eos_token}⟧"
         done = end
-    return text + tokenizer.decode(ids[done:])
+    return text + tokenizer.show(ids[done:])
 
 
 def describe_training(

@@ -21,8 +21,7 @@ ROWS_PER_WORKER = 10_000  # fewer are encoded sooner than a process starts
 
 def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_target_length: int) -> None:
     """ValueError when prompts or responses would be cut to nothing."""
-    fixed = tokenizer.encode_batch([source_prefix + tokenizer.build_prompt("")])[0]
-    minimum = len(tokenizer.prefix_tokens) + len(fixed)
+    minimum = len(tokenizer.encode_prompt("", source_prefix=source_prefix))
     if max_source_length < minimum:
         raise ValueError(
             f"--max_source_length {max_source_length} cannot hold the fixed part of every prompt, {minimum} tokens "
@@ -32,11 +31,11 @@ def check_lengths(tokenizer, source_prefix: str, max_source_length: int, max_tar
         raise ValueError(f"--max_target_length {max_target_length} leaves no token of the response; set 1 or more")
 
 
-def _cut_question(tokenizer, question: str, limit: int, source_prefix: str) -> list[int]:
+def _cut_question(tokenizer, question: str, limit: int, source_prefix: str, role: str) -> list[int]:
     """Ids of the prompt of a question alone, which loses its end and keeps the answer marker behind it."""
 
     def encode(length):
-        return tokenizer.fit_prompt(question[:length], [], limit, source_prefix)[0]
+        return tokenizer.fit_prompt(question[:length], [], limit, source_prefix, role)[0]
 
     # check_lengths has made sure that the empty question fits.
     return encode(bisect_left(range(1, len(question) + 1), True, key=lambda length: len(encode(length)) > limit))
@@ -48,45 +47,20 @@ def _encode_sources(examples, tokenizer, source_prefix, max_source_length):
 
     A prompt without a history loses its end, the answer marker included, as in the official script.
     """
-    prompts = [
-        source_prefix + tokenizer.build_prompt(prompt, history)
-        for prompt, history in zip(examples["prompt"], examples["history"], strict=True)
-    ]
+    questions, histories = examples["prompt"], examples["history"]
+    roles = examples["role"] if "role" in examples else ["user"] * len(questions)
     sources, lengths, dropped_turns = [], [], []
-    for index, ids in enumerate(tokenizer.encode_batch(prompts)):
-        source, dropped = tokenizer.prefix_tokens + ids, 0
+    for index, source in enumerate(tokenizer.encode_prompts(questions, histories, source_prefix, roles)):
+        dropped, history = 0, histories[index]
         lengths.append(len(source))
-        if len(source) > max_source_length and (history := examples["history"][index]):
-            question = examples["prompt"][index]
-            source, dropped = tokenizer.fit_prompt(question, history, max_source_length, source_prefix)
+        if len(source) > max_source_length and (history or tokenizer.keeps_roles):
+            how = max_source_length, source_prefix, roles[index]
+            source, dropped = tokenizer.fit_prompt(questions[index], history, *how)
             if len(source) > max_source_length:
-                source = _cut_question(tokenizer, question, max_source_length, source_prefix)
+                source, dropped = _cut_question(tokenizer, questions[index], *how), len(history)
         sources.append(source[:max_source_length])
         dropped_turns.append(dropped)
     return sources, lengths, dropped_turns
-
-
-def _answers_in(source, history, tokenizer, source_prefix):
-    """[(start, end)] of the tokens of each earlier answer in the ids of a prompt. A token that is partly of what
-    stands before an answer is not of it, and neither is the next one.
-    """
-    text, texts = source_prefix, []
-    for number, (asked, answer) in enumerate(history, start=1):
-        text += tokenizer.build_turn(asked, number)
-        texts += [text, text + answer]
-        text += answer + "\n\n"
-    borders = []
-    for ids in tokenizer.encode_batch(texts):
-        ids = tokenizer.prefix_tokens + ids
-        same = next(
-            (place for place, pair in enumerate(zip(ids, source, strict=False)) if pair[0] != pair[1]), len(ids)
-        )
-        borders.append((same, same == len(ids)))
-    return [
-        (start + (0 if clean else 2), end)
-        for (start, clean), (end, _) in zip(borders[::2], borders[1::2], strict=True)
-        if start < end
-    ]
 
 
 def _encode_training_batch(
@@ -101,7 +75,7 @@ def _encode_training_batch(
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
     sources, source_lengths, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
-    targets = tokenizer.encode_batch(examples["response"])
+    targets = tokenizer.encode_answers(examples["response"], _metadata_of(examples))
     features = {
         "input_ids": [],
         "labels": [],
@@ -124,12 +98,23 @@ def _encode_training_batch(
                     f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
                 )
         before = [ignored] * len(source)
-        if train_on_history and (history := examples["history"][index][dropped_turns[index] :]):
-            for first, last in _answers_in(source, history, tokenizer, source_prefix):
+        history = tokenizer.kept_history(examples["history"][index], dropped_turns[index]) if train_on_history else []
+        if history:
+            for first, last in tokenizer.answers_in(source, history, source_prefix):
                 before[first:last] = [ignored if token == pad else token for token in source[first:last]]
-                before[last] = end  # where the prompt goes on, an answer of its own would have ended
+                before[last] = tokenizer.label_behind(source[last])
         features["labels"].append(before + learned)
     return features
+
+
+def _metadata_of(examples):
+    """What stands on the first line of each answer, where the rows have it."""
+    return examples["metadata"] if "metadata" in examples else None
+
+
+def encoded_by(tokenizer) -> list[str]:
+    """What decides the ids of a text beside the code: vocabulary, tokenizer and template."""
+    return [tokenizer.model_sha256, type(tokenizer).__module__, tokenizer.prompt_template]
 
 
 def any_supervised(labels: list[int]) -> bool:
@@ -139,7 +124,7 @@ def any_supervised(labels: list[int]) -> bool:
 
 def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
     sources, _, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
-    labels = tokenizer.encode_batch(examples["response"])
+    labels = tokenizer.encode_answers(examples["response"], _metadata_of(examples))
     room = max(0, max_target_length - len(tokenizer.prefix_tokens))
     return {
         "input_ids": sources,
@@ -172,7 +157,7 @@ def _encode(
     # Named, because to find out the types of lists datasets looks at each of their numbers.
     features = dict.fromkeys(lists, List(Value("int32"))) | dict.fromkeys(columns, Value("int64"))
     # datasets' own fingerprint names the functions, and does not notice a change in them.
-    key = json.dumps([dataset._fingerprint, encode_batch.__name__, tokenizer.model_sha256, code_sha256(), settings])
+    key = json.dumps([dataset._fingerprint, encode_batch.__name__, *encoded_by(tokenizer), code_sha256(), settings])
     workers = max(1, min(num_workers or 1, len(dataset) // ROWS_PER_WORKER, os.cpu_count() or 1))
 
     def build(folder):

@@ -12,11 +12,14 @@ import os
 from pathlib import Path
 
 from chatglm2.conversation import conversation
+from chatglm3.conversation import TOOL_PROMPT, read_message, read_used_tool
 from common.messages import cut_short, silent
 from common.quoting import as_typed, flag_as_typed
 from data.cache import cached
 from data.rows import glance, kind_of_value, read_data, read_rows
 
+OF_ROLES = ("role", "metadata")  # columns of examples whose prompts have roles: of the prompt, of the response
+TOOLS = "tools"  # a column beside messages
 COLUMNS = ("prompt", "query", "response", "history", "messages")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 ROWS_WORTH_A_PROGRESS_BAR = 20_000
@@ -141,8 +144,58 @@ def _dialogue(
     return question, answer or "", [list(turn) for turn in history]
 
 
-def _parts_of(row, number, path, columns, flags, taken, keep_unlabelled, query_separator="\n"):
-    """(prompt, response, history) of a row; ValueError where its columns are not as they should be."""
+def _roles_of(name: str, number: int, column: str, row: dict, flag: str, keep_unlabelled: bool) -> tuple:
+    """(prompt, response, history, role of the prompt, metadata of the response) of messages, for a prompt of roles.
+
+    The history are lists of role, metadata and content. Empty, and with errors, as _dialogue.
+    """
+    if column not in row:
+        raise _missing_column(name, number, column, row, flag)
+    found = row[column] or []
+    where = f"{name} row {number}: column {column!r} ({flag})"
+    if not isinstance(found, list):
+        raise ValueError(
+            f"{where} must be a list of messages, such as "
+            '[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}], '
+            f"but is {kind_of_value(found)}"
+        )
+    messages = []
+    for position, message in enumerate(found, start=1):
+        place = f"{where}, turn {position}"
+        if isinstance(message, dict) and message.keys() >= {"from", "value"}:  # as ShareGPT names them
+            message = {"role": SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError(f"{place}: expected an object of role and content, found {kind_of_value(message)}")
+        for each in read_used_tool(message, place) if "observation" in message else [message]:
+            texts = read_message(each, place)
+            messages.append([checked(text, f"{name} row {number}, turn {position}", column) for text in texts])
+    if row.get(TOOLS) and messages:  # beside the messages, as in the data of ChatGLM3's own fine-tuning
+        messages.insert(0, list(read_message({**TOOL_PROMPT, "tools": row[TOOLS]}, f"{name} row {number}")))
+    if not messages:
+        return "", "", [], "user", ""
+    answer = messages.pop() if messages[-1][0] == "assistant" else None
+    if answer is None and not keep_unlabelled:
+        raise ValueError(
+            f"{where}, turn {len(found)}: a dialogue ends with the answer to learn, of role 'assistant', but this one "
+            f"ends with {messages[-1][0]!r}; add the answer or remove that turn"
+        )
+    if not messages:
+        raise ValueError(f"{where}: there is only an answer; put the message that it answers before it")
+    _, metadata, response = answer or ("", "", "")
+    role, _, prompt = messages.pop()
+    return prompt, response, messages, role, metadata
+
+
+def _parts_of(row, number, path, columns, flags, taken, keep_unlabelled, query_separator="\n", keep_roles=False):
+    """(prompt, response, history) of a row; ValueError where its columns are not as they should be.
+
+    With `keep_roles` two more, as _roles_of gives them.
+    """
+    if keep_roles and columns["messages"]:
+        return _roles_of(path, number, columns["messages"], row, flags["messages"], keep_unlabelled)
+    if keep_roles:
+        plain = _parts_of(row, number, path, columns, flags, taken, keep_unlabelled, query_separator)
+        return *plain, "user", ""
     if columns["messages"]:
         return _dialogue(path, number, columns["messages"], row, flags["messages"], keep_unlabelled)
     prompt = _text(path, number, columns["prompt"], row, flags["prompt"], taken["prompt"])
@@ -160,7 +213,7 @@ def _names_of(columns, place=None):
     return flags, {name: {columns[other] for other in COLUMNS if other != name} for name in COLUMNS}
 
 
-def look_at_file(path: str | os.PathLike, columns: dict, keep_unlabelled: bool) -> int | None:
+def look_at_file(path: str | os.PathLike, columns: dict, keep_unlabelled: bool, keep_roles=False) -> int | None:
     """The number of rows in a data file, None where counting takes long. ValueError where its first row is faulty.
 
     `columns` are {column: its name}. Where a checkpoint may yet name some of them, no row is looked at.
@@ -168,11 +221,11 @@ def look_at_file(path: str | os.PathLike, columns: dict, keep_unlabelled: bool) 
     row, count = glance(path)
     known = columns["messages"] or (columns["prompt"] and (keep_unlabelled or columns["response"]))
     if row is not None and known:
-        _parts_of(row, 1, path, columns, *_names_of(columns), keep_unlabelled)
+        _parts_of(row, 1, path, columns, *_names_of(columns), keep_unlabelled, keep_roles=keep_roles)
     return count
 
 
-def _generate_examples(path, columns, query_separator, place, max_samples, keep_unlabelled, key):
+def _generate_examples(path, columns, query_separator, place, max_samples, keep_unlabelled, key, keep_roles=False):
     """Every row of the file, those to be skipped marked; `key` only tells the cache of `datasets` files apart."""
     rows = read_rows(path)
     flags, taken = _names_of(columns, place)
@@ -183,12 +236,13 @@ def _generate_examples(path, columns, query_separator, place, max_samples, keep_
             raise _missing_column(path, 1, column, rows[0], flags[name], taken[name])
     kept = 0
     for number, row in enumerate(rows[:max_samples], start=1):
-        prompt, response, history = _parts_of(
-            row, number, path, columns, flags, taken, keep_unlabelled, query_separator
+        prompt, response, history, *others = _parts_of(
+            row, number, path, columns, flags, taken, keep_unlabelled, query_separator, keep_roles
         )
         skipped = not prompt.strip() or (not response.strip() and not keep_unlabelled)
         kept += not skipped
-        yield {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
+        example = {"prompt": prompt, "response": response, "history": history, "row": number, "skipped": skipped}
+        yield {**example, **dict(zip(OF_ROLES, others, strict=False))}
     if not kept:
         names = ["messages"] if columns["messages"] else ["prompt"] if keep_unlabelled else ["prompt", "response"]
         raise ValueError(
@@ -200,8 +254,9 @@ def _generate_examples(path, columns, query_separator, place, max_samples, keep_
 def code_sha256() -> str:
     """Digest of the files that turn bytes into ids, so that caches do not outlive a change of them."""
     rooms = Path(__file__).parents[1]
-    others = (rooms / "common/text.py", rooms / "chatglm2/tokenization_chatglm.py")
-    files = [*sorted((rooms / "data").glob("*.py")), *others]
+    models = ("tokenization_chatglm.py", "conversation.py")
+    others = [file for name in models for file in sorted(rooms.glob(f"chatglm*/{name}"))]
+    files = [*sorted((rooms / "data").glob("*.py")), rooms / "common/text.py", *others]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -271,6 +326,7 @@ def load_examples(
     rejected_column: str | None = None,
     place: str | None = None,
     overwrite_cache: bool = False,
+    keep_roles: bool = False,
     say=silent,
 ):
     """The usable rows of a data file as (datasets.Dataset, number of rows skipped).
@@ -281,7 +337,8 @@ def load_examples(
     refused. Errors name columns by their flags, or by their entry in `place`.
     Of the first `max_samples` rows those with an empty prompt or response are skipped; with `keep_unlabelled`
     (prediction) an empty response is kept, a row may lack it, and `response_column` may be None. Cached by the file's
-    content; `say` is told where the cache is damaged.
+    content; `say` is told where the cache is damaged. With `keep_roles`, for prompts of roles, a `history` may hold lists of
+    role, metadata and content, and the columns OF_ROLES are there.
     ValueError naming file, row and column for a missing column, a wrong type or nothing to use.
     """
     if chosen_column or rejected_column:
@@ -305,5 +362,8 @@ def load_examples(
         "max_samples": max_samples,
         "keep_unlabelled": keep_unlabelled,
     }
+    if keep_roles:
+        features |= dict.fromkeys(OF_ROLES, "string")
+        settings["keep_roles"] = True
     dataset = read_once(path, _generate_examples, features, settings, overwrite_cache, say)
     return without_skipped(dataset)

@@ -122,7 +122,9 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
     cache = {"overwrite_cache": data_args.overwrite_cache and training_args.local_process_index == 0, "say": say}
     parts, rows_skipped = {}, {}
     for name, file in files.items():
-        examples, rows_skipped[name] = load(**file, max_samples=limit, keep_unlabelled=keep_unlabelled, **cache)
+        roles = {"keep_roles": True} if tokenizer.keeps_roles and load is load_examples else {}
+        how = {"max_samples": limit, "keep_unlabelled": keep_unlabelled, **roles}
+        examples, rows_skipped[name] = load(**file, **how, **cache)
         parts[name] = encode_rows(split, examples, data_args, tokenizer, encode, cache)
         if encode is encode_prediction:
             parts[name] = parts[name].add_column("prompt", examples["prompt"][:])

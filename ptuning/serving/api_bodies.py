@@ -60,10 +60,14 @@ class Message(Strict):
         return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
 
 
-def said(messages):
-    """(role, text) of messages for conversation(). An answer without text, a call of a tool, is no turn."""
+def said(messages, keeps_roles=False):
+    """(role, text) of messages for a tokenizer's conversation(). An answer without text, a call of a tool, is no turn.
+
+    With `keeps_roles` what a tool says keeps its own, for a model that knows it.
+    """
+    sides = {} if keeps_roles else SIDES
     spoken = [message for message in messages[:-1] if message.content is not None] + messages[-1:]
-    return [(SIDES.get(message.role, message.role), message.text()) for message in spoken]
+    return [(sides.get(message.role, message.role), message.text()) for message in spoken]
 
 
 class StreamOptions(Strict):

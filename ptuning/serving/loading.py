@@ -45,7 +45,7 @@ def load_server(args, say=print):
     keeps_base = checkpoint is None or method.beside_model  # the model in memory answers without what was trained, too
     folder, bits = session.folder, session.quantization_bit
 
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config, prompt_template=session.data_fields["prompt_template"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, reason = choose_dtype(device)
     output_layer = " with the output layer in int8" if args.quantize_output_layer else ""

@@ -7,12 +7,10 @@ from bisect import bisect_right
 from functools import partial
 from itertools import accumulate
 
-from chatglm2.conversation import read_history
 from serving.answers import check_text
 from serving.auto import AUTO, encode_for
 
 CHARACTERS_A_TOKEN = 16  # of the longest token of ChatGLM2, so a longer text fits into no prompt
-TURN_TOKENS = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
 
 
 class TooLong(ValueError):
@@ -28,16 +26,16 @@ class Prompts:
         self.prefix(name)
         return self._source_prefixes[name] if self.given_source_prefix is None else self.given_source_prefix
 
-    def encode(self, query, history=(), model=None, among=()):
+    def encode(self, query, history=(), model=None, among=(), role="user"):
         """Token ids of the chat prompt for a model; ValueError for text that no UTF-8 file could hold.
 
         For auto a Prompt, to be answered by one of the models `among`, by default the candidates, or by the base.
         """
-        query, history = read_history(query, history)
+        query, history = self.tokenizer.read_history(query, history)
         self.check_characters(query, history)
         check_text(query, history)
-        prompt = self.tokenizer.build_prompt(query, history)
-        return encode_for(self._before(model, among), lambda before: self.tokenizer.encode(before + prompt))
+        encode = partial(self.tokenizer.encode_prompt, query, history, role=role)
+        return encode_for(self._before(model, among), encode)
 
     def _before(self, model, among):
         """{model: the text before its prompts} of the one that is asked for; for auto of the base, and all `among`."""
@@ -60,19 +58,20 @@ class Prompts:
 
         `among` is as in encode. Kept free for the answer: `max_new_tokens`, at most a quarter of what the model was made for.
         """
-        query, history = read_history(query, history)
+        query, history = self.tokenizer.read_history(query, history)
         self.check_characters(query)
         check_text(query, history)
         seq_length = self.model.config.seq_length
         # The oldest turns may have too many characters behind them to be a part of any prompt.
         behind = list(accumulate(sum(map(len, turn)) for turn in reversed(history)))
-        too_old = len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // TURN_TOKENS)
+        turn_tokens = self.tokenizer.turn_tokens
+        too_old = len(history) - min(bisect_right(behind, CHARACTERS_A_TOKEN * seq_length), seq_length // turn_tokens)
         history = history[too_old:]
         limit = seq_length - min(max_new_tokens, seq_length // 4)
         before = self._before(model, among)
         token_ids, dropped = self.tokenizer.fit_prompt(query, history, limit, max(before.values(), key=len))
         if len(before) > 1:
-            fitted = partial(self.tokenizer.fit_prompt, query, history[dropped:], limit)
+            fitted = partial(self.tokenizer.fit_prompt, query, self.tokenizer.kept_history(history, dropped), limit)
             token_ids = encode_for(before, lambda text: fitted(text)[0])
         self.check_length(token_ids)
         return token_ids, dropped + too_old
@@ -80,7 +79,7 @@ class Prompts:
     def check_characters(self, query, history=()):
         """ValueError where a prompt has more characters than could fit, before time goes into tokenizing it."""
         seq_length = self.model.config.seq_length
-        if TURN_TOKENS * len(history) > seq_length:
+        if self.tokenizer.turn_tokens * len(history) > seq_length:
             raise self.too_long(f"The history has {len(history):,} turns", "tokens ", "history")
         characters = len(query) + sum(len(text) for turn in history for text in turn)
         if characters > CHARACTERS_A_TOKEN * seq_length:

@@ -478,7 +478,8 @@ class ChatServer(Prompts):
         if answer.format and (problem := answer.format.problem()):
             answer.error = f"The answer's schema asks too much: {problem}"
             return "error"
-        reason = "stop" if row.next_id == self.model.config.eos_token_id else None
+        ends = (self.model.config.eos_token_id, *self.tokenizer.stop_ids)
+        reason = "stop" if row.next_id in ends else None
         if row.next_logprob is not None and (sampling.raw or not reason):
             answer.logprobs.append(row.next_logprob)
         if not reason:

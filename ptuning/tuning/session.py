@@ -20,7 +20,7 @@ from chatglm2.bits import check_quantization_bit
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from checkpoint import family_of, read_config, resolve_folder
 from checkpoints.ways import EFFICIENT_TUNING, METHOD_FLAGS, default_method
-from families import check_same_family
+from families import check_same_family, check_template
 from tuning.method import Method
 from tuning.methods import METHODS, read_settings
 
@@ -30,6 +30,7 @@ DATA_FIELDS = {
     "response_column": None,
     "history_column": None,
     "messages_column": None,
+    "prompt_template": None,  # the family's own, once the base is open
     "query_separator": "\n",
     "train_on_history": False,
     "source_prefix": "",
@@ -185,11 +186,13 @@ def open_base(session: Session, *, revision=None, cache_dir=None, weights=True, 
     Without `weights` the hub is asked for configuration and tokenizer only. Raises as resolve_folder and read_config.
     """
     session.folder = resolve_folder(session.base, revision, cache_dir, weights=weights)
-    remembered = session.saved.get("model_family")
+    remembered, fields = session.saved.get("model_family"), session.data_fields
     session.config = read_config(session.folder, session.model_family, remembered=remembered, **overrides)
-    session.model_family = session.config.model_family
+    family = family_of(session.config)
+    session.model_family = family.name
+    fields["prompt_template"] = check_template(fields["prompt_template"], family)
     for checkpoint in [] if session.method.is_complete else session.checkpoints:
-        check_same_family(checkpoint, session.base, family_of(session.config))
+        check_same_family(checkpoint, session.base, family)
     return session.config
 
 
