@@ -24,7 +24,7 @@ FLOORS = (
     ("data",),
     ("checkpoint", "families", "pretrained"),
     ("checkpoints",),
-    ("chatglm3",),
+    ("chatglm3", "chatglm1"),
     ("chatglm2",),
     ("common",),
 )

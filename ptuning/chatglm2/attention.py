@@ -49,40 +49,46 @@ def long_attention_runs(device, dtype, query_length):
     return query_length > QUERY_BLOCK and onednn_runs(device, dtype)
 
 
-def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropout, dtype, device):
+def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropout, dtype, device, contexts=None):
     """Which keys a query may see, for attend(): None where every query sees every key.
 
     Query i sits in slot `first_slot` + i of `key_length` and sees all slots up to its own. `padding_mask`
-    (B, at most T; True for real tokens, the prefix included) hides left padding. `repeats` is R.
+    (B, at most T; True for real tokens, the prefix included) hides left padding. `repeats` is R. `contexts` are as in
+    mask_numbers().
     """
     leave_out_cudnn(device)
-    causal = padding_mask is None and query_length > 1 and key_length == first_slot + query_length
+    causal = contexts is None and padding_mask is None and query_length > 1 and key_length == first_slot + query_length
     if causal and flash_attention_runs(device, dtype):
         return causal_lower_right(query_length, key_length)  # the last query sees all keys
     if causal and not dropout and long_attention_runs(device, dtype, query_length):
         return LONG
-    return mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device)
+    return mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device, contexts)
 
 
-def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device):
+def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dtype, device, contexts=None):
     """Masks of numbers to add to the scores; the arguments are those of make_mask(). None where every key is seen.
 
     The list has a mask for each QUERY_BLOCK queries, (1 or B, 1, repeats * queries, keys up to the slot of the last):
     keys behind it are not even multiplied, which is almost half of them in a long row. A query that would see
     none, padding itself, sees its own slot: some kernels make NaN of no keys, and NaN times 0 is NaN for real tokens.
+    `contexts` (B,) are the slots at the beginning of each row that all its queries see, None for 0.
     """
     if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:
         return None
     slots = torch.arange(key_length, device=device)
+    longest = 0 if contexts is None else int(contexts.max())
     masks = []
     for start in range(0, query_length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query_length)
-        keys = first_slot + stop
-        hidden = (slots[None, :keys] > slots[first_slot + start : keys, None])[None, None]
+        own_slots = slots[first_slot + start : first_slot + stop, None]
+        keys = max(first_slot + stop, longest)
+        hidden = (slots[None, :keys] > own_slots)[None, None]
+        if contexts is not None:
+            hidden = hidden & (slots[:keys] >= contexts[:, None, None, None])
         if padding_mask is not None:
             padding = ~padding_mask[:, None, None, :keys]
             hidden = hidden | F.pad(padding, (0, keys - padding.shape[-1]), value=True)
-            own = slots[None, :keys] == slots[first_slot + start : keys, None]
+            own = slots[None, :keys] == own_slots
             hidden = hidden & ~(own & hidden.all(-1, keepdim=True))
         numbers = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         masks.append(numbers.repeat(1, 1, repeats, 1))

@@ -81,12 +81,13 @@ class ChatGLMConfig(PretrainedConfig):
         "max_position_embeddings": "seq_length",
         "head_dim": "kv_channels",
     }
+    defaults = DEFAULTS
 
     def __init__(self, **settings):
         if (vocab_size := settings.pop("vocab_size", None)) is not None:  # older checkpoints have this name, or both
             settings = {"padded_vocab_size": vocab_size, **settings}
         self._auto_map = settings.get("auto_map")  # for whoever loads a saved folder with the official code
-        for name, default in DEFAULTS.items():
+        for name, default in self.defaults.items():
             setattr(self, name, settings.get(name, default))
         self.bos_token_id = settings.get("bos_token_id")
         if self.kv_channels is None:
@@ -118,7 +119,7 @@ class ChatGLMConfig(PretrainedConfig):
     @classmethod
     def known_settings(cls, settings):
         """Those of a config.json's `settings` that belong into another one: of the model, and no other."""
-        known = {*DEFAULTS, *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
+        known = {*cls.defaults, *LIBRARY_SETTINGS, *CARRIED_SETTINGS}
         return {name: value for name, value in settings.items() if name in known}
 
     @property
@@ -135,6 +136,11 @@ class ChatGLMConfig(PretrainedConfig):
     def rope_base_factor(self):
         """What the base of the rotary frequencies is multiplied by."""
         return 1
+
+    @property
+    def prefix_columns(self):
+        """Width of a prefix encoder's embedding in front of its projection: that of all keys and values of a token."""
+        return 2 * self.num_layers * self.num_key_value_heads * self.kv_channels
 
     def _check(self, rope_scaling):
         for name in SIZES:

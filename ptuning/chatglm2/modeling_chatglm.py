@@ -29,6 +29,7 @@ from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.kernels import kernels_for, rotate, swiglu, swiglu_backward
 from chatglm2.loss import OutputLayer, next_tokens, supervised_loss
 from chatglm2.matmul import Linear, OwnGradient, round_rows
+from chatglm2.norms import AddNorm, RMSNorm, make_norm
 from chatglm2.prefix_encoder import PrefixEncoder
 from chatglm2.prefix_generation import PrefixGeneration
 from chatglm2.quantization import choose_backend, prepare_quantized_, quantize_model_, use_backend_
@@ -99,78 +100,9 @@ class Packing(NamedTuple):
         return padded.index_copy(0, self.places, x).view(self.batch_size, self.length, -1)
 
 
-class NormProduct(OwnGradient):
-    """RMSNorm in float32, in few passes: keeps its input and one number a token.
-
-    y = w n with n = r x and r = (mean x² + eps)^-½, so that dx = r (g - n mean(g n)) with g = w dy, and dw = Σ dy n.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return (wide * scale).mul_(weight).to(weight.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, scale, weight = ctx.saved_tensors
-        normed, gradient = x * scale, gradient.float()
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        gradient = gradient * weight
-        along = (gradient * normed).mean(-1, keepdim=True)
-        return gradient.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32, returned in the dtype of its weight."""
-
-    def __init__(self, hidden_size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states):
-        if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype:  # one kernel, float32 inside
-            return F.rms_norm(hidden_states, hidden_states.shape[-1:], self.weight, self.eps)
-        return NormProduct.apply(hidden_states, self.weight, self.eps)
-
-
-class AddNorm(OwnGradient):
-    """x + update (…, H) and its RMSNorm, by the fused kernel of a GPU; without a gradient for the norm's weight."""
-
-    @staticmethod
-    def forward(ctx, x, update, weight, eps):
-        total, normed, scale = kernels_for(x).add_norm(x, update, weight, eps)
-        ctx.save_for_backward(total, scale, weight)
-        return total, normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_total, grad_normed):
-        gradient = kernels_for(grad_total).add_norm_backward(grad_total, grad_normed, *ctx.saved_tensors)
-        return gradient, gradient, None, None
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 (`rmsnorm: false`), returned in the dtype of its weight."""
-
-    def forward(self, hidden_states):
-        normed = F.layer_norm(
-            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
-        return normed.to(self.weight.dtype)
-
-
-def make_norm(config):
-    return (RMSNorm if config.rmsnorm else LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
-
-
 class SelfAttention(nn.Module):
+    rotation = Rotary
+
     def __init__(self, config, layer_index):
         super().__init__()
         self.layer_index = layer_index
@@ -200,7 +132,7 @@ class SelfAttention(nn.Module):
         if isinstance(mask, DecodeStep):
             return self.dense(mask.attend(mixed, cos, sin, self.layer_index))
         query_key, value = self.split_heads(mixed if packing is None else packing.unpack(mixed))
-        query, key = Rotary.apply(query_key, cos, sin).split((self.num_heads, self.num_groups), dim=1)
+        query, key = self.rotation.apply(query_key, cos, sin).split((self.num_heads, self.num_groups), dim=1)
         if prefix_key is not None:  # not rotated: the prefix has no positions
             key, value = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
         if past_key_values is not None:
@@ -243,14 +175,16 @@ class MLP(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
+    attention_class, mlp_class = SelfAttention, MLP
+
     def __init__(self, config, layer_index):
         super().__init__()
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         self.dropout = config.hidden_dropout
         self.input_layernorm = make_norm(config)
-        self.self_attention = SelfAttention(config, layer_index)
+        self.self_attention = self.attention_class(config, layer_index)
         self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = self.mlp_class(config)
 
     def residual_add(self, hidden_states, normed, update):
         residual = normed if self.residual_after_norm else hidden_states
@@ -297,9 +231,9 @@ class GLMBlock(GradientCheckpointingLayer):
 class GLMTransformer(nn.Module):
     """The blocks and, with `post_layer_norm`, the final norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, block_class=GLMBlock):
         super().__init__()
-        self.layers = nn.ModuleList(GLMBlock(config, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(block_class(config, index) for index in range(config.num_layers))
         self.final_layernorm = make_norm(config) if config.post_layer_norm else None
 
     def forward(
@@ -373,10 +307,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Token ids (B, S) -> final hidden states (B, S, H)."""
 
+    block_class = GLMBlock
+    rotary_cos_sin = staticmethod(rotary_cos_sin)
+
     def __init__(self, config):
         super().__init__(config)
         self.embedding = Embedding(config)
-        self.encoder = GLMTransformer(config)
+        self.encoder = GLMTransformer(config, self.block_class)
         # Lies here and not beside the transformer, because the official parameter names say so.
         self.output_layer = OutputLayer(config.hidden_size, config.padded_vocab_size, bias=False)
         self.prefix_encoder = None
@@ -449,10 +386,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if past_key_values is not None and past_key_values.is_compileable:  # a static cache is all there at once
             key_length = past_key_values.get_mask_sizes(query_length, 0)[0]
 
-        if position_ids is None:
-            start = first_slot - prefix_length
-            position_ids = torch.arange(start, start + query_length, device=device)[None]
-        cos, sin = rotary_cos_sin(position_ids, self.config, self.dtype_of_blocks)
+        position_ids, contexts = self.locate(
+            inputs, attention_mask, position_ids, past_key_values, first_slot - prefix_length
+        )
+        cos, sin = self.rotary_cos_sin(position_ids, self.config, self.dtype_of_blocks)
         padding_mask = None
         if attention_mask is not None:
             if attention_mask.dim() != 2:
@@ -464,12 +401,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         repeats = self.config.num_attention_heads // self.config.num_key_value_heads
         dropout = self.config.attention_dropout if self.training else 0.0
         shape = query_length, key_length, first_slot, padding_mask, repeats
+        contexts = None if contexts is None else contexts + first_slot
         if step is not None:
             mask = step
         elif attentions is None:
-            mask = make_mask(*shape, dropout, self.dtype_of_blocks, device)  # once for all layers
+            mask = make_mask(*shape, dropout, self.dtype_of_blocks, device, contexts)  # once for all layers
         else:
-            mask = mask_numbers(*shape, self.dtype_of_blocks, device)
+            mask = mask_numbers(*shape, self.dtype_of_blocks, device, contexts)
 
         hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if packing is not None:
@@ -485,6 +423,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def locate(self, inputs, attention_mask, position_ids, past_key_values, past_tokens):
+        """(position ids, the first of the tokens fed that all see, (B,), or None) of `inputs` behind `past_tokens`."""
+        if position_ids is None:
+            position_ids = torch.arange(past_tokens, past_tokens + inputs.shape[1], device=inputs.device)[None]
+        return position_ids, None
+
     @property
     def dtype_of_blocks(self):
         """The dtype activations have between the norms and the projections."""
@@ -494,6 +438,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat.py)."""
 
+    model_class = ChatGLMModel
     # A function of the model, input ids, labels, num_items_in_batch and what else a batch holds: its loss is then the one
     # of training, and what it computes with is its own business.
     own_loss = None
@@ -507,7 +452,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         # The Trainer smooths labels that are shifted in the classes listed here only.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("chatglm", "ChatGLMForConditionalGeneration")
         with torch.device(device) if device is not None else contextlib.nullcontext():
-            self.transformer = ChatGLMModel(config)
+            self.transformer = self.model_class(config)
         if config.quantization_bit:
             unfilled = self.device.type == "meta"
             (prepare_quantized_ if unfilled else quantize_model_)(self, config.quantization_bit)

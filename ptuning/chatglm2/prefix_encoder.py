@@ -26,11 +26,12 @@ class PrefixEncoder(nn.Module):
         # [key of layer 0, value of layer 0, key of layer 1, …], each (G, D)
         self.shape = (2 * config.num_layers, config.num_key_value_heads, config.kv_channels)
         width = self.shape[0] * self.shape[1] * self.shape[2]
-        self.embedding = nn.Embedding(config.pre_seq_len, width, dtype=torch.float32)
+        columns = config.prefix_columns if config.prefix_projection else width
+        self.embedding = nn.Embedding(config.pre_seq_len, columns, dtype=torch.float32)
         self.trans = None
         if config.prefix_projection:
             self.trans = nn.Sequential(
-                nn.Linear(width, config.hidden_size, dtype=torch.float32),
+                nn.Linear(columns, config.hidden_size, dtype=torch.float32),
                 nn.Tanh(),
                 nn.Linear(config.hidden_size, width, dtype=torch.float32),
             )
@@ -47,7 +48,7 @@ class PrefixEncoder(nn.Module):
         Dropout (training only) is drawn per row of the batch, before the cast, for `rows_at_once` of them after the
         other.
         """
-        prefix = self.embedding.weight  # (P, 2L * G * D)
+        prefix = self.embedding.weight  # (P, 2L * G * D), or (P, prefix_columns) for the projection
         if prefix.is_meta:  # offloaded: it is there while its own module computes
             prefix = self.embedding(torch.arange(self.pre_seq_len))
         if self.trans is not None:

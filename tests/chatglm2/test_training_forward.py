@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.loss import OutputLayer, SupervisedLoss, next_tokens, supervised_loss
 from chatglm2.matmul import ONEDNN, round_rows
-from chatglm2.modeling_chatglm import NormProduct, Rotary, SwiGLU, rotary_cos_sin
+from chatglm2.modeling_chatglm import Rotary, SwiGLU, rotary_cos_sin
+from chatglm2.norms import NormProduct
 from tuning.methods import prepare_model
 
 
