@@ -155,11 +155,16 @@ class ChatGLMForConditionalGeneration(chatglm2.ChatGLMForConditionalGeneration):
 
     config_class = ChatGLMConfig
     model_class = ChatGLMModel
-    is_causal = False  # what was said is seen from its end, too: no cache of it goes on with another end
+    continues_caches = False  # a prompt is seen from its end, too
+
+    def prompt_length(self, token_ids):
+        """Up to `<sop>`, which a prompt ends with; all of a row without it."""
+        end = self.config.bos_token_id
+        return token_ids.index(end) + 1 if end in token_ids else len(token_ids)
 
     @staticmethod
     def place(ordinals, prompt_lengths):
-        """The positions of tokens of rows whose prompts end with `[gMASK] <sop>`, of `prompt_lengths` (B, 1) tokens."""
+        """Both positions of tokens with these `ordinals` (1 or B, S); the prompts end with `[gMASK] <sop>`."""
         return two_positions(ordinals, prompt_lengths - 1, prompt_lengths - 2)
 
     def process_response(self, response):

@@ -53,38 +53,41 @@ class Batch:
         self.model, self.max_rows = model, max_rows
         self.lengths = []  # slots in use of each row: prefix, prompt, and the answer's tokens that were fed
         self.prefix_lengths = []
+        self.prompt_lengths = []  # without the prefix
         # (rows, slots) -> (CUDA graph, logits), the one used last at the end
         self.graphs = {} if model.device.type == "cuda" else None
         self._graph_logits = None  # (rows, V): all graphs write here
         self._failures = 0  # of recordings, in a row
         self.width = 0
         self._store = None  # (L, 2, rows, G, slots, D)
-        self._inputs = torch.zeros(3, max_rows, dtype=torch.int64, device=model.device)
+        self._inputs = torch.zeros(4, max_rows, dtype=torch.int64, device=model.device)
         self._row_numbers = torch.arange(max_rows, device=model.device)
         self._reserve(width)
 
     # ---- rows
 
     @torch.inference_mode()
-    def admit(self, prompts, prefix, prefix_length=None, watch=None):
+    def admit(self, prompts, prefix, prefix_length=None, watch=None, prompt_lengths=None):
         """Add a row for each of `prompts` (token ids); logits (rows, V) of the token after each.
 
         All of them continue `prefix`, a key and value (1, G, P, D) for each layer, [] for none. Its tokens behind
         `prefix_length` (by default none are) have positions: they are the beginning of a conversation.
+        `prompt_lengths` are those of whole prompts, where only the last token of a row that has begun to answer is fed.
         `watch(hidden)` sees what the output layer would be given of all tokens, (rows, S, H) of each piece that is fed.
         """
         start = prefix[0][0].shape[2] if prefix else 0
+        prompt_lengths = prompt_lengths or [self.model.prompt_length(prompt) for prompt in prompts]
         prefix_length = start if prefix_length is None else prefix_length
         rows = max(1, PREFILL_TOKENS // max(map(len, prompts)))  # fed at once
         self._reserve(start + max(map(len, prompts)) + 1)
         return torch.cat(
             [
-                self._admit(prompts[i : i + rows], prefix, start, prefix_length, watch)
+                self._admit(prompts[i : i + rows], prompt_lengths[i : i + rows], prefix, start, prefix_length, watch)
                 for i in range(0, len(prompts), rows)
             ]
         )
 
-    def _admit(self, prompts, prefix, start, prefix_length, watch):
+    def _admit(self, prompts, prompt_lengths, prefix, start, prefix_length, watch):
         first, last = len(self.lengths), len(self.lengths) + len(prompts)
         for index, (key, value) in enumerate(prefix):
             self._store[index, 0, first:last, :, :start] = key
@@ -94,12 +97,14 @@ class Batch:
         for row, prompt in enumerate(prompts):  # padded on the right, where causal attention does not look
             token_ids[row, : len(prompt)] = torch.tensor(prompt)
         hidden = []  # of the last token of each prompt
-        for offset in range(0, token_ids.shape[1], PREFILL_TOKENS):
-            chunk = token_ids[:, offset : offset + PREFILL_TOKENS].to(self.model.device)
+        at_once = PREFILL_TOKENS if self.model.continues_caches else token_ids.shape[1]
+        for offset in range(0, token_ids.shape[1], at_once):
+            chunk = token_ids[:, offset : offset + at_once].to(self.model.device)
             self._past, self._rows, self._slots = start + offset, slice(first, last), None
             position = start + offset - prefix_length
-            position_ids = torch.arange(position, position + chunk.shape[1], device=chunk.device)[None]
-            output = self._forward(chunk, None, position_ids)
+            ordinals = torch.arange(position, position + chunk.shape[1], device=chunk.device)[None]
+            ends_of_prompts = torch.tensor(prompt_lengths, device=chunk.device)[:, None]
+            output = self._forward(chunk, None, self.model.place(ordinals, ends_of_prompts))
             if watch:
                 watch(output)
             inside = (ends >= offset) & (ends < offset + chunk.shape[1])
@@ -107,6 +112,7 @@ class Batch:
             assert offset == 0 or len(prompts) == 1  # else the order of the rows would change
         self.lengths += [start + len(prompt) for prompt in prompts]
         self.prefix_lengths += [prefix_length] * len(prompts)
+        self.prompt_lengths += prompt_lengths
         return self.model.transformer.output_layer(torch.cat(hidden))
 
     @torch.inference_mode()
@@ -114,7 +120,7 @@ class Batch:
         """Feed one token to every row; logits (rows, V) of the next, which the next step may overwrite."""
         rows, slots = len(self.lengths), max(self.lengths) + 1
         self._reserve(slots)
-        inputs = [token_ids, self.lengths, self.prefix_lengths]
+        inputs = [token_ids, self.lengths, self.prefix_lengths, self.prompt_lengths]
         logits = None
         if self.graphs is not None:
             logits = self._replay(inputs, rows, slots)
@@ -131,7 +137,7 @@ class Batch:
         if index < last:
             length = self.lengths[last]
             self._store[:, :, index, :, :length] = self._store[:, :, last, :, :length]
-        for numbers in (self.lengths, self.prefix_lengths):
+        for numbers in (self.lengths, self.prefix_lengths, self.prompt_lengths):
             numbers[index] = numbers[last]
             numbers.pop()
         if not self.lengths and self.width > KEPT_WIDTH:
@@ -183,7 +189,7 @@ class Batch:
 
     def _decode(self, rows, slots, padded):
         """Logits (rows, V) after the tokens in self._inputs, where no row has more than `slots` slots in use."""
-        token_ids, lengths, prefix_lengths = self._inputs[:, :rows, None]  # (rows, 1) each
+        token_ids, lengths, prefix_lengths, prompt_lengths = self._inputs[:, :rows, None]  # (rows, 1) each
         self._past, self._rows, self._slots = slots - 1, slice(rows), lengths[:, 0]
         mask = step = None
         if DecodeStep.runs(self._store, self.model.config):
@@ -191,7 +197,8 @@ class Batch:
         elif padded:
             mask = torch.arange(slots, device=lengths.device) <= lengths  # (rows, slots)
             mask = mask[:, self.model.prefix_length :]  # forward adds the part of the model's own prefix
-        hidden = self._forward(token_ids, mask, lengths - prefix_lengths, step)
+        positions = self.model.place(lengths - prefix_lengths, prompt_lengths)
+        hidden = self._forward(token_ids, mask, positions, step)
         return self.model.transformer.output_layer(hidden[:, -1])
 
     # ---- CUDA graphs
@@ -203,7 +210,7 @@ class Batch:
         """
         size = min(1 << (rows - 1).bit_length(), self.max_rows), min(graph_slots(slots), self.width)
         idle = size[0] - rows
-        inputs = [[*numbers, *[value] * idle] for numbers, value in zip(inputs, (0, self.width, 0), strict=True)]
+        inputs = [[*numbers, *[value] * idle] for numbers, value in zip(inputs, (0, self.width, 0, 0), strict=True)]
         self._inputs[:, : size[0]] = torch.tensor(inputs)
         try:
             self.graphs[size] = self.graphs.pop(size, None) or self._record_one_more(*size)

@@ -5,7 +5,21 @@ No official file answers to this one: there, generate() was given the prefix as 
 
 
 class PrefixGeneration:
-    """The part of ChatGLMForConditionalGeneration that generate() calls; it stands before GenerationMixin."""
+    """The part of ChatGLMForConditionalGeneration that generate() calls; it stands before GenerationMixin.
+
+    Three things are for generation.py, and other in a model whose tokens see what stands behind them.
+    """
+
+    continues_caches = True  # what was computed of a text holds whatever comes behind it
+
+    def prompt_length(self, token_ids):
+        """How many of a row's first tokens are its prompt."""
+        return len(token_ids)
+
+    @staticmethod
+    def place(ordinals, prompt_lengths):
+        """Position ids of tokens with these `ordinals` (1 or B, S) in rows with prompts of `prompt_lengths` (B, 1)."""
+        return ordinals
 
     @property
     def prefix_length(self):

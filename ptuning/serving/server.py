@@ -25,7 +25,6 @@ from functools import partial
 
 import torch
 
-from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
@@ -142,7 +141,7 @@ class ChatServer(Prompts):
     @torch.inference_mode()
     def _read_prefix(self, checkpoint, settings):
         shape = {name: settings[name] for name in ("pre_seq_len", "prefix_projection")}
-        encoder = PrefixEncoder(ChatGLMConfig(**{**self.model.config.to_dict(), **shape})).eval()
+        encoder = PrefixEncoder(type(self.model.config)(**{**self.model.config.to_dict(), **shape})).eval()
         fill_prefix_encoder(encoder, checkpoint)
         return encoder(1, self.model.transformer.dtype_of_blocks)
 
@@ -424,7 +423,8 @@ class ChatServer(Prompts):
         layers = [(key[:, :, :-1], value[:, :, :-1]) for key, value in layers]
         token_ids = answer.token_ids + answer.response_ids
         self._open_gate([answer])
-        self._feed(self._batch.admit, [token_ids[-1:]], layers, self.prefix_length(answer.model))
+        prompt_lengths = [self.model.prompt_length(answer.token_ids)]
+        self._feed(self._batch.admit, [token_ids[-1:]], layers, self.prefix_length(answer.model), None, prompt_lengths)
         with self._changed:
             self._running.append(row)
 
@@ -514,7 +514,7 @@ class ChatServer(Prompts):
     def _keep_cache(self, row):
         """Keep the cache of a conversation; the one that was idle longest makes room."""
         answer = row.answer
-        if answer.session is None:
+        if answer.session is None or not self.model.continues_caches:
             return
         place = self._running.index(row)
         fed = self._batch.lengths[place] - self._batch.prefix_lengths[place]  # the last token may not have been

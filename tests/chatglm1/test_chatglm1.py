@@ -10,7 +10,7 @@ from support.chatglm1 import CONFIG, PADDED_PROMPTS, PREFIX, STEP_SIZE, STEPS, l
 from chatglm1.configuration_chatglm import ChatGLMConfig
 from chatglm1.modeling_chatglm import ChatGLMForConditionalGeneration
 from chatglm1.weight_names import official_name, own_name
-from chatglm2.generation import answer_prompts
+from chatglm2.generation import Batch, answer_prompts
 
 FIGURES = json.loads((ROOT / "tests" / "chatglm1.json").read_text())["model"]
 SETTINGS = {
@@ -107,6 +107,33 @@ def test_greedy_answers_are_the_official_ones_whatever_rows_are_computed_togethe
         model, PADDED_PROMPTS, 200, num_known=300, batch_size=batch_size, rows=range(3), max_answer=10
     )
     assert answers == figures["alone"]
+
+
+def test_rows_that_come_and_go_keep_their_own_prompts():
+    model = small_model(pre_seq_len=PREFIX)
+    limits = [7, 2, 10, 5]
+    prompts = [*PADDED_PROMPTS, PADDED_PROMPTS[1]]
+    alone = [
+        answer_prompts(model, [prompt], 200, num_known=300, batch_size=1, rows=[0], max_answer=limit)[0]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    batch = Batch(model, 3)
+    prefix = model.transformer.prefix_encoder(1, torch.float32)
+    logits, rows, answers = batch.admit(prompts[:3], prefix), [0, 1, 2], [[] for _ in prompts]
+    while rows:
+        for row, token_id in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            answers[row].append(token_id)
+        for place in reversed(range(len(rows))):
+            if len(answers[rows[place]]) == limits[rows[place]]:
+                batch.remove(place)
+                rows[place] = rows[-1]
+                rows.pop()
+        if not answers[3] and len(rows) == 2:
+            answers[3].append(batch.admit([prompts[3]], prefix).argmax(-1).item())
+            rows.append(3)
+        if rows:
+            logits = batch.step([answers[row][-1] for row in rows])
+    assert answers == alone
 
 
 def test_a_cached_step_gives_the_logits_of_the_whole_row(case):
