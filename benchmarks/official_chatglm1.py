@@ -15,7 +15,16 @@ from pathlib import Path
 
 import torch
 from conftest import formula_weights
-from support.chatglm1 import CONFIG, PADDED_PROMPTS, PREFIX, STEP_SIZE, STEPS, TEXTS, training_batch
+from support.chatglm1 import (
+    CONFIG,
+    PADDED_PROMPTS,
+    PREFIX,
+    SMALL_VOCABULARY,
+    STEP_SIZE,
+    STEPS,
+    TEXTS,
+    training_batch,
+)
 
 ANSWER = 10  # greedy tokens
 
@@ -109,6 +118,7 @@ def figures_of_model(folder):
                 if weight.grad is not None
             },
             **answers(model),
+            "shapes": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
         }
         if settings:
             figures[name]["prefix_gradient"] = rounded(model.transformer.prefix_encoder.embedding.weight.grad[:, ::5])
@@ -117,15 +127,21 @@ def figures_of_model(folder):
     return figures
 
 
-def figures_of_tokens(folder):
+def figures_of_tokens(folder, vocabulary, **settings):
     """Ids that the official tokenizer has for texts, and the texts that it makes of them, special tokens left out."""
     tokenization = load_official(folder, "tokenization_chatglm")
-    tokenizer = tokenization.ChatGLMTokenizer(str(Path(folder) / "ice_text.model"), num_image_tokens=0)
+    tokenizer = tokenization.ChatGLMTokenizer(str(vocabulary), **settings)
     ids = [tokenizer.encode(text) for text in TEXTS]
     return {"ids": ids, "decoded": [tokenizer.decode(row[:-2]) for row in ids]}
 
 
 if __name__ == "__main__":
     folder = sys.argv[1]
-    json.dump({"model": figures_of_model(folder), "tokens": figures_of_tokens(folder)}, sys.stdout, ensure_ascii=False)
+    figures = {
+        "model": figures_of_model(folder),
+        "tokens": figures_of_tokens(folder, Path(folder) / "ice_text.model", num_image_tokens=0),
+        "small": figures_of_tokens(folder, SMALL_VOCABULARY, num_image_tokens=0),
+        "images": figures_of_tokens(folder, SMALL_VOCABULARY),
+    }
+    json.dump(figures, sys.stdout, ensure_ascii=False)
     print()

@@ -49,10 +49,11 @@ from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, read_sidecar
 from checkpoints.weight_files import (
     COPIED,
     FINGERPRINT_TENSOR,
+    FINGERPRINT_TENSORS,
     PREFIX_KEY,
-    ROTARY_TENSOR,
     check_tensor,
     check_trained,
+    read_model,
     read_tensors,
     stored_dtype,
 )
@@ -80,7 +81,7 @@ def resolve_folder(
     """
     if folder := local_folder(name_or_path):
         return folder
-    patterns = ["*.json", "tokenizer.model", *(("*.bin", "*.safetensors") if weights else ())]
+    patterns = ["*.json", "tokenizer.model", "ice_text.model", *(("*.bin", "*.safetensors") if weights else ())]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -183,9 +184,10 @@ def load_model(
     wrongly shaped tensors, by name.
     """
     config = config or read_config(folder, pre_seq_len=None)
+    family = family_of(config)
     config.quantization_bit = check_quantization_bit(quantization_bit, config.quantization_bit)
     with torch.device("meta"):
-        model = family_of(config).model_class(config)
+        model = family.model_class(config)
     if quantize_output_layer:
         prepare_output_layer_(model)
     integers = {f"{name}.weight": m.bits for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -197,31 +199,28 @@ def load_model(
     multiplied = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     model.base_folder = Path(folder)
     loaded, unexpected, prefix = {}, [], {}
-    for file in weight_files(folder):
-        for stored_name, stored in read_tensors(file):
-            if stored_name == ROTARY_TENSOR:
-                continue
-            if stored_name.startswith(PREFIX_KEY) and config.pre_seq_len:
-                check_trained(stored, stored_name, file)
-                prefix[stored_name.removeprefix(PREFIX_KEY)] = stored
-                continue
-            if stored_name not in expected:
-                unexpected.append(stored_name)
-                continue
-            if stored_name == FINGERPRINT_TENSOR:
-                model.fingerprint = _fingerprint(stored)
-            tensors = {stored_name: stored.to(device_of(stored_name, device))}
-            if stored_name in integers and stored.is_floating_point():
-                # In the file's dtype, as official.
-                weight, scale = quantize_weight(tensors[stored_name], integers[stored_name])
-                tensors = {stored_name: weight, stored_name + "_scale": scale}
-            for name, tensor in tensors.items():
-                check_tensor(tensor, name, expected[name], file)
-                if name in multiplied:
-                    tensor = convert(tensor, dtype)
-                elif tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
-                    tensor = tensor.to(dtype)
-                loaded[name] = tensor
+    for file, stored_name, stored in read_model(folder, family.names.own_name, config.quantization_bit, dtype):
+        if stored_name.startswith(PREFIX_KEY) and config.pre_seq_len:
+            check_trained(stored, stored_name, file)
+            prefix[stored_name.removeprefix(PREFIX_KEY)] = stored
+            continue
+        if stored_name not in expected:
+            unexpected.append(stored_name)
+            continue
+        if stored_name == FINGERPRINT_TENSOR:
+            model.fingerprint = _fingerprint(stored)
+        tensors = {stored_name: stored.to(device_of(stored_name, device))}
+        if stored_name in integers and stored.is_floating_point():
+            # In the file's dtype, as official.
+            weight, scale = quantize_weight(tensors[stored_name], integers[stored_name])
+            tensors = {stored_name: weight, stored_name + "_scale": scale}
+        for name, tensor in tensors.items():
+            check_tensor(tensor, name, expected[name], file)
+            if name in multiplied:
+                tensor = convert(tensor, dtype)
+            elif tensor.is_floating_point() and not name.endswith("_scale"):  # scales stay exact
+                tensor = tensor.to(dtype)
+            loaded[name] = tensor
     problems = [
         f"{len(names)} {kind}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
         for kind, names in (("missing", expected.keys() - loaded.keys()), ("unexpected", unexpected))
@@ -230,7 +229,7 @@ def load_model(
     if problems:
         raise ValueError(
             f"The weights in {folder} do not fit its config.json. Tensors {'; '.join(problems)}. "
-            "Is this the complete, unchanged folder of a ChatGLM2 model?"
+            f"Is this the complete, unchanged folder of a {family.title} model?"
         )
     model.load_state_dict(loaded, strict=False, assign=True)
     model.requires_grad_(False)
@@ -251,7 +250,7 @@ def _fingerprint(stored: torch.Tensor) -> str:
 def fingerprint_of(folder: Path | str) -> str | None:
     """The `fingerprint` that a base model in a folder has once it is loaded, read from its files alone."""
     tensors = (pair for file in weight_files(folder) for pair in read_tensors(file))
-    return next((_fingerprint(tensor) for name, tensor in tensors if name == FINGERPRINT_TENSOR), None)
+    return next((_fingerprint(tensor) for name, tensor in tensors if name in FINGERPRINT_TENSORS), None)
 
 
 def save_model(
@@ -272,9 +271,10 @@ def save_model(
     tensors = model.state_dict() if tensors is None else tensors
     weights = {name: tensor.detach() for name, tensor in tensors.items() if not name.startswith(PREFIX_KEY)}
     dtype = weights[FINGERPRINT_TENSOR].dtype
-    weights[ROTARY_TENSOR] = modeling_chatglm.rotary_frequencies(model.config.kv_channels).to(
-        dtype
-    )  # official; not stored here
+    names = family_of(model.config).names
+    weights = {names.official_name(name): tensor for name, tensor in weights.items()}
+    frequencies = modeling_chatglm.rotary_frequencies(model.config.kv_channels).to(dtype)  # official; not stored here
+    weights.update(dict.fromkeys(names.computed_names(model.config.num_layers), frequencies))
     pattern = "model{suffix}.safetensors" if file_format == "safetensors" else "pytorch_model{suffix}.bin"
     try:
         split = split_torch_state_dict_into_shards(weights, filename_pattern=pattern, max_shard_size=max_shard_size)
@@ -289,8 +289,8 @@ def save_model(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / (pattern.format(suffix="") + ".index.json"), index)
-    settings = ChatGLMConfig.known_settings(read_json(model.base_folder / "config.json"))
-    for name in ("dtype", "pre_seq_len", "prefix_projection"):
+    settings = type(model.config).known_settings(read_json(model.base_folder / "config.json"))
+    for name in ("dtype", "pre_seq_len", "prefix_projection", "quantization_embeddings"):
         settings.pop(name, None)
     bits = {"quantization_bit": model.config.quantization_bit} if model.config.quantization_bit else {}
     family = {FAMILY_KEY: model.config.model_family} if model.config.model_family else {}

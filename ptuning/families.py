@@ -57,9 +57,14 @@ class Family:
     tokenizer: str = "chatglm2.tokenization_chatglm:ChatGLMTokenizer"
     configuration: str = "chatglm2.configuration_chatglm:ChatGLMConfig"
     model: str = "chatglm2.modeling_chatglm:ChatGLMForConditionalGeneration"
+    weight_names: str = "chatglm2.weight_names"  # a module that knows the names in the files of weights
     template: str = "chatglm2"  # its prompt template where --prompt_template says nothing
     templates: tuple[str, ...] = ("chatglm2", "none")  # those that its tokens can write
     refusal: str = ""  # why it is not loaded, and what to use
+
+    @property
+    def names(self):
+        return importlib.import_module(self.weight_names)
 
     @property
     def tokenizer_class(self):
@@ -124,7 +129,12 @@ FAMILIES = (
         "chatglm1",
         "ChatGLM-6B (the first generation)",
         _told_as_chatglm1,
-        refusal="this program trains ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B. Give a folder of one of them",
+        tokenizer="chatglm1.tokenization_chatglm:ChatGLMTokenizer",
+        configuration="chatglm1.configuration_chatglm:ChatGLMConfig",
+        model="chatglm1.modeling_chatglm:ChatGLMForConditionalGeneration",
+        weight_names="chatglm1.weight_names",
+        template="chatglm1",
+        templates=("chatglm1", "none"),
     ),
     Family(
         "glm4",

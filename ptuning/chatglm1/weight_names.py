@@ -26,3 +26,8 @@ def official_name(own: str) -> str:
         if own.startswith(after):
             return before + own.removeprefix(after).replace(*reversed(INNER))
     return own
+
+
+def computed_names(num_layers: int) -> list[str]:
+    """Those of the rotary frequencies in a file of a model."""
+    return [f"transformer.layers.{number}.attention{FREQUENCIES}" for number in range(num_layers)]

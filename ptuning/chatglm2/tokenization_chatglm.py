@@ -97,24 +97,25 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     prompt_template = "chatglm2"  # a name in TEMPLATES
     keeps_roles = False  # a history is pairs of question and answer
     stop_ids = ()  # that end an answer beside the end token
+    suffix_tokens = ()  # that every prompt ends with
+    learned_of_prompt = 0  # of a prompt's last tokens, those that training predicts
+    own_template = CHAT_TEMPLATE
     turn_tokens = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer
 
     def __init__(self, vocab_file, padding_side="left", clean_up_tokenization_spaces=False, **kwargs):
         if vocab_file is None:
             raise ValueError(
-                f"no {VOCABULARY_FILE} came with this tokenizer; copy it from the ChatGLM2-6B model folder"
+                f"no {self.vocab_files_names['vocab_file']} came with this tokenizer; copy it from the base model's folder"
             )
         self.vocab_file = str(vocab_file)
         self._load_sentencepiece()
-        self.special_token_to_id = {
-            token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(self.special_names)
-        }
+        self.special_token_to_id = self.special_ids()
         self.chosen_ids = {}  # of bos, eos, pad and unk, where someone has set them
         settings = {name: kwargs[name] for name in LIBRARY_SETTINGS if name in kwargs}
         super().__init__(
             padding_side=padding_side, clean_up_tokenization_spaces=clean_up_tokenization_spaces, **settings
         )
-        self.chat_template = self.chat_template or CHAT_TEMPLATE
+        self.chat_template = self.chat_template or self.own_template
         self._add_saved_tokens(kwargs.get("added_tokens_decoder") or {})
 
     def _add_saved_tokens(self, tokens):
@@ -154,11 +155,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @classmethod
     def _load(cls, pretrained_model_name_or_path, *init_inputs, **kwargs):
         folder = Path(pretrained_model_name_or_path)
-        file = folder / (kwargs.get("subfolder") or "") / VOCABULARY_FILE
+        name = cls.vocab_files_names["vocab_file"]
+        file = folder / (kwargs.get("subfolder") or "") / name
         if folder.is_dir() and not file.is_file():
             raise FileNotFoundError(
                 f"{file} does not exist, so this folder has no ChatGLM2 tokenizer; "
-                f"copy {VOCABULARY_FILE} and tokenizer_config.json from the ChatGLM2-6B model folder"
+                f"copy {name} and tokenizer_config.json from the ChatGLM2-6B model folder"
             )
         if file.is_file():
             return cls(str(file), **{**read_settings(file.parent), "name_or_path": str(folder), **kwargs})
@@ -200,6 +202,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self._load_sentencepiece()
 
     # ---- vocabulary and special tokens
+
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the special tokens by name."""
+        return {token: self.sp_model.get_piece_size() + offset for offset, token in enumerate(self.special_names)}
 
     @property
     def vocab_size(self) -> int:
@@ -288,7 +294,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         `roles` are those of the questions, for a template that has several.
         """
         prompts = [source_prefix + self.build_prompt(*each) for each in zip(queries, histories, strict=True)]
-        return [self.prefix_tokens + ids for ids in self.encode_batch(prompts)]
+        return [self.with_ends(ids) for ids in self.encode_batch(prompts)]
+
+    def with_ends(self, token_ids: list[int]) -> list[int]:
+        """A text's ids as every prompt has them."""
+        return [*self.prefix_tokens, *token_ids, *self.suffix_tokens]
+
+    def cut_prompt(self, token_ids: list[int], limit: int) -> list[int]:
+        """The ids of a prompt, of which the last of its text are left out where they are more than `limit`."""
+        return token_ids[:limit]
+
+    def training_limits(self, max_source_length: int, max_target_length: int) -> tuple[int, int]:
+        """How many tokens a prompt with its ends, and an answer without its end, may have in training, as officially."""
+        return max_source_length, max_target_length
 
     def encode_prompt(self, query: str, history=None, source_prefix: str = "", role: str = "user") -> list[int]:
         """encode_prompts() of one."""
@@ -357,7 +375,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
         def encode(start):
             prompt = source_prefix + self.build_prompt(query, history[start:])
-            return self.prefix_tokens + self.encode_batch([prompt])[0]
+            return self.with_ends(self.encode_batch([prompt])[0])
 
         # A turn has more than ten tokens, so most of a very long history is left out without encoding it.
         fewest = 10 if self.prompt_template == "chatglm2" else 1
@@ -432,9 +450,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             if self._has_text(index):
                 run.append(index)
             elif name := self._name_to_show(index, skip_special_tokens):
-                texts += [self.sp_model.decode(run), name]
+                texts += [self._text_of(run), name]
                 run = []
-        return "".join((*texts, self.sp_model.decode(run)))
+        return "".join((*texts, self._text_of(run)))
+
+    def _text_of(self, run):
+        return self.sp_model.decode(run)
 
     def _name_to_show(self, index, skip_special_tokens):
         if index in self._added_tokens_decoder:
@@ -456,7 +477,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write `tokenizer.model`, also where the file it was read from is gone."""
-        name = f"{filename_prefix}-{VOCABULARY_FILE}" if filename_prefix else VOCABULARY_FILE
+        name = "-".join([*([filename_prefix] if filename_prefix else []), self.vocab_files_names["vocab_file"]])
         file = Path(save_directory, name)
         file.write_bytes(self.sp_model.serialized_model_proto())
         return (str(file),)
@@ -464,7 +485,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def save_pretrained(self, save_directory, legacy_format=None, filename_prefix=None, **kwargs):
         """Write the official files: tokenizer.model, tokenizer_config.json and special_tokens_map.json."""
         template = self.chat_template
-        self.chat_template = None if template == CHAT_TEMPLATE else template  # the official files have none
+        self.chat_template = None if template == self.own_template else template  # the official files have none
         try:
             files = super().save_pretrained(
                 save_directory, legacy_format=legacy_format, filename_prefix=filename_prefix, **kwargs

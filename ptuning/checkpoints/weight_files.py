@@ -13,6 +13,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from chatglm1.weight_names import official_name
+from chatglm2.quantization import dequantize_weight
 from checkpoints.file_names import weight_files
 from common.claims import ZIP_MARK, check_claim, check_safetensors, check_torch_file
 from common.messages import first_line
@@ -20,10 +22,14 @@ from common.messages import first_line
 PREFIX_KEY = "transformer.prefix_encoder."
 # Differs between any two base models, and is the same in their float, int8 and int4 folders.
 FINGERPRINT_TENSOR = "transformer.encoder.layers.0.input_layernorm.weight"
+FINGERPRINT_TENSORS = (FINGERPRINT_TENSOR, official_name(FINGERPRINT_TENSOR))  # with the names of each model's files
+# Stored as integers in some int4 folders of the first ChatGLM-6B, and read as floats.
+EMBEDDINGS = ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight")
 # Copied with a model, beside its weights. Python files are there for the official code, and never run here.
 COPIED = (
     "generation_config.json",
     "tokenizer.model",
+    "ice_text.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "configuration_chatglm.py",
@@ -32,8 +38,6 @@ COPIED = (
     "quantization.py",
     "*LICENSE*",
 )
-# Stored by the official checkpoints, computed here.
-ROTARY_TENSOR = "transformer.rotary_pos_emb.inv_freq"
 
 
 def read_tensors(file: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,6 +84,34 @@ def read_tensors(file: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
+def read_model(folder: Path | str, own_name, bits: int, dtype: torch.dtype) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """Yield (file, name, tensor) of each tensor of a model that is not computed here.
+
+    `own_name(stored)` is the name that a stored tensor has in the model, None for one that is computed. Embeddings that
+    are stored as integers of `bits` come as floats of `dtype`.
+    """
+    integers = {}
+    for file in weight_files(folder):
+        for stored_name, tensor in read_tensors(file):
+            name = own_name(stored_name)
+            embedding = (name or "").removesuffix("_scale")
+            if embedding in EMBEDDINGS and (tensor.dtype == torch.int8 or name != embedding):
+                parts = integers.setdefault(embedding, {})
+                parts[name] = tensor
+                if len(parts) < 2:
+                    continue
+                weight, scale = parts[embedding], parts[embedding + "_scale"]
+                check_finite(scale, embedding + "_scale", file)
+                if weight.ndim != 2 or bits not in (4, 8) or scale.shape != weight.shape[:1]:
+                    raise ValueError(
+                        f"{file}: {embedding} is {tuple(weight.shape)} of int8 with a scale {tuple(scale.shape)}, "
+                        f"which are no weights of {bits} bits (quantization_bit of its config.json)."
+                    )
+                name, tensor = embedding, dequantize_weight(weight, scale, bits, dtype)
+            if name is not None:
+                yield file, name, tensor
+
+
 def claim_too_large(file, size):
     """Why a torch file of `size` bytes could not be read, if a tensor in it claims more; it is not read for that."""
     try:
@@ -94,7 +126,7 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
     """Dtype of the float weights in a model folder."""
     for file in weight_files(folder):
         for name, tensor in read_tensors(file):
-            if name == FINGERPRINT_TENSOR:
+            if name in FINGERPRINT_TENSORS:
                 return tensor.dtype
     raise ValueError(f"{folder} has no {FINGERPRINT_TENSOR}. Is it the complete folder of a ChatGLM2 model?")
 

@@ -58,7 +58,7 @@ def _encode_sources(examples, tokenizer, source_prefix, max_source_length):
             source, dropped = tokenizer.fit_prompt(questions[index], history, *how)
             if len(source) > max_source_length:
                 source, dropped = _cut_question(tokenizer, questions[index], *how), len(history)
-        sources.append(source[:max_source_length])
+        sources.append(tokenizer.cut_prompt(source, max_source_length))
         dropped_turns.append(dropped)
     return sources, lengths, dropped_turns
 
@@ -74,6 +74,7 @@ def _encode_training_batch(
 ):
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
+    max_source_length, max_target_length = tokenizer.training_limits(max_source_length, max_target_length)
     sources, source_lengths, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
     targets = tokenizer.encode_answers(examples["response"], _metadata_of(examples))
     features = {
@@ -97,7 +98,8 @@ def _encode_training_batch(
                     f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
                     f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
                 )
-        before = [ignored] * len(source)
+        unlearned = len(source) - tokenizer.learned_of_prompt
+        before = [ignored] * unlearned + source[unlearned:]
         history = tokenizer.kept_history(examples["history"][index], dropped_turns[index]) if train_on_history else []
         if history:
             for first, last in tokenizer.answers_in(source, history, source_prefix):
@@ -125,10 +127,10 @@ def any_supervised(labels: list[int]) -> bool:
 def _encode_prediction_batch(examples, tokenizer, source_prefix, max_source_length, max_target_length):
     sources, _, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
     labels = tokenizer.encode_answers(examples["response"], _metadata_of(examples))
-    room = max(0, max_target_length - len(tokenizer.prefix_tokens))
+    room = max(0, max_target_length - len(tokenizer.with_ends([])))
     return {
         "input_ids": sources,
-        "labels": [tokenizer.prefix_tokens + ids[:room] for ids in labels],
+        "labels": [tokenizer.with_ends(ids[:room]) for ids in labels],
         "row": examples["row"],
         "dropped_turns": dropped_turns,
     }

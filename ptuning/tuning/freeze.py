@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import warn_of_other_base
+from checkpoint import family_of, warn_of_other_base
 from checkpoints.file_names import FINETUNING_FILE, TENSORS_FILE
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import read_json
@@ -29,7 +29,8 @@ def load_tensors(model, checkpoint):
     if not file.is_file():
         raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it.")
     parameters = dict(model.named_parameters())
-    tensors = dict(read_tensors(file))
+    own_name = family_of(model.config).names.own_name
+    tensors = {own_name(name) or name: tensor for name, tensor in read_tensors(file)}
     for name, tensor in tensors.items():
         check_trained(tensor, name, file)
         if name not in parameters or parameters[name].shape != tensor.shape:
@@ -87,8 +88,11 @@ class Freeze(Method):
         return dict(settings)
 
     def write(self, model, folder, sidecar, tensors):
+        official_name = family_of(model.config).names.official_name
         trained = {
-            name: parameter.detach().cpu() for name, parameter in model.named_parameters() if parameter.requires_grad
+            official_name(name): parameter.detach().cpu()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
         torch.save(trained, folder / TENSORS_FILE)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from checkpoint import save_model
+from checkpoint import family_of, save_model
 from checkpoints.file_names import weight_files
 from checkpoints.weight_files import read_tensors
 from tuning.method import Method
@@ -28,8 +28,9 @@ class Full(Method):
 
     def load(self, model, folder):
         parameters = dict(model.named_parameters())
+        own_name = family_of(model.config).names.own_name
         with torch.no_grad():
             for file in weight_files(folder):
-                for name, tensor in read_tensors(file):
-                    if name in parameters:
+                for stored_name, tensor in read_tensors(file):
+                    if (name := own_name(stored_name)) in parameters:
                         parameters[name].copy_(tensor)

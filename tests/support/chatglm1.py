@@ -1,7 +1,13 @@
 """The small ChatGLM-6B of the first generation that the official code was run on, and what it was given."""
 
+import json
+import shutil
+from pathlib import Path
+
 import torch
 
+# In the format of ice_text.model, with few pieces and without the table of normalization.
+SMALL_VOCABULARY = Path(__file__).parents[1] / "chatglm1.ice_text.model"
 CONFIG = {
     "model_type": "chatglm",
     "vocab_size": 300,
@@ -73,3 +79,38 @@ def left_padded(prompts):
         "attention_mask": torch.tensor([[0] * pad + [1] * (length - pad) for pad in missing]),
         "position_ids": torch.tensor([[0] * pad + [*range(length - pad)] for pad in missing]),
     }
+
+
+# Of the small vocabulary: a model that the programs can train.
+FOLDER_CONFIG = {
+    **CONFIG,
+    "vocab_size": 512,
+    "num_layers": 2,
+    "max_sequence_length": 512,
+    "mask_token_id": 4,
+    "gmask_token_id": 5,
+    "bos_token_id": 8,
+    "eos_token_id": 9,
+    "torch_dtype": "float32",
+    "auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration"},
+}
+
+
+def write_folder(folder, **settings):
+    """A base model's folder as the hub serves it: config.json, ice_text.model, tokenizer_config.json and one weight file."""
+    from chatglm1.configuration_chatglm import ChatGLMConfig
+    from chatglm1.modeling_chatglm import ChatGLMForConditionalGeneration
+    from chatglm1.weight_names import computed_names, official_name
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**FOLDER_CONFIG, **settings}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shutil.copy(SMALL_VOCABULARY, folder / "ice_text.model")
+    tokenizer = {"tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 0, "name_or_path": "THUDM/chatglm-6b"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    torch.manual_seed(0)
+    weights = ChatGLMForConditionalGeneration(ChatGLMConfig(**config)).state_dict()
+    weights = {official_name(name): tensor for name, tensor in weights.items()}
+    weights.update(dict.fromkeys(computed_names(config["num_layers"]), torch.ones(4).half()))
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
