@@ -228,7 +228,8 @@ def advice_for(message: str, chinese: bool) -> str:
             words = words_of(pattern)
             found = sum(word in said for word in words)
             if len(words) >= 2 and found >= 0.8 * len(words) and found > best[0]:
-                best = found, re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", row[1])
+                advice = re.sub(r"\[[^]]*\]\(#[^)]*\)", page.relative_to(PROJECT).as_posix(), row[1])
+                best = found, re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", advice)
     return best[1]
 
 

@@ -99,3 +99,8 @@ def before_page() -> list[str]:
         hosts = os.environ.get(name, "")
         os.environ[name] = ",".join(filter(None, (hosts, "localhost,127.0.0.1")))
     return proxies
+
+
+def before_uploads(folder: str) -> None:
+    """Let gradio put what browsers send into a folder beside the place where it is kept: moving it there copies nothing."""
+    os.environ["GRADIO_TEMP_DIR"] = folder

@@ -46,5 +46,10 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
+def in_words(size: int) -> str:
+    """Bytes as MB below 1 GB, else as GB, in powers of ten."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def silent(*lines: str) -> None:
     """Stands for `print` where nobody listens: says nothing."""

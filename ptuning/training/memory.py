@@ -31,7 +31,7 @@ from torch import nn
 from chatglm2.generation import MOST_GRAPHS
 from chatglm2.loss import loss_rows
 from chatglm2.quantization import QuantizedLinear
-from common.messages import dtype_name
+from common.messages import dtype_name, in_words
 from common.ranks import gather
 from data.splits import longest_example
 from training.stages import answers_per_row
@@ -148,11 +148,6 @@ def memory_table(model: nn.Module, **batch) -> str:
         f"{in_words(sum(parts.values()))} ({listed})."
     )
     return "\n".join(lines)
-
-
-def in_words(size: int) -> str:
-    """Bytes as MB below 1 GB, else as GB, in powers of ten."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,0 +1,260 @@
+"""The training page as gr.Blocks: seven tabs over the programs that exist, and a strip on what runs above them.
+
+Answers to nothing in the official scripts. What its parts do is in events.py.
+"""
+
+import gradio as gr
+
+from board.commands import EMPTY, METHODS, PRESETS, STAGES, known_flags
+from board.events import NAMES, Page
+from board.words import TEXTS
+from common.messages import cut_short
+
+SECONDS = 2  # between two looks at the files
+QUICK = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+BROWSER = {"show_progress": "hidden", "api_visibility": "private"}  # nothing is asked of the server
+# What takes seconds or minutes stands in a queue, two of a kind at once.
+LONG = {"concurrency_limit": 2, "api_visibility": "private", "trigger_mode": "once"}
+SAVE = """(...values) => {
+  const link = document.createElement("a");
+  const settings = Object.fromEntries(Object.entries(values.at(-1) ?? {}).filter(([, value]) => value?.length));
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(settings, null, 2)], { type: "application/json" }));
+  link.download = "settings.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
+
+
+def build(page: Page):
+    """(the page as gr.Blocks, its translations)."""
+    chinese = {code: TEXTS["zh-CN"] for code in ("zh", "zh-CN", "zh-TW", "zh-HK")}
+    i18n = gr.I18n(en=TEXTS["en"], **chinese)
+
+    def field(name, **more):
+        """One line of text among the settings."""
+        return gr.Textbox(
+            EMPTY[name], label=i18n(name), max_lines=1, max_length=500, elem_id=name, **{"min_width": 150, **more}
+        )
+
+    def html(name):
+        return gr.HTML(elem_id=name)
+
+    def choose(name, choices, value=None, **more):
+        return gr.Dropdown(
+            choices,
+            value=value,
+            label=i18n(more.pop("label", name)),
+            elem_id=name,
+            allow_custom_value=True,
+            min_width=150,
+            **more,
+        )
+
+    def button(name, **more):
+        return gr.Button(i18n(name), elem_id=f"button-{name}", **{"size": "md", "min_width": 110, "scale": 0, **more})
+
+    with gr.Blocks(title="ChatGLM2 P-Tuning", analytics_enabled=False, fill_width=True) as blocks:
+        kept = gr.BrowserState(
+            {**EMPTY, **PRESETS["tiny"]}, storage_key="settings of a run", secret="kept in this browser"
+        )
+        look = gr.BrowserState(None, storage_key="theme of the page", secret="kept in this browser")
+        tab, seen, looked, sources = gr.State("model"), gr.State({}), gr.State(None), gr.State([])
+        timer = gr.Timer(SECONDS)
+        f = {}  # the settings' fields
+        with gr.Row(elem_id="head"):
+            gr.Markdown(i18n("heading"), elem_id="title")
+            run = choose("run", [])
+            theme = gr.Button(i18n("theme"), size="sm", scale=0, min_width=60, elem_id="theme")
+        strip = html("strip")
+        tabs = {}
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
+            with gr.Tab(i18n("tab_model"), id="model", elem_id="tab-model") as tabs["model"]:
+                f["model"] = choose("model", ["tiny", "THUDM/chatglm2-6b"], "tiny")
+                model_said = html("model-said")
+                f["bits"] = gr.Radio(
+                    [(i18n("bits_float"), ""), (i18n("bits_8"), "8"), (i18n("bits_4"), "4")],
+                    value="",
+                    label=i18n("bits"),
+                    elem_id="bits",
+                )
+                estimate, memory = button("estimate"), html("memory")
+            with gr.Tab(i18n("tab_data"), id="data", elem_id="tab-data") as tabs["data"]:
+                with gr.Row():
+                    path = gr.Textbox(
+                        "AdvertiseGen/sample", label=i18n("path"), max_lines=1, max_length=500, elem_id="path", scale=4
+                    )
+                    see = button("look")
+                    upload = gr.UploadButton(i18n("upload"), size="md", scale=0, min_width=110, elem_id="upload")
+                found = html("found")
+                with gr.Row():
+                    columns = [choose(name, []) for name in ("prompt", "response", "history", "messages")]
+                with gr.Row():
+                    use, add = button("use", variant="primary"), button("add")
+                    share = gr.Textbox(label=i18n("share"), max_lines=1, max_length=20, elem_id="share", min_width=150)
+                    clear = button("clear")
+                chosen = html("chosen")
+                with gr.Row():
+                    f["dev"], f["dev_ratio"] = field("dev"), field("dev_ratio")
+                check, checked = button("check"), html("checked")
+                f["data"] = gr.Textbox("", visible=False, elem_id="data")
+            with gr.Tab(i18n("tab_settings"), id="settings", elem_id="tab-settings") as tabs["settings"]:
+                preset = gr.Radio(
+                    [(i18n(f"preset_{name}"), name) for name in PRESETS], label=i18n("preset"), elem_id="preset"
+                )
+                with gr.Row():
+                    for name in ("steps", "epochs", "batch", "lr", "prefix", "source", "target"):
+                        f[name] = field(name, min_width=120)
+                with gr.Row():
+                    f["method"] = gr.Radio(
+                        [(i18n(f"method_{name}"), name) for name in METHODS],
+                        value="p_tuning",
+                        label=i18n("method"),
+                        elem_id="method",
+                    )
+                    f["stage"] = gr.Radio(
+                        [(i18n(f"stage_{name}"), name) for name in STAGES],
+                        value="sft",
+                        label=i18n("stage"),
+                        elem_id="stage",
+                    )
+                f["name"] = field("name")
+                with gr.Accordion(i18n("more"), open=False, elem_id="more"):
+                    with gr.Row():
+                        for name in ("accumulation", "save", "gpus", "start"):
+                            f[name] = field(name)
+                    with gr.Row():
+                        helped = [(f"{name}: {cut_short(flag.help, 80)}", name) for name, flag in known_flags().items()]
+                        flag = choose("flag", helped)
+                        value = gr.Textbox(
+                            label=i18n("value"), max_lines=1, max_length=500, elem_id="value", min_width=150
+                        )
+                        add_flag = button("add_flag")
+                    flag_said = html("flag-said")
+                    f["extra"] = gr.Textbox(
+                        "", label=i18n("extra"), lines=3, max_lines=12, max_length=6000, elem_id="extra"
+                    )
+                with gr.Row():
+                    save = button("save_settings")
+                    load = gr.UploadButton(
+                        i18n("load_settings"), file_types=[".json"], size="md", scale=0, min_width=110, elem_id="load"
+                    )
+            with gr.Tab(i18n("tab_run"), id="run", elem_id="tab-run") as tabs["run"]:
+                with gr.Row():
+                    start, stop = button("begin", variant="primary"), button("stop", variant="stop", visible=False)
+                    go_on, adopt = button("continue", visible=False), button("adopt", visible=False)
+                choice = gr.Radio(
+                    [(i18n(f"exists_{name}"), name) for name in ("continue", "name", "overwrite")],
+                    label=i18n("exists"),
+                    visible=False,
+                    elem_id="choice",
+                )
+                run_said, card, plots, tail = html("run-said"), html("card"), html("plots"), html("tail")
+            with gr.Tab(i18n("tab_evaluate"), id="evaluate", elem_id="tab-evaluate") as tabs["evaluate"]:
+                with gr.Row():
+                    step = choose("step", [], "", label="checkpoint")
+                    rows = gr.Textbox(label=i18n("eval_rows"), max_lines=1, max_length=9, elem_id="rows", min_width=150)
+                    data = gr.Textbox(
+                        label=i18n("eval_data"), max_lines=1, max_length=500, elem_id="eval-data", min_width=150
+                    )
+                with gr.Row():
+                    evaluate = button("evaluate", variant="primary")
+                    end_evaluation = gr.Button(
+                        i18n("stop"), size="md", scale=0, min_width=110, elem_id="end-evaluation"
+                    )
+                evaluate_said, evaluated = html("evaluate-said"), html("evaluated")
+                with gr.Row():
+                    compared = choose("compared", [], multiselect=True, label="compare_runs", max_choices=8)
+                    compare = button("compare")
+                comparison = html("comparison")
+            with gr.Tab(i18n("tab_chat"), id="chat", elem_id="tab-chat") as tabs["chat"]:
+                with gr.Row():
+                    chat_step = choose("chat-step", [], "", label="checkpoint")
+                    open_chat, end_chat = button("open_chat", variant="primary"), button("end_chat")
+                chat_said, chat = html("chat-said"), html("chat")
+            with gr.Tab(i18n("tab_export"), id="export", elem_id="tab-export") as tabs["export"]:
+                with gr.Row():
+                    export_step = choose("export-step", [], "", label="checkpoint")
+                    export_bits = gr.Radio(
+                        [(i18n("bits_float"), ""), (i18n("bits_8"), "8"), (i18n("bits_4"), "4")],
+                        value="",
+                        label=i18n("bits"),
+                        elem_id="export-bits",
+                    )
+                    export = button("export", variant="primary")
+                export_said, exported = html("export-said"), html("exported")
+        command = gr.Textbox(
+            label=i18n("command"), lines=2, max_lines=6, interactive=False, buttons=["copy"], elem_id="command"
+        )
+        wrong = html("wrong")
+
+        f["sources"] = sources
+        fields = [f[name] for name in NAMES]
+        shown = [command, wrong, kept]
+        now = [run, strip, card, plots, tail, stop, go_on, adopt, step, chat_step, export_step] + [
+            evaluated,
+            chat,
+            exported,
+            compared,
+            seen,
+        ]
+        looking = {"fn": page.tick, "inputs": [run, tab, seen], "outputs": now, **QUICK}
+        refreshing = {"fn": page.refresh, "inputs": fields, "outputs": shown, **QUICK}
+        modelling = {"fn": page.look_at_model, "inputs": [f["model"]], "outputs": [model_said], **QUICK}
+
+        timer.tick(**looking)
+        run.input(lambda: {}, None, [seen], **QUICK).then(**looking)
+        for name, each in tabs.items():
+            each.select(lambda name=name: name, None, [tab], **QUICK).then(**looking)
+
+        texts = [f[name] for name in NAMES if name not in ("sources", "model", "bits", "method", "stage", "data")]
+        gr.on([event for each in texts for event in (each.blur, each.submit)], **refreshing)
+        gr.on([f["bits"].input, f["method"].input, f["stage"].input], **refreshing)
+        gr.on([f["model"].input, f["model"].blur], **modelling).then(**refreshing)
+        estimate.click(page.estimate, fields, [memory], **LONG)
+
+        looking_at = {"outputs": [found, *columns, looked], **QUICK}
+        gr.on([see.click, path.submit], page.look_at_rows, [path], **looking_at)
+        upload.upload(page.uploaded, [upload], [path, found, *columns, looked], **LONG)
+        for pressed, adds in ((use, False), (add, True)):
+            pressed.click(
+                lambda *values, adds=adds: page.choose_rows(*values, adds),
+                [looked, sources, *columns, share],
+                [sources, f["data"], f["dev"], f["dev_ratio"]],
+                **QUICK,
+            ).then(page.rows_chosen, [sources], [chosen], **QUICK).then(**refreshing)
+        clear.click(lambda: ([], "", "", ""), None, [sources, f["data"], f["dev"], f["dev_ratio"]], **QUICK).then(
+            page.rows_chosen, [sources], [chosen], **QUICK
+        ).then(**refreshing)
+        check.click(page.check_rows, fields, [checked], **LONG)
+
+        preset.input(page.preset, [preset, *fields], fields, **QUICK).then(**refreshing).then(**modelling)
+        flag.input(page.flag_help, [flag], [flag_said], **QUICK)
+        add_flag.click(page.add_flag, [flag, value, f["extra"]], [f["extra"], flag_said], **QUICK).then(**refreshing)
+        save.click(**refreshing).then(None, [kept], None, js=SAVE, **BROWSER)
+        load.upload(page.load, [load], [*fields, wrong], **QUICK).then(
+            page.rows_chosen, [sources], [chosen], **QUICK
+        ).then(**refreshing)
+
+        start.click(
+            page.start, [choice, *fields], [run_said, choice, run, f["name"]], **{**QUICK, "trigger_mode": "once"}
+        ).then(**looking)
+        stop.click(page.stop, [run], [run_said], **QUICK).then(**looking)
+        go_on.click(page.go_on, [run, *fields], [run_said], **QUICK).then(**looking)
+        adopt.click(page.adopt, [run], [run_said], **QUICK).then(**looking)
+
+        evaluate.click(page.evaluate, [run, step, data, rows], [evaluate_said], **QUICK).then(**looking)
+        end_evaluation.click(lambda name: page.stop_job(name, "evaluate"), [run], [evaluate_said], **QUICK)
+        compare.click(page.compare, [compared], [comparison], **LONG)
+        open_chat.click(page.open_chat, [run, chat_step], [chat_said], **LONG).then(**looking)
+        end_chat.click(page.end_chat, None, [chat_said], **QUICK).then(**looking)
+        export.click(page.export, [run, export_step, export_bits], [export_said], **QUICK).then(**looking)
+
+        dark = "document.body.classList.toggle('dark'"
+        theme.click(None, None, [look], js=f"() => {dark}) ? 'dark' : 'light'", **BROWSER)
+        blocks.load(None, [look], None, js=f"(look) => {{ if (look) {dark}, look === 'dark') }}", **BROWSER)
+        blocks.load(page.restore, [kept], fields, **QUICK).then(page.rows_chosen, [sources], [chosen], **QUICK).then(
+            **refreshing
+        ).then(**modelling)
+        blocks.load(**looking)
+        blocks.unload(page.left)
+    return blocks, i18n
