@@ -28,7 +28,7 @@ class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGene
         return as_tensors(tokenizer.encode_prompt(query, history, role=role)).to(self.device)
 
     def build_stream_inputs(self, tokenizer, query, history=None, role="user"):
-        """The same of the question alone, to feed after a cache that holds `history`."""
+        """input_ids, attention_mask, position_ids (1, S) to feed after a cache that holds `history`: the question alone."""
         if not tokenizer.keeps_roles:
             return super().build_stream_inputs(tokenizer, query, history)
         if not history:

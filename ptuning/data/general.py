@@ -76,7 +76,8 @@ def divide(count: int, most: int = MEASURED) -> tuple[list[int], list[int]]:
 def read_general(path: Path | str, data_args, tokenizer, seq_length: int, say) -> General:
     """The General prompts of a file. ValueError and FileNotFoundError name file, row and column."""
     columns = {**columns_of(path, data_args), "response_column": None}
-    examples, skipped = load_examples(path, **columns, keep_unlabelled=True, say=say)
+    roles = {"keep_roles": True} if tokenizer.keeps_roles else {}
+    examples, skipped = load_examples(path, **columns, keep_unlabelled=True, **roles, say=say)
     longest = min(max(LONGEST_PROMPT, data_args.max_source_length), seq_length // 2)
     limits = {"max_source_length": longest, "max_target_length": data_args.max_target_length}
     encoded = encode_prompts(examples, tokenizer, **limits, source_prefix=data_args.source_prefix, say=say)

@@ -26,8 +26,11 @@ def evaluating(model):
         model.train(was_training)
 
 
-def answers_of(model, prompts: list[list[int]], most: int, num_known: int) -> list[list[int]]:
-    """Greedy answers of at most `most` tokens, the end included, to prompts (token ids), in their order."""
+def answers_of(model, prompts: list[list[int]], most: int, num_known: int, ends=()) -> list[list[int]]:
+    """Greedy answers of at most `most` tokens, the end included, to prompts (token ids), in their order.
+
+    `ends` are as in answer_prompts.
+    """
     longest = max(map(len, prompts), default=0) + most
     with evaluating(model):
         return answer_prompts(
@@ -38,10 +41,13 @@ def answers_of(model, prompts: list[list[int]], most: int, num_known: int) -> li
             batch_size=rows_that_fit(model, longest),
             rows=range(len(prompts)),
             max_answer=most,
+            ends=ends,
         )
 
 
-def base_answers(model, prompts: list[list[int]], most: int, num_known: int, args, merged=(), say=print) -> list:
+def base_answers(
+    model, prompts: list[list[int]], most: int, num_known: int, args, merged=(), say=print, ends=()
+) -> list:
     """The answers_of the base, without what trains. Every process answers a share of them, and has all afterwards.
 
     `args` are those of training, `merged` the adapters that are merged into the base. They are kept by what decides
@@ -50,7 +56,7 @@ def base_answers(model, prompts: list[list[int]], most: int, num_known: int, arg
     if not prompts:
         return []
     base = [model.fingerprint, [str(folder) for folder in merged], model.config.quantization_bit]
-    how = [dtype_name(model.transformer.dtype_of_blocks), model.device.type, num_known, most]
+    how = [dtype_name(model.transformer.dtype_of_blocks), model.device.type, num_known, most, *ends]
     key = hashlib.sha256(json.dumps(["base answers", base, how, prompts]).encode()).hexdigest()
     answers = on_first_rank(find_kept, key, say)
     if answers is not None and len(answers) == len(prompts):
@@ -58,7 +64,7 @@ def base_answers(model, prompts: list[list[int]], most: int, num_known: int, arg
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     mine = by_length[args.process_index :: args.world_size]  # equal work for all
     with swapped(model, BASE):
-        found = answers_of(model, [prompts[index] for index in mine], most, num_known)
+        found = answers_of(model, [prompts[index] for index in mine], most, num_known, ends)
     found = dict(pair for part in gather(list(zip(mine, found, strict=True))) for pair in part)
     answers = [found[index] for index in range(len(prompts))]
     on_first_rank(keep, key, answers, say)

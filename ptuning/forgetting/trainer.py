@@ -82,7 +82,8 @@ class GeneralTrainer(PrefixTrainer):
     def answers_of_base(self, prompts, most):
         merged = self.sidecar.get("merged_checkpoints") or ()
         model, num_known = self.accelerator.unwrap_model(self.model), len(self.processing_class)
-        return base_answers(model, prompts, most, num_known, self.args, merged, self.say)
+        ends = self.processing_class.stop_ids
+        return base_answers(model, prompts, most, num_known, self.args, merged, self.say, ends)
 
     def measure_drift(self):
         """Log how far the model is from its base now, and let the next checkpoint remember it."""
@@ -111,7 +112,7 @@ class GeneralTrainer(PrefixTrainer):
             [index * len(asked) // SHOWN for index in range(SHOWN)] if len(asked) > SHOWN else range(len(asked))
         )
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
-        how = {"most": MEASURED_TOKENS, "num_known": len(tokenizer)}
+        how = {"most": MEASURED_TOKENS, "num_known": len(tokenizer), "ends": tokenizer.stop_ids}
         with swapped(model, BASE):
             before = answers_of(model, asked.ids, **how)
         after = answers_of(model, asked.ids, **how)

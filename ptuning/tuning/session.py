@@ -190,9 +190,9 @@ def open_base(session: Session, *, revision=None, cache_dir=None, weights=True, 
     session.config = read_config(session.folder, session.model_family, remembered=remembered, **overrides)
     family = family_of(session.config)
     session.model_family = family.name
-    fields["prompt_template"] = check_template(fields["prompt_template"], family)
     for checkpoint in [] if session.method.is_complete else session.checkpoints:
         check_same_family(checkpoint, session.base, family)
+    fields["prompt_template"] = check_template(fields["prompt_template"], family)
     return session.config
 
 

@@ -146,6 +146,8 @@ def sign_run(model: nn.Module, dataset, tokenizer, sidecar: dict, args) -> Signa
     """
     if not RULES[sidecar.get("finetuning_type", "none")].swaps or sidecar.get("stage") == "rm":
         return None
+    if tokenizer.keeps_roles and sidecar.get("source_prefix"):  # no mark tells where that text ends
+        return None
     batch_size, batches_per_step = args.given_batches
     rows_of_step = batch_size * batches_per_step * args.world_size
     rows_of_run = rows_of_step * args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(dataset))
