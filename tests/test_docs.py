@@ -28,6 +28,7 @@ SCRIPTS = [
     "finetune.sh",
     "evaluate_finetune.sh",
     "web_demo.sh",
+    "train_web.sh",
 ]
 LONGEST_CELL = 120  # characters: two lines
 

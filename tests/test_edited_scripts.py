@@ -124,7 +124,7 @@ def test_a_variable_without_its_second_quotation_mark_is_said_with_its_line(fold
 SCRIPTS = ["train.sh", "train_chat.sh", "train_preference.sh", "finetune.sh", "evaluate.sh", "evaluate_finetune.sh"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS + ["web_demo.sh"])
+@pytest.mark.parametrize("script", SCRIPTS + ["web_demo.sh", "train_web.sh"])
 def test_windows_line_ends_are_one_message(script, folder):
     done = run_edited(folder, lambda text: text.replace("\n", "\r\n"), script)
     assert done.returncode == 2

@@ -24,7 +24,7 @@ def scripts(tmp_path_factory):
     shutil.copytree(ROOT / "ptuning", folder / "ptuning", ignore=shutil.ignore_patterns("__pycache__", "*.bin"))
     for file in ROOT.glob("*.sh"):
         shutil.copy(file, folder)
-    for name in ("main.py", "web_demo.py"):
+    for name in ("main.py", "web_demo.py", "train_web.py"):
         (folder / "ptuning" / name).write_text(PROGRAM)
     for name in DATA_FOLDERS:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -117,6 +117,7 @@ DEFAULTS = {
     "evaluate.sh": EVALUATE,
     "evaluate_finetune.sh": EVALUATE_FINETUNE,
     "web_demo.sh": WEB_DEMO,
+    "train_web.sh": "--server_name 127.0.0.1 --server_port 7870",
 }
 SMALL_DATA = "--train_file AdvertiseGen/sample/train.json --validation_file AdvertiseGen/sample/dev.json"
 SMALL_TRAINING = f"""{SMALL_DATA} --eval_steps 100 --max_eval_samples 240 --model_name_or_path ptuning/tiny
@@ -134,6 +135,8 @@ CASES = [
     ("evaluate.sh", {}, "", ""),
     ("evaluate_finetune.sh", {}, "", ""),
     ("web_demo.sh", {}, "", ""),
+    ("train_web.sh", {}, "", ""),
+    ("train_web.sh", {"PORT": "80"}, "--server_port 80", ""),
     ("train.sh", {"MODEL": "tiny"}, f"{SMALL_TRAINING} --output_dir {RUN} --pre_seq_len 32", "quantization_bit"),
     (
         "train_chat.sh",
@@ -301,7 +304,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("script", [script for script in DEFAULTS if script != "web_demo.sh"])
+@pytest.mark.parametrize("script", [script for script in DEFAULTS if script not in ("web_demo.sh", "train_web.sh")])
 @pytest.mark.parametrize(("variables", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_the_first_mistake_is_said_once(variables, message, script, scripts):
     done = run(["bash", script], scripts, variables)

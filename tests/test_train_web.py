@@ -68,22 +68,21 @@ def grave_faults(page):
 
 
 @pytest.mark.slow
-def test_a_run_is_chosen_started_watched_stopped_continued_evaluated_talked_to_and_exported(
-    visit, training_page, tmp_path
-):
+def test_a_run_is_chosen_started_watched_stopped_continued_evaluated_talked_to_and_exported(visit, training_page):
+    rows = other_rows(training_page.project)
     page = visit()
     choose_tab(page, "data")
     with page.expect_file_chooser() as chooser:
         page.click("#upload")
-    chooser.value.set_files(other_rows(tmp_path))
+    chooser.value.set_files(rows)
     expect(page.locator("#found")).to_contain_text("120 rows")
     expect(page.locator("#prompt input")).to_have_value("问题")  # guessed
     page.click("#button-use")
     expect(page.locator("#command textarea")).to_have_value(re.compile("PROMPT_COLUMN=问题 RESPONSE_COLUMN=回答"))
     choose_tab(page, "settings")
+    page.click("#more button >> nth=0")
     for name, value in {"steps": "300", "batch": "4", "prefix": "8", "save": "100", "name": "mine"}.items():
         fill(page, name, value)
-    page.click("#more button >> nth=0")
     fill(page, "extra", "logging_steps = 2\nmax_eval_samples = 4")
     expect(page.locator("#command textarea")).to_have_value(
         re.compile("CHECKPOINT=mine bash train.sh .*--logging_steps 2")
@@ -128,7 +127,7 @@ def test_a_run_is_chosen_started_watched_stopped_continued_evaluated_talked_to_a
 
     choose_tab(page, "evaluate")
     fill(page, "rows", "3")
-    fill(page, "eval-data", "AdvertiseGen/sample")
+    fill(page, "eval-data", str(rows))
     page.click("#button-evaluate")
     expect(page.locator("#evaluated table").nth(1)).to_contain_text("类型#")
     expect(page.locator("#evaluated")).to_contain_text("predict_bleu-4")

@@ -27,6 +27,7 @@ from board.starting import environment_for
 
 PATIENCE = 90  # seconds without word of a browser that shows the chat; a hidden one sends it once a minute
 END_SECONDS = 5
+ROOT_PATH = "/chat"  # where doors.py shows its page
 PEAK = re.compile(r"^Estimated peak memory, .*?: ([\d.]+) (MB|GB)", re.MULTILINE)
 
 
@@ -129,7 +130,7 @@ class Chat:
             self.port = probe.getsockname()[1]
         system = ctypes.CDLL(None)
         words = [*words, "--server_name", "127.0.0.1", "--server_port", str(self.port)]
-        program = Command(["python", "ptuning/web_demo.py"], {}, words)
+        program = Command(["python", "ptuning/web_demo.py"], {"GRADIO_ROOT_PATH": ROOT_PATH}, words)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.state = "loading"
         with open(self.log, "wb") as log:

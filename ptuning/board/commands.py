@@ -345,7 +345,10 @@ def method_of(folder: Path) -> str:
 
 
 def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: Roots) -> Command:
-    """The command that answers dev rows with a checkpoint of the run in a folder, or with all."""
+    """The command that answers dev rows with a checkpoint of the run in a folder, or with all.
+
+    `data` is a file of rows, or a folder with dev.json; empty means the rows of the run.
+    """
     step = plain_text(step, "The checkpoint", 20)
     if not re.fullmatch(r"|\d{1,9}|best|last|all", step):
         raise ValueError(f"The checkpoint is {step!r}; expected a step, best, last or all.")
@@ -353,7 +356,8 @@ def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: R
     chosen = {"MODEL": model_of(folder, variables), "CHECKPOINT": run_name(folder.name), "STEP": step}
     chosen["QUANTIZATION_BIT"] = variables.get("QUANTIZATION_BIT", "")
     if data:
-        chosen["DATA"] = shown_path(roots.checked(data, "The folder of rows"))
+        path = roots.checked(data, "The file of rows")
+        chosen["DATA"] = shown_path(link_rows([], path, folder.parent) if path.is_file() else path)
     elif "DATA" in variables:
         chosen["DATA"] = variables["DATA"]
     if "NUM_GPUS" in variables:

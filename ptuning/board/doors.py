@@ -7,6 +7,7 @@ it lets point to this machine (its Host is another one).
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import shutil
 from pathlib import Path
@@ -32,7 +33,7 @@ HOP = {
     "proxy-authorization",
     "content-length",
 }
-NOT_FOR_CHAT = HOP | {"host", "cookie", "origin", "referer", "authorization", "accept-encoding"}
+NOT_FOR_CHAT = HOP | {"cookie", "origin", "referer", "authorization", "accept-encoding"}
 
 
 def path_in(scope) -> str:
@@ -136,6 +137,13 @@ class Bodies:
         await self.app(scope, receive, send)
 
 
+async def until_it_ends(answer):
+    """The body of an answer of the chat, as far as it comes: the chat may be ended while it answers."""
+    with contextlib.suppress(httpx.HTTPError):
+        async for part in answer.aiter_bytes():
+            yield part
+
+
 class ChatDoor:
     """ASGI middleware: below /chat/ the chat's own page, which listens on this machine only.
 
@@ -173,7 +181,7 @@ class ChatDoor:
         kept = {
             key: value for key, value in answer.headers.items() if key not in HOP | {"set-cookie", "content-encoding"}
         }
-        response = StreamingResponse(answer.aiter_bytes(), answer.status_code, kept)
+        response = StreamingResponse(until_it_ends(answer), answer.status_code, kept)
         try:
             await response(scope, receive, send)
         finally:

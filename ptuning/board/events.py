@@ -118,6 +118,7 @@ class Page:
             "stop": {"visible": ours},
             "continue": {"visible": bool(run and not run.alive and run.checkpoints)},
             "adopt": {"visible": bool(run and run.alive and not run.ours)},
+            "end_evaluation": {"visible": bool(run and is_alive(read_record(run.folder, "evaluate")))},
             "step": {"choices": [*steps, (words["all"], "all")]},
             "chat_step": {"choices": steps},
             "export_step": {"choices": steps},
@@ -399,7 +400,7 @@ class Page:
 
     # ---- evaluating
 
-    def evaluate(self, request: gr.Request, name, step, data, rows):
+    def evaluate(self, name, step, data, rows):
         """Start evaluate.sh for the run that is shown."""
         try:
             folder = self.folder(name)
@@ -407,7 +408,7 @@ class Page:
             self.starter.start(folder, "evaluate", command)
         except (ValueError, OSError) as error:
             return told(error)
-        return show.said(said_in(request)["evaluating"].format(name=name))
+        return ""
 
     def stop_job(self, name, kind):
         """Stop the evaluation or the export of the run that is shown."""
@@ -422,13 +423,12 @@ class Page:
         if not run:
             return show.said(words["no_run_chosen"], "plain")
         parts, record = [], read_record(run.folder, "evaluate")
-        begins = record.get("log_from") if isinstance(record.get("log_from"), int) else 0
         if is_alive(record):
             parts += [
                 show.said(words["evaluating"].format(name=run.name), "plain"),
                 show.pre(log_tail(run.folder, "evaluate"), words["tail"]),
             ]
-        elif record and (message := message_in(tail_of(log_file(run.folder, "evaluate"), start=begins))):
+        elif record and (message := message_in(log_tail(run.folder, "evaluate"))):
             parts.append(show.said(message, "bad"))
         table = tail_of(run.folder / "all_checkpoints" / "table.txt")
         parts += [show.pre(table, words["all"]), show.metrics(results_of(run.folder), words)]
@@ -468,7 +468,7 @@ class Page:
             return told(error)
         self.chat.shown(request.session_hash, True)
         self.chat.open(name, ["--ptuning_checkpoint", shown_path(checkpoint)])
-        return show.said(words["chat_loading"].format(name=name), "plain")
+        return ""
 
     def check_chat_room(self, folder):
         """Refused while a run needs the memory that the chat would take."""
@@ -494,11 +494,11 @@ class Page:
             outstanding = outstanding_bytes(tail_of(log_file(run.folder, "train")), held)
             check_room(run.name, sum(found["parts"].values()), free, outstanding)
 
-    def end_chat(self, request: gr.Request):
+    def end_chat(self):
         """End the chat for everybody."""
         self.chat.viewers.clear()
         self.chat.end()
-        return show.said(said_in(request)["chat_ended"], "plain")
+        return ""
 
     def chat_shown(self, words):
         """The chat's page, or what is known of it."""
@@ -512,7 +512,7 @@ class Page:
 
     # ---- export
 
-    def export(self, request: gr.Request, name, step, bits):
+    def export(self, name, step, bits):
         """Start export_model.py for a checkpoint of the run that is shown."""
         try:
             folder = self.folder(name)
@@ -521,7 +521,7 @@ class Page:
             self.starter.start(folder, "export", command)
         except (ValueError, OSError) as error:
             return told(error)
-        return show.said(said_in(request)["exporting"].format(name=name))
+        return ""
 
     def exported(self, run, words):
         """Links to the files of a run's last export, or what it says now."""

@@ -134,13 +134,14 @@ def link_rows(sources: list[dict], dev: Path | None, output: Path | None = None)
     """A folder in output/_uploads/ with links to files of rows under the names that the scripts look for.
 
     `sources` are {"path", "prompt", "response", "history", "messages"}. Several are described in a dataset_info.json, as
-    data sets a, b, …. The folder's name follows from what it holds. OSError on a full disk.
+    data sets a, b, …. Without any there are dev rows only. The folder's name follows from what it holds. OSError on a full
+    disk.
     """
     key = "\n".join([*(repr(sorted(source.items(), key=str)) for source in sources), str(dev)])
-    stem = re.sub(r"[^\w-]+", "-", Path(sources[0]["path"]).stem).strip("-_")[:40] or "rows"
+    stem = re.sub(r"[^\w-]+", "-", (Path(sources[0]["path"]) if sources else dev).stem).strip("-_")[:40] or "rows"
     folder = (output or OUTPUT) / UPLOADS / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    links = {f"train{ending_of(Path(sources[0]['path']))}": sources[0]["path"]}
+    links = {f"train{ending_of(Path(source['path']))}": source["path"] for source in sources[:1]}
     if dev:
         links[f"dev{ending_of(dev)}"] = dev
     if len(sources) > 1:

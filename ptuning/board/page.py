@@ -159,7 +159,7 @@ def build(page: Page):
                 with gr.Row():
                     evaluate = button("evaluate", variant="primary")
                     end_evaluation = gr.Button(
-                        i18n("stop"), size="md", scale=0, min_width=110, elem_id="end-evaluation"
+                        i18n("stop"), size="md", scale=0, min_width=110, visible=False, elem_id="end-evaluation"
                     )
                 evaluate_said, evaluated = html("evaluate-said"), html("evaluated")
                 with gr.Row():
@@ -190,7 +190,7 @@ def build(page: Page):
         f["sources"] = sources
         fields = [f[name] for name in NAMES]
         shown = [command, wrong, kept]
-        now = [run, strip, card, plots, tail, stop, go_on, adopt, step, chat_step, export_step] + [
+        now = [run, strip, card, plots, tail, stop, go_on, adopt, end_evaluation, step, chat_step, export_step] + [
             evaluated,
             chat,
             exported,

@@ -70,8 +70,10 @@ def tail_of(file: Path, most: int = MOST_TAIL_BYTES, start: int = 0) -> str:
 
 
 def log_tail(folder: Path, kind: str = "train") -> str:
-    """The last lines that a process of a run has printed, without what steers a terminal."""
-    lines = tail_of(log_file(folder, kind)).replace("\r\n", "\n").split("\n")
+    """The last lines that a process of a run has printed since its start, without what steers a terminal."""
+    begins = read_record(folder, kind).get("log_from")
+    printed = tail_of(log_file(folder, kind), start=begins if is_count(begins) else 0)
+    lines = printed.replace("\r\n", "\n").split("\n")
     lines = [line.rpartition("\r")[2][:1000] for line in lines]  # of a bar its last state
     return printable("\n".join(lines[-MOST_TAIL_LINES:])).strip("\n")
 

@@ -17,7 +17,7 @@ WORDS = {  # name -> English, Chinese
     "tab_export": ("Export", "导出"),
     "command": ("The command, as typed in the project's folder", "命令（在项目目录中输入）"),
     # model
-    "model": ("Base model: tiny, a folder, or a hub id", "基座模型：tiny、文件夹或 hub 上的名字"),
+    "model": ("Base model: tiny, a folder, or a hub id", "底座模型：tiny、文件夹或 hub 上的名字"),
     "bits": ("Weights", "权重"),
     "bits_float": ("as they are", "原样"),
     "bits_4": ("int4", "int4"),
@@ -145,7 +145,10 @@ WORDS = {  # name -> English, Chinese
     "last": ("last", "最后"),
     "all": ("all in one table", "全部，列成一表"),
     "eval_rows": ("Rows to answer (empty: all)", "回答条数（空：全部）"),
-    "eval_data": ("Folder with dev.json (empty: as in training)", "含 dev.json 的文件夹（空：与训练相同）"),
+    "eval_data": (
+        "File of rows, or folder with dev.json (empty: as in training)",
+        "数据文件或含 dev.json 的文件夹（空：与训练相同）",
+    ),
     "evaluate": ("Evaluate", "评估"),
     "evaluating": ("Evaluating {name} …", "正在评估 {name}……"),
     "not_evaluated": ("This run has no answers yet.", "该任务还没有回答。"),
