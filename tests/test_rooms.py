@@ -9,7 +9,7 @@ from conftest import ROOT
 HOUSE = ROOT / "ptuning"
 # From the top floor down. A file imports from its own room and from floors below, never from one above.
 FLOORS = (
-    ("main", "web_demo", "cli_demo", "api_demo", "export_model", "compare", "launch", "train_web"),
+    ("main", "web_demo", "cli_demo", "api_demo", "export_model", "compare", "benchmark", "launch", "train_web"),
     ("preference",),
     ("board",),
     ("serving",),

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from chatglm2.reading import hidden_states
 from checkpoints.file_names import SIGNATURE_FILE
 from checkpoints.run_folder import check_holds_signature, verify_checkpoint
 from checkpoints.ways import RULES
@@ -39,7 +40,6 @@ MOST_DIRECTIONS = 32
 SHRINKAGE = 0.1
 PERCENTILE = 0.99
 FOLDS = 5
-TOKENS_AT_ONCE = 2048  # of prompts fed together
 NAMES = ("mean", "directions", "variances", "rest", "threshold")  # of the tensors in the file
 
 
@@ -91,21 +91,10 @@ def distribution(means, threshold=None):
     return Signature(mean, directions, *scaled, torch.ones((), dtype=torch.float64) if threshold is None else threshold)
 
 
-@torch.no_grad()
 def prompt_means(model: nn.Module, prompts: list[list[int]]) -> Tensor:
     """The mean (N, H) of the last hidden states of each prompt (token ids), by a model as it is."""
-    means = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    while by_length:
-        rows = max(1, TOKENS_AT_ONCE // len(prompts[by_length[-1]]))
-        batch, by_length = by_length[-rows:], by_length[:-rows]
-        token_ids = torch.zeros(len(batch), max(len(prompts[index]) for index in batch), dtype=torch.int64)
-        for row, index in enumerate(batch):  # padded on the right, where causal attention does not look
-            token_ids[row, : len(prompts[index])] = torch.tensor(prompts[index])
-        hidden = model.transformer(token_ids.to(model.device), use_cache=False, return_dict=True).last_hidden_state
-        for row, index in enumerate(batch):
-            means[index] = hidden[row, : len(prompts[index])].float().mean(0).cpu()
-    return torch.stack(means)
+    means = {index: hidden.float().mean(0).cpu() for index, hidden in hidden_states(model, prompts)}
+    return torch.stack([means[index] for index in range(len(prompts))])
 
 
 @contextlib.contextmanager
