@@ -63,7 +63,7 @@ def answer_choices(model, tokenizer, texts: list[str], batch_size: int, progress
     most = min(MOST_PROMPT, model.config.seq_length - 1)
 
     def prompts(questions):
-        return [tokenizer.encode(tokenizer.build_prompt(question))[:most] for question in questions]
+        return [tokenizer.cut_prompt(tokenizer.encode_prompt(question), most) for question in questions]
 
     first = prompts(texts)
     room = min(MOST_REASONING, model.config.seq_length - min(map(len, first)))

@@ -1,6 +1,7 @@
 """A model as EleutherAI's lm-evaluation-harness asks it: likelihoods and answers by this project's own batched code.
 
-Answers to nothing in the official scripts. It needs the package lm_eval. Every text stands behind `[gMASK] sop`.
+Answers to nothing in the official scripts. It needs the package lm_eval. Every text stands behind
+`[gMASK] sop`, or before it where the model has it so.
 """
 
 from lm_eval.api.model import LM
@@ -19,17 +20,17 @@ class HarnessModel(LM):
         super().__init__()
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
-    def shortened(self, prompt, room):
-        """A prompt that loses its beginning, but for `[gMASK] sop`, so that with `room` more tokens it still fits."""
-        start, most = self.tokenizer.prefix_tokens, self.model.config.seq_length - room
-        return prompt if len(prompt) <= most else start + prompt[len(prompt) - most + len(start) :]
+    def prompt(self, token_ids, room):
+        """A text's ids as a prompt, which loses its beginning so that `room` more tokens still fit."""
+        most = self.model.config.seq_length - room - len(self.tokenizer.with_ends([]))
+        return self.tokenizer.with_ends(token_ids[max(0, len(token_ids) - most) :])
 
     def pair(self, context, continuation):
         """(token ids of a context, those that its continuation adds); spaces between them belong to the latter."""
         kept = context.rstrip()
-        before = self.tokenizer.encode(kept)
-        behind = self.tokenizer.encode(kept + context[len(kept) :] + continuation)[len(before) :]
-        return self.shortened(before, len(behind)), behind
+        before, whole = self.tokenizer.encode_batch([kept, context + continuation])
+        behind = whole[len(before) :]
+        return self.prompt(before, len(behind)), behind
 
     def loglikelihood(self, requests):
         return self.score([self.pair(*request.args) for request in requests])
@@ -41,17 +42,19 @@ class HarnessModel(LM):
         return [dict(zip(places, found, strict=True)).get(place, (0.0, True)) for place in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests):
-        start = self.tokenizer.prefix_tokens
-        totals = []
+        start, totals = self.tokenizer.with_ends([]), []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
-                self.tokenizer.encode(text, add_special_tokens=False),
+                *self.tokenizer.encode_batch([text]),
                 prefix_token=start[-1],
-                max_seq_len=self.model.config.seq_length - 1,
+                max_seq_len=self.model.config.seq_length - len(start),
                 context_len=1,
             )
             pairs = [make_disjoint_window(window) for window in windows]
-            pairs = [(start if context == start[-1:] else context, continuation) for context, continuation in pairs]
+            pairs = [
+                (start if context == start[-1:] else self.tokenizer.with_ends(context), continuation)
+                for context, continuation in pairs
+            ]
             totals.append(sum(value for value, _ in self.score(pairs)))
         return totals
 
@@ -71,7 +74,7 @@ class HarnessModel(LM):
         """Texts that go on behind contexts, up to one of how["until"]."""
         longest = min(int(how.get("max_gen_toks", LONGEST_ANSWER)), self.model.config.seq_length // 2)
         until = how.get("until") or []
-        prompts = [self.shortened(self.tokenizer.encode(context), longest) for context in contexts]
+        prompts = [self.prompt(ids, longest) for ids in self.tokenizer.encode_batch(contexts)]
         samples = how.get("do_sample") and how.get("temperature", 1.0)
         found = answer_prompts(
             self.model,

@@ -123,7 +123,8 @@ def prompts_of(dataset, tokenizer, max_target_length: int, most: int) -> list[li
     if not {"labels", "target_length"} <= set(dataset.column_names):
         return []
     rows = dataset.select(range(0, len(dataset), max(1, -(-len(dataset) // most))))
-    answers = [min(length, max_target_length) + 1 for length in rows["target_length"][:]]
+    _, longest = tokenizer.training_limits(0, max_target_length)
+    answers = [min(length, longest) + 1 for length in rows["target_length"][:]]
     prompts = zip(rows["input_ids"][:], answers, strict=True)
     return [tokenizer.last_turn(list(ids[:-answer])) for ids, answer in prompts]
 
