@@ -120,7 +120,7 @@ def read_config(
         )
     settings, family = read_base_settings(folder, model_family, remembered)
     try:
-        config = family.configuration_class(**{**settings, **overrides, FAMILY_KEY: family.name})
+        config = family.configuration_class(**{**family.settings, **settings, **overrides, FAMILY_KEY: family.name})
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f'torch_dtype is {config.dtype!r}, expected the name of one, such as "float16".')
         return config

@@ -60,6 +60,7 @@ class Family:
     weight_names: str = "chatglm2.weight_names"  # a module that knows the names in the files of weights
     template: str = "chatglm2"  # its prompt template where --prompt_template says nothing
     templates: tuple[str, ...] = ("chatglm2", "none")  # those that its tokens can write
+    settings: dict = field(default_factory=dict, hash=False)  # what holds where its config.json lacks a field
     refusal: str = ""  # why it is not loaded, and what to use
 
     @property
@@ -146,7 +147,9 @@ FAMILIES = (
     Family("chatglm2", "ChatGLM2", _told_as_chatglm2),
     Family("chatglm3", "ChatGLM3", _told_as_chatglm3, **_CHATGLM3, template="chatglm3"),
     Family("chatglm3-base", "ChatGLM3-Base", _told_as_chatglm3_base, **_CHATGLM3, template="none"),
-    Family("codegeex2", "CodeGeeX2", _told_as_codegeex2, template="none"),
+    Family(
+        "codegeex2", "CodeGeeX2", _told_as_codegeex2, template="none", settings={"pad_token_id": 2}
+    ),  # its end token
 )
 BY_NAME = {family.name: family for family in FAMILIES}
 EXCLUSIVE = ("chatglm1", "glm4")
