@@ -199,7 +199,7 @@ def load_model(
     multiplied = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     model.base_folder = Path(folder)
     loaded, unexpected, prefix = {}, [], {}
-    for file, stored_name, stored in read_model(folder, family.names.own_name, config.quantization_bit, dtype):
+    for file, stored_name, stored in read_model(folder, family.names.own_name, config.embedding_bits, dtype):
         if stored_name.startswith(PREFIX_KEY) and config.pre_seq_len:
             check_trained(stored, stored_name, file)
             prefix[stored_name.removeprefix(PREFIX_KEY)] = stored

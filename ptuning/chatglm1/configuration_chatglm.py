@@ -68,6 +68,10 @@ class ChatGLMConfig(chatglm2.ChatGLMConfig):
         return {**own, **{name: settings[name] for name in OFFICIAL_NAMES if name in settings}}
 
     @property
+    def embedding_bits(self):
+        return self.quantization_bit if self.quantization_embeddings else 0
+
+    @property
     def prefix_columns(self):
         """Width of a prefix encoder's embedding in front of its projection."""
         return self.hidden_size

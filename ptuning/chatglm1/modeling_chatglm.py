@@ -107,7 +107,7 @@ class ChatGLMModel(chatglm2.ChatGLMModel):
         `position_ids` (B, S) count the tokens of each row; a row then says by its ids where its context ends, and a cache
         remembers it. They may be both positions as well; those of the context and of left padding have 0 as the second.
 
-        Raises ValueError for rows without `<sop>`, or without a `[gMASK]` or `[MASK]`.
+        Raises ValueError for rows to answer without `<sop>`, or without a `[gMASK]` or `[MASK]`.
         """
         if position_ids is None or position_ids.dim() == 2:
             position_ids = self.find_positions(inputs, attention_mask, position_ids, past_key_values, past_tokens)
@@ -124,7 +124,7 @@ class ChatGLMModel(chatglm2.ChatGLMModel):
         elif ordinals is None:
             ordinals = torch.arange(past_tokens, past_tokens + length, device=input_ids.device)[None]
         if past_tokens == 0:
-            ends = self.find_context(input_ids, ordinals)
+            ends = self.find_context(input_ids, ordinals, past_key_values is not None)
             if past_key_values is not None:
                 past_key_values.context_and_mark = ends
         else:
@@ -134,20 +134,25 @@ class ChatGLMModel(chatglm2.ChatGLMModel):
         positions = two_positions(ordinals.clamp(min=0), *ends)
         return positions.masked_fill((ordinals < 0)[:, None], 0)  # left padding
 
-    def find_context(self, input_ids, ordinals):
-        """For each row the tokens of its context and the ordinal of the mark in it, (B, 1) each."""
+    def find_context(self, input_ids, ordinals, is_answered):
+        """For each row the tokens of its context and the ordinal of the mark in it, (B, 1) each.
+
+        A row that is not answered may lack them, as one that only fills up a batch: it is all context.
+        """
         config = self.config
         ends, marks, others = (
             input_ids == token for token in (config.bos_token_id, config.gmask_token_id, config.mask_token_id)
         )
         marks = torch.where(marks.any(1, keepdim=True), marks, others)
-        if not bool((ends.any(1) & marks.any(1)).all()):
+        whole = ~(ends.any(1) & marks.any(1))
+        if is_answered and bool(whole.any()):
             raise ValueError(
                 f"A row has no [gMASK] <sop> (ids {config.gmask_token_id}, {config.bos_token_id}), behind which ChatGLM-6B "
                 "answers. Let the tokenizer add them: add_special_tokens=True."
             )
         ordinals = ordinals.expand_as(input_ids)
-        return tuple(ordinals.gather(1, found.int().argmax(1, keepdim=True)) for found in (ends, marks))
+        context, mark = (ordinals.gather(1, found.int().argmax(1, keepdim=True)) for found in (ends, marks))
+        return context.masked_fill(whole[:, None], input_ids.shape[1]), mark
 
 
 class ChatGLMForConditionalGeneration(chatglm2.ChatGLMForConditionalGeneration):

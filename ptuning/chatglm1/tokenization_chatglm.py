@@ -61,6 +61,7 @@ class ChatGLMTokenizer(chatglm2.ChatGLMTokenizer):
     own_template = CHAT_TEMPLATE
     prompt_template = "chatglm1"
     turn_tokens = 6
+    ends_shown = ("", " [gMASK] <sop>")
     learned_of_prompt = 1  # `<sop>`, too, is predicted in training
 
     def __init__(self, vocab_file, num_image_tokens=20000, clean_up_tokenization_spaces=True, **kwargs):

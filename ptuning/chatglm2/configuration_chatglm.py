@@ -138,6 +138,11 @@ class ChatGLMConfig(PretrainedConfig):
         return 1
 
     @property
+    def embedding_bits(self):
+        """Of the integers that embedding and output layer are stored as, 0 for floats."""
+        return 0
+
+    @property
     def prefix_columns(self):
         """Width of a prefix encoder's embedding in front of its projection: that of all keys and values of a token."""
         return 2 * self.num_layers * self.num_key_value_heads * self.kv_channels

@@ -88,21 +88,21 @@ def read_model(folder: Path | str, own_name, bits: int, dtype: torch.dtype) -> I
     """Yield (file, name, tensor) of each tensor of a model that is not computed here.
 
     `own_name(stored)` is the name that a stored tensor has in the model, None for one that is computed. Embeddings that
-    are stored as integers of `bits` come as floats of `dtype`.
+    are stored as integers of `bits`, not 0, come as floats of `dtype`.
     """
     integers = {}
     for file in weight_files(folder):
         for stored_name, tensor in read_tensors(file):
             name = own_name(stored_name)
             embedding = (name or "").removesuffix("_scale")
-            if embedding in EMBEDDINGS and (tensor.dtype == torch.int8 or name != embedding):
+            if bits and embedding in EMBEDDINGS and (tensor.dtype == torch.int8 or name != embedding):
                 parts = integers.setdefault(embedding, {})
                 parts[name] = tensor
                 if len(parts) < 2:
                     continue
                 weight, scale = parts[embedding], parts[embedding + "_scale"]
                 check_finite(scale, embedding + "_scale", file)
-                if weight.ndim != 2 or bits not in (4, 8) or scale.shape != weight.shape[:1]:
+                if weight.ndim != 2 or scale.shape != weight.shape[:1]:
                     raise ValueError(
                         f"{file}: {embedding} is {tuple(weight.shape)} of int8 with a scale {tuple(scale.shape)}, "
                         f"which are no weights of {bits} bits (quantization_bit of its config.json)."

@@ -37,16 +37,20 @@ def describe_training(
     ⟦ and ⟧ enclose the part of the example that the model learns, called `marked`; of a pair the chosen answer, with the
     rejected one on a line of its own.
     """
+    answered = "labels" in dataset.column_names  # else prompts, which the model is to answer
+    paired = "rejected_target_length" in dataset.column_names
+    if answered and not paired:
+        max_source_length, max_target_length = tokenizer.training_limits(max_source_length, max_target_length)
+    before, behind = tokenizer.ends_shown
     source_lengths, target_lengths = dataset["source_length"][:], dataset["target_length"][:]
     lines = [
         f"{len(dataset) + skipped:,} rows read, {skipped:,} skipped (empty prompt or response), {len(dataset):,} used",
         f"  {'tokens':<10}" + "".join(f"{name:>8}" for name in ("50%", "90%", "99%", "max", "limit")) + "   cut off",
         _length_line("prompt", source_lengths, max_source_length),
     ]
-    answered = "labels" in dataset.column_names  # else prompts, which the model is to answer
     if answered:
         lines.append(_length_line("response", target_lengths, max_target_length))
-    if paired := "rejected_target_length" in dataset.column_names:
+    if paired:
         lines.append(_length_line("rejected", dataset["rejected_target_length"][:], max_target_length))
     shortened = [turns > 0 for turns in dataset["dropped_turns"][:]]
     cut = [length > max_source_length and not fits for length, fits in zip(source_lengths, shortened, strict=True)]
@@ -61,16 +65,15 @@ def describe_training(
             lines.append(f"{share:.0%} of the {what} at {limit} tokens; raise {flag} to keep {kept}.")
     example = dataset[0]
     if not answered:
-        return "\n".join(
-            [*lines, "The first prompt:", f"[gMASK] sop {cut_short(tokenizer.decode(example['input_ids']), 400)}"]
-        )
+        prompt = cut_short(tokenizer.decode(example["input_ids"]), 400)
+        return "\n".join([*lines, "The first prompt:", f"{before}{prompt}{behind}"])
     start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
     prompt = _marked_prompt(example["input_ids"][:start], example["labels"][:start], tokenizer)
     answer = tokenizer.decode(example["input_ids"][start:])
     rejected = f"Rejected: {cut_short(tokenizer.decode(example['rejected_input_ids'][start:]), 400)}" if paired else ""
     lines += [
         f"The first example, with {marked} between ⟦ and ⟧:",
-        f"[gMASK] sop {cut_short(prompt, 400)}⟦{cut_short(answer, 400)} {tokenizer.eos_token}⟧",
+        f"{before}{cut_short(prompt, 400)}{behind}⟦{cut_short(answer, 400)} {tokenizer.eos_token}⟧",
         *([rejected] if paired else []),
     ]
     return "\n".join(lines)

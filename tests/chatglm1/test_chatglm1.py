@@ -174,7 +174,15 @@ def test_half_precision_stays_close(case):
 
 def test_a_row_without_the_end_of_its_prompt_is_refused():
     with pytest.raises(ValueError, match="no \\[gMASK\\] <sop>"):
-        small_model()(torch.tensor([[5, 6, 7]]))
+        small_model()(torch.tensor([[5, 6, 7]]), use_cache=True)
+
+
+def test_a_blank_row_changes_nothing_of_the_others():
+    model = small_model().train()
+    input_ids, labels = training_batch()
+    blank = torch.zeros(1, input_ids.shape[1], dtype=torch.int64)
+    padded = model(torch.cat((input_ids, blank)), labels=torch.cat((labels, blank - 100))).loss
+    assert padded.item() == pytest.approx(model(input_ids, labels=labels).loss.item(), rel=1e-6)
 
 
 def test_every_name_of_a_weight_goes_to_its_own_name_and_back():
