@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from conftest import formula_weights
-from support.chatglm1 import (
+from support.small_chatglm1 import (
     CONFIG,
     PADDED_PROMPTS,
     PREFIX,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, formula_weights, relative_difference
-from support.chatglm1 import CONFIG, PADDED_PROMPTS, PREFIX, STEP_SIZE, STEPS, left_padded, training_batch
+from support.small_chatglm1 import CONFIG, PADDED_PROMPTS, PREFIX, STEP_SIZE, STEPS, left_padded, training_batch
 
 from chatglm1.configuration_chatglm import ChatGLMConfig
 from chatglm1.modeling_chatglm import ChatGLMForConditionalGeneration

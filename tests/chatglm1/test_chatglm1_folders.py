@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT, relative_difference
-from support.chatglm1 import FOLDER_CONFIG, write_folder
+from support.small_chatglm1 import FOLDER_CONFIG, write_folder
 
 from chatglm2.quantization import dequantize_weight, quantize_weight
 from checkpoint import fingerprint_of, load_model, load_prefix, load_tokenizer, read_config, save_model, save_prefix

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from conftest import ROOT
-from support.chatglm1 import SMALL_VOCABULARY, TEXTS
+from support.small_chatglm1 import SMALL_VOCABULARY, TEXTS
 
 from chatglm1.tokenization_chatglm import ChatGLMTokenizer
 from data.encoding import _encode_prediction_batch, _encode_training_batch

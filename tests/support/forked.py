@@ -146,4 +146,5 @@ def serve():
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, where a file may have the name of a room
     serve()
