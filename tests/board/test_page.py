@@ -1,0 +1,263 @@
+"""The training page's handlers and its doors, without a browser: what a stranger sends, and what it gets."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from support.over_http import call, serve, wait_for
+
+from board import show
+from board.chat import Chat, Refused, check_room, outstanding_bytes
+from board.commands import EMPTY, PRESETS
+from board.doors import Bodies, ChatDoor, OwnSiteOnly
+from board.events import NAMES, Page
+from board.files import Roots
+from board.starting import Starter, read_record
+from board.words import TEXTS, WORDS
+from common.files import write_json
+
+REQUEST = SimpleNamespace(headers={"accept-language": "en"}, session_hash="s")
+FIELDS = [{**EMPTY, **PRESETS["tiny"], "name": "mine"}[name] for name in NAMES]
+
+
+@pytest.fixture
+def page(tmp_path):
+    return Page(Roots([ROOT, tmp_path]), Starter(tmp_path), Chat(tmp_path / "chat.log"))
+
+
+# ---- handlers
+
+
+def test_a_run_that_is_there_is_never_overwritten_unasked(page, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        page.starter, "start", lambda folder, kind, command: started.append((folder.name, command.text))
+    )
+    (tmp_path / "mine" / "checkpoint-3").mkdir(parents=True)
+    said, question, *_ = page.start(REQUEST, None, *FIELDS)
+    assert "has 1 checkpoints" in said and question["visible"] and not started
+    for choice in ("continue", "overwrite", "name"):
+        page.start(REQUEST, choice, *FIELDS)
+    (one, going_on), (two, anew), (three, _) = started
+    assert (one, two, three) == ("mine", "mine", "mine-2")
+    assert going_on == f"{anew} --resume_from_checkpoint last"
+
+
+def test_a_run_goes_on_with_the_command_it_had(page, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(page.starter, "start", lambda folder, kind, command: started.append(command.text))
+    record = {"command": "x", "program": ["bash", "train.sh"], "variables": {"LR": "1"}, "words": ["--seed", "3"]}
+    (tmp_path / "mine").mkdir()
+    write_json(tmp_path / "mine" / "web.json", record)
+    page.go_on(REQUEST, "mine", *FIELDS)
+    assert started == ["LR=1 bash train.sh --seed 3 --resume_from_checkpoint last"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"program": ["rm", "-rf"]},
+        {"program": ["bash", "-c"]},
+        {"program": ["bash", "../x.sh"]},
+        {"words": [1]},
+        {"variables": {"A;B": "1"}},
+        {"words": "x"},
+    ],
+    ids=str,
+)
+def test_a_record_that_somebody_has_changed_starts_nothing(page, tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(page.starter, "start", lambda *_: pytest.fail("started"))
+    record = {"command": "x", "program": ["bash", "train.sh"], "variables": {}, "words": [], **changed}
+    (tmp_path / "mine").mkdir()
+    write_json(tmp_path / "mine" / "web.json", record)
+    assert "web.json" in page.go_on(REQUEST, "mine", *FIELDS)
+
+
+@pytest.mark.parametrize("name", ["../x", "", None, 7, ["a"], "a/b", "_uploads", "$(id)", "x" * 200])
+def test_a_name_that_is_no_run_is_answered_with_a_message(page, name):
+    for said in (
+        page.stop(REQUEST, name),
+        page.adopt(REQUEST, name),
+        page.evaluate(name, "", "", ""),
+        page.export(name, "", ""),
+    ):
+        assert 'class="said bad"' in said
+    assert page.tick(REQUEST, name, "run", {})[-1]["card"]
+
+
+def test_a_tick_sends_what_has_changed_only(page, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "trainer_log.jsonl").write_text('{"current_steps": 1, "total_steps": 2, "loss": 1.0}\n')
+    *_, seen = page.tick(REQUEST, "mine", "run", {})
+    *updates, again = page.tick(REQUEST, "mine", "run", seen)
+    assert again == seen and all(update == {"__type__": "update"} for update in updates)
+
+
+def test_a_file_that_no_browser_has_sent_is_not_taken(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "incoming"))
+    assert "no file that this page was sent" in page.uploaded(REQUEST, "/etc/passwd")[1]
+    assert "no file that this page was sent" in page.load("/etc/passwd")[-1]
+
+
+def test_settings_and_flags_say_what_is_wrong_at_once(page):
+    values = dict(zip(NAMES, FIELDS, strict=True))
+    text, wrong, _ = page.refresh(*{**values, "lr": "fast"}.values())
+    assert not text and "learning_rate" in wrong
+    assert page.add_flag("seed", "7", "")[0] == "seed = 7"
+    assert "none of main.py" in page.add_flag("nosuch", "7", "")[1]
+    assert "Rank" in page.flag_help("lora_rank") or "inner width" in page.flag_help("lora_rank")
+    assert page.restore({"model": ["x"], "evil": 1})[0] == EMPTY["model"]
+    assert "4 layers" in page.look_at_model(REQUEST, "tiny") and "leads out" in page.look_at_model(REQUEST, "/etc")
+
+
+def test_what_others_wrote_is_text(tmp_path):
+    hostile = "<script>alert(1)</script>\x1b[2J"
+    row = {"prompt": hostile, "labels": hostile, "predict": hostile}
+    for html in (
+        show.answers([row], TEXTS["en"]),
+        show.said(hostile),
+        show.pre(hostile, hostile),
+        show.framed(hostile, hostile),
+    ):
+        assert "<script" not in html and "\x1b" not in html.replace(hostile, "")
+
+
+def test_both_languages_say_everything():
+    assert all(len(texts) == 2 and all(texts) for texts in WORDS.values())
+
+
+# ---- the chat's memory
+
+
+def test_a_chat_waits_for_a_run_that_needs_the_memory():
+    printed = "x\nEstimated peak memory, training on 16 rows x 128 tokens: 2.00 GB (weights 1.00 GB).\n"
+    assert outstanding_bytes(printed, 500_000_000) == 1_500_000_000 and outstanding_bytes(printed, 3 << 30) == 0
+    assert outstanding_bytes("Loading", 0) is None
+    check_room("mine", 10**9, 4 * 10**9, 10**9)
+    with pytest.raises(Refused) as refused:
+        check_room("mine", 3 * 10**9, 4 * 10**9, 10**9)
+    assert (refused.value.name, refused.value.more["free"]) == ("chat_refused", 3 * 10**9)
+    with pytest.raises(Refused, match="chat_waits"):
+        check_room("mine", 1, 10**9, None)
+
+
+def test_the_last_browser_to_leave_ends_the_chat(tmp_path):
+    chat = Chat(tmp_path / "chat.log")
+    chat.state = "loading"
+    chat.shown("a", True)
+    chat.shown("b", True)
+    chat.shown("a", False)
+    assert chat.wanted is None
+    chat.shown("b", False)
+    assert chat.wanted == ("end",)
+
+
+# ---- the doors
+
+
+@pytest.fixture
+def door(tmp_path):
+    """The port of the doors before an application that says it was reached."""
+
+    async def inner(scope, receive, send):
+        if scope["type"] == "http":
+            while (await receive()).get("more_body"):
+                pass
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"reached"})
+
+    (tmp_path / "_exports" / "a").mkdir(parents=True)
+    (tmp_path / "_exports" / "a" / "x.bin").write_text("x")
+    (tmp_path / "_exports" / "out").symlink_to("/etc/passwd")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "secret").write_text("s")
+    app = OwnSiteOnly(ChatDoor(Bodies(inner, tmp_path), Chat(tmp_path / "chat.log")), True, tmp_path)
+    port, end = serve(app)
+    yield port, tmp_path
+    end()
+
+
+def status(door, method="GET", path="/", headers=None, body=None):
+    return call(door[0], method, path, body, headers)[0]
+
+
+def test_the_page_answers_to_its_own_site_only(door):
+    own = f"127.0.0.1:{door[0]}"
+    assert status(door) == status(door, headers={"origin": f"http://{own}"}) == 200
+    assert status(door, headers={"host": "localhost:1"}) == status(door, headers={"host": "[::1]:1"}) == 200
+    foreign = [
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+    ]
+    foreign += [{"origin": f"http://{own}.evil.example"}, {"origin": "http://[", "host": own}, {"host": "10.0.0.7"}]
+    foreign += [{"sec-fetch-site": "cross-site", "sec-fetch-mode": "cors"}]
+    for headers in foreign:
+        assert status(door, "POST", "/gradio_api/queue/join", headers, {}) == 403, headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/monitoring", "/gradio_api/run/other", "/gradio_api/call/x", "/gradio_api/file=/etc/passwd", "/file=/etc/passwd"]
+    + ["/gradio_api/file=http://192.0.2.1/", "/gradio_api/proxy=http://192.0.2.1/", "/gradio_api/component_server"]
+    + [
+        "/gradio_api/file=OUT/mine/secret",
+        "/gradio_api/file=OUT/_exports/../mine/secret",
+        "/gradio_api/file=OUT/_exports/out",
+    ],
+)
+def test_parts_that_the_page_does_not_use_and_files_of_others_are_not_there(door, path):
+    assert status(door, path=path.replace("OUT", str(door[1]))) == 404
+
+
+def test_a_file_of_an_export_and_the_pages_own_parts_are_there(door):
+    assert status(door, path=f"/gradio_api/file={door[1]}/_exports/a/x.bin") == 200
+    assert status(door, "POST", "/gradio_api/run/predict", body={}) == 200
+    assert status(door, path="/chat/") == 503  # none is open
+
+
+def test_a_body_is_bounded_and_an_upload_must_say_its_length(door):
+    assert status(door, "POST", "/gradio_api/run/predict", body=b"x" * (2**20 + 1)) == 413
+    assert status(door, "POST", "/gradio_api/upload", {"content-length": str(2**31)}, b"") == 413
+    assert status(door, "POST", "/gradio_api/upload", body=b"x" * 2**21) == 200
+
+
+def test_an_upload_that_would_fill_the_disk_is_refused(door, monkeypatch):
+    monkeypatch.setattr("board.doors.shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert status(door, "POST", "/gradio_api/upload", body=b"x") == 507
+
+
+# ---- the program's own flags
+
+
+@pytest.mark.parametrize(
+    ("words", "password", "message"),
+    [
+        (["--server_name", "0.0.0.0"], "", "others could reach this page"),
+        (["--server_name", "192.0.2.1"], "", "others could reach this page"),
+        (["--auth", "/none"], "", "there is no such file"),
+        ([], "admin:short", "at least 8 characters"),
+        (["--root", "/none"], "", "there is no such folder"),
+        (["--share"], "", "Unknown flag --share"),
+    ],
+)
+def test_the_program_refuses_what_would_open_it_to_others(words, password, message, monkeypatch):
+    import train_web
+
+    monkeypatch.setenv("PTUNING_AUTH", password)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_web.parse_arguments(words)
+
+
+def test_a_password_comes_from_a_file_and_opens_other_addresses(tmp_path, monkeypatch):
+    import train_web
+
+    monkeypatch.setattr("train_web.check_port", lambda *_: None)
+    (tmp_path / "auth").write_text("admin:long enough\n")
+    args = train_web.parse_arguments(["--auth", str(tmp_path / "auth"), "--server_name", "0.0.0.0"])
+    assert args.auth == ("admin", "long enough")
+    assert json.dumps(read_record(tmp_path)) == "{}" and os.path.isdir(args.root[0])
+    wait_for(lambda: True)
