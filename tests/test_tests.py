@@ -40,6 +40,12 @@ def test_no_file_is_longer_than_a_reader_wants(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
+def test_no_two_test_files_have_one_name():
+    # pytest imports them by their names alone.
+    names = Counter(path.name for path in FILES if path.name.startswith("test_"))
+    assert [name for name, times in names.items() if times > 1] == []
+
+
 def test_the_rooms_are_those_of_the_code():
     rooms = {path.parent.relative_to(TESTS).parts[0] for path in FILES if path.parent != TESTS} - {"support", "peers"}
     assert [room for room in rooms if not (ROOT / "ptuning" / room).is_dir()] == []

@@ -41,7 +41,7 @@ from board.starting import environment_for, is_alive, log_file, read_record, run
 from board.words import words_for
 from common.failure import describe, printable
 from common.messages import cut_short, in_words
-from families import model_family, read_base_settings
+from families import read_base_settings
 
 NAMES = tuple(EMPTY)  # the order in which every handler gets the settings; `sources` are a list
 CHECK_SECONDS = 300
@@ -146,14 +146,14 @@ class Page:
             if model != "tiny" and not (PROJECT / model).is_dir():
                 return show.said(words["model_hub"].format(model=model), "plain")
             folder = PROJECT / (TINY if model == "tiny" else model)
-            settings = read_base_settings(folder)
+            settings, family = read_base_settings(folder)
         except (ValueError, OSError) as error:
             return told(error)
         bits = settings.get("quantization_bit")
         return show.said(
             words["model_good"].format(
                 model=model,
-                family=model_family(settings, folder),
+                family=family.title,
                 layers=settings.get("num_layers"),
                 hidden=settings.get("hidden_size"),
                 bits=words["model_bits"].format(bits=bits) if bits else "",
