@@ -30,7 +30,7 @@ def parse_arguments(argv):
     parser.add_argument("--limit", type=int, help="Questions of each task, or of each file [all].")
     parser.add_argument("--include_path", metavar="FOLDER", help="Folder with more tasks, in the harness's own form.")
     parser.add_argument("--batch_size", type=int, help="Answers computed at once [what fits].")
-    parser.add_argument("--output_dir", help="Folder for benchmark.json and benchmark.md [only printed].")
+    parser.add_argument("--output_dir", help="Folder for benchmark.json and benchmark.txt [only printed].")
     args = parse_words(parser, argv)
     if bool(args.tasks) == bool(args.official_ceval):
         raise ValueError("Give --tasks, such as --tasks ceval-valid, or --official_ceval FOLDER, and not both.")
@@ -212,7 +212,7 @@ def main(argv):
     if args.output_dir:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "benchmark.md", table + "\n")
+        write_text(folder / "benchmark.txt", table + "\n")
         about = {"tasks": args.tasks, "official_ceval": args.official_ceval, "num_fewshot": args.num_fewshot}
         named = {name: {"/".join(key): value for key, value in found.items()} for name, found in scores.items()}
         checkpoint = str(session.checkpoint) if session.checkpoint else None

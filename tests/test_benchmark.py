@@ -76,7 +76,7 @@ def test_base_and_prefix_stand_in_one_table_as_a_direct_computation_has_them(che
     written = json.loads((tmp_path / "benchmark.json").read_text())["scores"]
     expected = {"base": share_of_right(base, tokenizer), "tuned": share_of_right(model, tokenizer)}
     assert {name: scores["own-ceval/acc"] for name, scores in written.items()} == pytest.approx(expected)
-    table = (tmp_path / "benchmark.md").read_text()
+    table = (tmp_path / "benchmark.txt").read_text()
     assert table.splitlines()[0] == "| task | metric | base | tuned | difference |" and table in capsys.readouterr().out
 
 
