@@ -48,12 +48,10 @@ class ChatGLMTokenizer(tokenization_chatglm.ChatGLMTokenizer):
         return query, read_messages(history)
 
     def conversation(self, messages):
-        """(question, history, role of the question) of (role, text) messages."""
+        """(question, history, role of the question) of messages, objects as in read_message()."""
         if not self.keeps_roles:
             return super().conversation(messages)
-        *before, (role, _, text) = [
-            read_message({"role": role, "content": text}, "messages") for role, text in messages
-        ]
+        *before, (role, _, text) = [read_message(message, "messages") for message in messages]
         if role not in ("user", "observation"):
             raise ValueError(f"The last message is of role {role!r}; expected 'user', whom the model answers.")
         return text, before, role

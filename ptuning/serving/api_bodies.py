@@ -48,6 +48,9 @@ class Message(Strict):
         description="null or missing only where an assistant called a tool.",
         json_schema_extra=lambda schema: schema.update(anyOf=schema["anyOf"][:2]),  # null is the exception
     )
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = Field(
+        None, description="An assistant's earlier call, for a model that knows tools."
+    )
 
     @field_validator("content")
     @classmethod
@@ -63,11 +66,15 @@ class Message(Strict):
 def said(messages, keeps_roles=False):
     """(role, text) of messages for a tokenizer's conversation(). An answer without text, a call of a tool, is no turn.
 
-    With `keeps_roles` what a tool says keeps its own, for a model that knows it.
+    With `keeps_roles`, for a model that knows tools, objects of role, content and tool_calls.
     """
-    sides = {} if keeps_roles else SIDES
-    spoken = [message for message in messages[:-1] if message.content is not None] + messages[-1:]
-    return [(sides.get(message.role, message.role), message.text()) for message in spoken]
+    spoken = [
+        message for message in messages[:-1] if message.content is not None or (keeps_roles and message.tool_calls)
+    ]
+    spoken += messages[-1:]
+    if keeps_roles:
+        return [{"role": each.role, "content": each.text(), "tool_calls": each.tool_calls} for each in spoken]
+    return [(SIDES.get(message.role, message.role), message.text()) for message in spoken]
 
 
 class StreamOptions(Strict):

@@ -91,12 +91,14 @@ def test_the_server_ends_an_answer_where_a_user_would_begin(tiny3, trained):
     try:
         messages = [
             Message(role="user", content="天气？"),
-            Message(role="assistant", content=None),
+            Message(role="assistant", tool_calls=[{"function": {"name": "weather", "arguments": '{"city": "北京"}'}}]),
             Message(role="tool", content="晴"),
         ]
         question, history, role = tokenizer.conversation(said(messages, tokenizer.keeps_roles))
         token_ids = server.encode(question, history, role=role)
-        assert tokenizer.show(token_ids).replace(" ", "").endswith("<|observation|>\n晴<|assistant|>")
+        text = tokenizer.show(token_ids).replace(" ", "")
+        assert text.endswith("<|observation|>\n晴<|assistant|>")
+        assert "<|assistant|>weather\n```python\ntool_call(city='北京')\n```<|observation|>" in text
         *_, answer = server.stream(token_ids, sampling=Sampling(max_new_tokens=200, temperature=0))
         assert user not in answer.response_ids
         fitted, dropped = server.fit("问", [["a", "b"]] * 400, 16)
