@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import zlib
+from collections import Counter
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores: the workers share them
@@ -42,11 +43,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of other people's tests, those of the table EXPECTED must fail, and no others."""
+    """Order the tests. Of other people's, those of the table EXPECTED must fail, and no others."""
     from support.peers import expect_failures
 
-    if items := [item for item in items if item.path.parent.name == "peers"]:
-        expect_failures(items, complete=not any("::" in str(word) for word in config.args))
+    if others := [item for item in items if item.path.parent.name == "peers"]:
+        expect_failures(others, complete=not any("::" in str(word) for word in config.args))
+    # The files with the most slow tests come first, so that no worker has a long one left when the others have ended.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
