@@ -140,7 +140,10 @@ class ChatGLMTokenizer(tokenization_chatglm.ChatGLMTokenizer):
         return self.source_prefix + as_text(messages) + "<|assistant|>"
 
     def show(self, token_ids):
-        return self.decode(token_ids, skip_special_tokens=False) if self.keeps_roles else super().show(token_ids)
+        if not self.keeps_roles:
+            return super().show(token_ids)
+        token_ids = [index for index in map(int, token_ids) if index not in self.prefix_tokens]
+        return self.decode(token_ids, skip_special_tokens=False)
 
     # ---- as officially
 

@@ -3,6 +3,8 @@
 Answers to `print_dataset_example` of the official `main.py`. It differs in that lengths, and what is cut, are told too.
 """
 
+from itertools import groupby
+
 from common.messages import cut_short
 
 
@@ -17,6 +19,10 @@ def _length_line(name: str, lengths, limit: int) -> str:
 
 def _marked_prompt(ids, labels, tokenizer):
     """The text of a prompt, what is learned of it (--train_on_history) between ⟦ and ⟧."""
+    if tokenizer.keeps_roles:  # the token behind an answer is learned where it stands
+        known = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[0] == pair[1])
+        parts = [(learned, tokenizer.show([token for token, _ in pairs])) for learned, pairs in known]
+        return "".join(f"⟦{text}⟧" if learned else text for learned, text in parts)
     ends = [place for place, label in enumerate(labels) if label == tokenizer.eos_token_id != ids[place]]
     text, done = "", 0
     for end in ends:
@@ -65,7 +71,7 @@ def describe_training(
             lines.append(f"{share:.0%} of the {what} at {limit} tokens; raise {flag} to keep {kept}.")
     example = dataset[0]
     if not answered:
-        prompt = cut_short(tokenizer.decode(example["input_ids"]), 400)
+        prompt = cut_short(tokenizer.show(example["input_ids"]), 400)
         return "\n".join([*lines, "The first prompt:", f"{before}{prompt}{behind}"])
     start = len(example["input_ids"]) - min(example["target_length"], max_target_length) - 1
     prompt = _marked_prompt(example["input_ids"][:start], example["labels"][:start], tokenizer)

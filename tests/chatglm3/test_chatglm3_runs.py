@@ -72,8 +72,12 @@ def test_predictions_read_everything_from_the_checkpoint(trained, chat_file, mon
 
 def test_check_data_shows_the_roles(tiny3, chat_file, monkeypatch, capsys, tmp_path):
     settings = {**TRAIN_SETTINGS, **CHAT_FLAGS, "train_file": chat_file, "max_source_length": 256}
-    run(monkeypatch, settings, model_name_or_path=tiny3, check_data=True, output_dir=tmp_path)
-    assert re.search(r"<\|observation\|>\s*晴<\|assistant\|>⟦", capsys.readouterr().out)
+    run(monkeypatch, settings, model_name_or_path=tiny3, check_data=True, train_on_history=True, output_dir=tmp_path)
+    shown = re.sub(r"\s", "", capsys.readouterr().out)
+    assert "[gMASK]sop<|system|>你是助手。" in shown
+    assert (
+        "<|assistant|>⟦weather```pythontool_call(city='北京')```<|observation|>⟧晴<|assistant|>⟦北京晴。</s>⟧" in shown
+    )
 
 
 def test_a_checkpoint_of_one_family_on_another_is_refused_with_both_names(trained, monkeypatch, tmp_path):

@@ -75,7 +75,7 @@ def test_a_folder_gives_the_tokenizer_of_its_family(tiny3):
     inputs = tokenizer.build_chat_input("你好", [("问", "答")], role="user")
     assert torch.equal(inputs["attention_mask"], torch.ones_like(inputs["input_ids"]))
     text = tokenizer.show(inputs["input_ids"][0]).replace(" ", "")  # a piece begins with one
-    assert text == "[gMASK]sop<|user|>\n问<|assistant|>\n答<|user|>\n你好<|assistant|>"
+    assert text == "<|user|>\n问<|assistant|>\n答<|user|>\n你好<|assistant|>"
 
 
 def test_what_looks_like_a_role_is_text(tiny3):
