@@ -102,10 +102,13 @@ def test_a_run_is_chosen_started_watched_stopped_continued_evaluated_talked_to_a
     page.reload()
     expect(page.locator("#strip")).to_contain_text("mine")  # on the first tab, too
     wait_for(lambda: step_shown(other) > first)
-    page.close()
     other.close()
+    browser_kept = page.context
+    page.close()
 
-    page = visit()
+    page = browser_kept.new_page()
+    page.goto(training_page.url)
+    expect(page.locator("#command textarea")).to_have_value(command)
     choose_tab(page, "run")
     page.click("#button-stop")
     expect(page.locator("#card")).to_contain_text(ENGLISH["state_stopped"])
@@ -116,7 +119,7 @@ def test_a_run_is_chosen_started_watched_stopped_continued_evaluated_talked_to_a
     fill(page, "steps", str(stopped + 20))
     choose_tab(page, "run")
     page.click("#button-begin")
-    expect(page.locator("#run-said")).to_contain_text("has 1 checkpoints")
+    expect(page.locator("#run-said")).to_contain_text("is there already")
     page.check("#choice input[value=continue]")
     page.click("#button-begin")
     expect(page.locator("#run-said")).to_contain_text("Started mine")

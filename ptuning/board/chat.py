@@ -18,8 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-
 from board.commands import Command
 from board.files import PROJECT
 from board.runs import tail_of
@@ -46,20 +44,6 @@ def outstanding_bytes(printed: str, held: int) -> int | None:
         return None
     size, unit = found[-1]
     return max(0, int(float(size) * (1e9 if unit == "GB" else 1e6)) - held)
-
-
-def held_bytes(pids) -> int:
-    """The memory of processes and their children, resident, in bytes."""
-    total, seen = 0, set()
-    for pid in pids:
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            for each in [process, *process.children(recursive=True)]:
-                if each.pid not in seen:
-                    seen.add(each.pid)
-                    with contextlib.suppress(psutil.Error):
-                        total += each.memory_info().rss
-    return total
 
 
 def check_room(name: str, need: int, free: int, outstanding: int | None) -> None:

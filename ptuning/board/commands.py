@@ -15,7 +15,7 @@ from board.files import MAX_SOURCES, PROJECT, Roots, link_rows, plain_text, run_
 from checkpoints.sidecar import finetuning_type
 from common.files import read_json, write_json
 from common.quoting import NEEDS_EQUALS, as_typed
-from families import local_folder, read_base_settings
+from families import FAMILY_KEY, SUPPORTED, local_folder, read_base_settings
 from training.stages import reads_pairs
 
 TINY = "ptuning/tiny"
@@ -116,8 +116,14 @@ def script_variables() -> set[str]:
 # ---- what a visitor chose
 
 
-def check_model(text, roots: Roots) -> str:
-    """The base model as MODEL takes it. ValueError and FileNotFoundError in the programs' words."""
+def family_in(extra: str) -> str | None:
+    """What the further flags say as --model_family, None where nothing."""
+    found = re.findall(r"^\s*(?:--)?model_family\s*=\s*(\S+)\s*$", str(extra or ""), re.MULTILINE)
+    return found[-1] if found and found[-1] in SUPPORTED else None
+
+
+def check_model(text, roots: Roots, extra: str = "") -> str:
+    """The base model as MODEL takes it; `extra` are further flags, --model_family among them. ValueError and FileNotFoundError in the programs' words."""
     text = plain_text(text, "The model")
     if text in ("", "tiny", TINY):
         return "tiny"
@@ -125,7 +131,7 @@ def check_model(text, roots: Roots) -> str:
         return text  # a hub id
     folder = roots.checked(text, "The model")
     found = local_folder(str(folder))
-    read_base_settings(found)
+    read_base_settings(found, family_in(extra))
     return shown_path(folder)
 
 
@@ -208,7 +214,7 @@ def extra_words(text: str, roots: Roots) -> list[str]:
 def training_command(values: dict, roots: Roots, output: Path | None = None) -> tuple[str, Command]:
     """(name of the run, the command that trains it). Raises what the settings make impossible, before anything starts."""
     settings = checked_settings(values)
-    variables = {"MODEL": check_model(settings["model"], roots)}
+    variables = {"MODEL": check_model(settings["model"], roots, settings["extra"])}
     words = [*data_words(settings, variables, roots, output)]
     for name, (variable, _) in NUMBERS.items():
         if settings[name]:
@@ -334,6 +340,15 @@ def model_of(folder: Path, variables: dict) -> str:
         if isinstance(base, str) and base:
             return "tiny" if Path(base).name == "tiny" and (PROJECT / TINY).samefile(base) else base
     return "tiny"
+
+
+def remembered_family(folder: Path) -> str | None:
+    """The family that the checkpoints of a run remember, None where they say none."""
+    for sidecar in sorted(Path(folder).glob("checkpoint-*/ptuning.json")):
+        family = read_json(sidecar).get(FAMILY_KEY)
+        if isinstance(family, str):
+            return family
+    return None
 
 
 def method_of(folder: Path) -> str:

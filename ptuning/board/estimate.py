@@ -4,6 +4,7 @@ Answers to nothing in the official scripts. The page loads no torch and takes no
 own (`ask`), which ends with its answer.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -35,33 +36,38 @@ def ask(**question) -> dict:
 
 
 def memory_of(
-    *, model: str, method: str, bits: int | None, prefix: int | None, rows: int, source: int, target: int, trains: bool
+    *,
+    model: str,
+    family: str | None,
+    method: str,
+    bits: int | None,
+    prefix: int | None,
+    rows: int,
+    source: int,
+    target: int,
+    trains: bool,
 ) -> dict:
-    """{"parts": {name: bytes}, "device": "cuda" or "cpu"} of a folder's model, for `rows` rows of `source` + `target` tokens."""
+    """{"parts": {name: bytes}, "device": "cuda" or "cpu"} of a folder's model, for `rows` rows of `source` + `target` tokens.
+
+    `family` is as --model_family, None for what the folder tells.
+    """
     import torch
 
     from chatglm2.bits import check_quantization_bit
-    from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
     from chatglm2.quantization import QuantizedLinear
-    from checkpoint import choose_dtype, read_config
+    from checkpoint import choose_dtype, family_of, read_config
     from training.memory import estimate_peak_bytes
     from tuning.methods import METHODS
 
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    class Unbuilt(ChatGLMForConditionalGeneration):
-        """A model whose weights have shapes only, that says where it would be."""
-
-        device = place
-
-    config = read_config(model, pre_seq_len=prefix if method == "p_tuning" else None)
+    config = read_config(model, family, pre_seq_len=prefix if method == "p_tuning" else None)
     config.quantization_bit = check_quantization_bit(bits, config.quantization_bit)
     dtype = choose_dtype(place)[0]
     with torch.device("meta"):
-        built = ChatGLMForConditionalGeneration(config)
-        for part in (built.transformer.embedding, built.transformer.encoder, built.transformer.output_layer):
-            for module in part.modules():
-                for weight in [] if isinstance(module, QuantizedLinear) else module.parameters(recurse=False):
+        built = family_of(config).model_class(config)
+        for name, module in built.named_modules():
+            if not isinstance(module, QuantizedLinear) and "prefix_encoder" not in name:
+                for weight in module.parameters(recurse=False):
                     weight.data = weight.to(dtype)
         built.requires_grad_(False)
         if trains and built.transformer.prefix_encoder is not None:
@@ -69,21 +75,47 @@ def memory_of(
         elif trains:
             way = METHODS[method]
             way.prepare(built, [], way.complete({}), do_train=True)
-    built.__class__ = Unbuilt
+    built.__class__ = type("Unbuilt", (built.__class__,), {"device": place})  # where it would be
     length = -(-(source + target + 1) // 8) * 8
     batch = {"batch_size": rows, "length": length, "num_supervised": target + 1 if trains else 0}
     return {"parts": estimate_peak_bytes(built, **batch), "device": place.type}
 
 
+def held_by(pids: set[int], device: str) -> int:
+    """The bytes that processes hold: of their GPUs, as nvidia-smi tells, or resident."""
+    if device == "cuda":
+        lines = asked_of_driver("--query-compute-apps=pid,used_memory")
+        pairs = [line.replace(" ", "").split(",") for line in lines]
+        found = [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2 and all(map(str.isdecimal, pair))]
+        return 2**20 * sum(size for pid, size in found if pid in pids)
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(pid).memory_info().rss
+    return total
+
+
+def with_children(pids) -> set[int]:
+    """Processes and all that they have started."""
+    found = set(pids)
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found.update(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return found
+
+
+def asked_of_driver(query: str) -> list[str]:
+    """The lines that nvidia-smi answers, none without a GPU."""
+    try:
+        words = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        return done.stdout.splitlines() if done.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+
+
 def free_memory() -> dict[str, int]:
     """{"cuda": free bytes of the emptiest GPU, where nvidia-smi finds one; "cpu": free bytes of the machine}."""
     free = {"cpu": psutil.virtual_memory().available}
-    try:
-        words = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
-        found = [int(line) for line in done.stdout.split() if line.isdecimal()]
-        if done.returncode == 0 and found:
-            free["cuda"] = max(found) * 2**20
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    return free
+    found = [int(line) for line in asked_of_driver("--query-gpu=memory.free") if line.strip().isdecimal()]
+    return {**free, "cuda": max(found) * 2**20} if found else free

@@ -16,7 +16,7 @@ from pathlib import Path
 import gradio as gr
 
 from board import show
-from board.chat import Refused, check_room, held_bytes, outstanding_bytes
+from board.chat import Refused, check_room, outstanding_bytes
 from board.commands import (
     EMPTY,
     PRESETS,
@@ -28,16 +28,28 @@ from board.commands import (
     evaluation_command,
     export_command,
     extra_words,
+    family_in,
     known_flags,
     load_settings,
     method_of,
     model_of,
+    remembered_family,
     training_command,
 )
-from board.estimate import ask, free_memory
+from board.estimate import ask, free_memory, held_by, with_children
 from board.files import PROJECT, columns_of, files_in, guessed, keep_upload, plain_text, run_name, shown_path
-from board.runs import MOST_RUNS, MOST_TAIL_BYTES, answers_of, log_tail, message_in, read_run, results_of, tail_of
-from board.starting import environment_for, is_alive, log_file, read_record, runs_in, stop
+from board.runs import (
+    MOST_RUNS,
+    MOST_TAIL_BYTES,
+    RUNNING,
+    answers_of,
+    log_tail,
+    message_in,
+    read_run,
+    results_of,
+    tail_of,
+)
+from board.starting import environment_for, is_alive, log_file, read_record, runs_in, stop, writing_process
 from board.words import words_for
 from common.failure import describe, printable
 from common.messages import cut_short, in_words
@@ -138,15 +150,15 @@ class Page:
 
     # ---- model
 
-    def look_at_model(self, request: gr.Request, model):
+    def look_at_model(self, request: gr.Request, model, extra=""):
         """A tick with what the folder says, or the program's own message."""
         words = said_in(request)
         try:
-            model = check_model(model, self.roots)
+            model = check_model(model, self.roots, extra)
             if model != "tiny" and not (PROJECT / model).is_dir():
                 return show.said(words["model_hub"].format(model=model), "plain")
             folder = PROJECT / (TINY if model == "tiny" else model)
-            settings, family = read_base_settings(folder)
+            settings, family = read_base_settings(folder, family_in(extra))
         except (ValueError, OSError) as error:
             return told(error)
         bits = settings.get("quantization_bit")
@@ -165,7 +177,7 @@ class Page:
         words, settings = said_in(request), settings_of(values)
         try:
             settings = checked_settings(settings)
-            model = check_model(settings["model"], self.roots)
+            model = check_model(settings["model"], self.roots, settings["extra"])
             folder = PROJECT / (TINY if model == "tiny" else model)
             if not folder.is_dir():
                 return show.said(words["memory_hub"], "plain")
@@ -177,6 +189,7 @@ class Page:
             }
             found = ask(
                 model=str(folder),
+                family=family_in(settings["extra"]),
                 method=settings["method"],
                 bits=int(settings["bits"]) if settings["bits"] else None,
                 prefix=numbers["prefix"],
@@ -479,6 +492,7 @@ class Page:
         place = PROJECT / (TINY if model == "tiny" else model)
         found = ask(
             model=str(place),
+            family=remembered_family(folder),
             method=method_of(folder),
             bits=None,
             prefix=128,
@@ -489,9 +503,13 @@ class Page:
         )
         free = free_memory().get(found["device"], 0)
         for run in live:
-            record = read_record(run.folder)
-            held = held_bytes([record["pid"]] if run.ours else [])
+            pids = {read_record(run.folder).get("pid") if run.ours else writing_process(run.folder)}
+            held = held_by(with_children(pids), found["device"])
             outstanding = outstanding_bytes(tail_of(log_file(run.folder, "train")), held)
+            if (
+                outstanding is None and run.state == RUNNING
+            ):  # a terminal has its estimate; it holds what it takes by now
+                outstanding = 0
             check_room(run.name, sum(found["parts"].values()), free, outstanding)
 
     def end_chat(self):

@@ -199,7 +199,7 @@ def build(page: Page):
         ]
         looking = {"fn": page.tick, "inputs": [run, tab, seen], "outputs": now, **QUICK}
         refreshing = {"fn": page.refresh, "inputs": fields, "outputs": shown, **QUICK}
-        modelling = {"fn": page.look_at_model, "inputs": [f["model"]], "outputs": [model_said], **QUICK}
+        modelling = {"fn": page.look_at_model, "inputs": [f["model"], f["extra"]], "outputs": [model_said], **QUICK}
 
         timer.tick(**looking)
         run.input(lambda: {}, None, [seen], **QUICK).then(**looking)

@@ -102,7 +102,7 @@ WORDS = {  # name -> English, Chinese
     "exists_overwrite": ("overwrite it", "覆盖"),
     "exists_name": ("new name", "换个名字"),
     "ask_exists": (
-        "output/{name} has {count} checkpoints. Choose what becomes of it, then press Start again.",
+        "output/{name} is there already (checkpoints: {count}). Choose what becomes of it, then press Start again.",
         "output/{name} 已有 {count} 个检查点。请选择如何处理，然后再按一次“开始”。",
     ),
     "started": (

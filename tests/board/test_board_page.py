@@ -1,12 +1,10 @@
 """The training page's handlers and its doors, without a browser: what a stranger sends, and what it gets."""
 
-import json
-import os
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from support.over_http import call, serve, wait_for
+from support.over_http import call, serve
 
 from board import show
 from board.chat import Chat, Refused, check_room, outstanding_bytes
@@ -14,7 +12,7 @@ from board.commands import EMPTY, PRESETS
 from board.doors import Bodies, ChatDoor, OwnSiteOnly
 from board.events import NAMES, Page
 from board.files import Roots
-from board.starting import Starter, read_record
+from board.starting import Starter
 from board.words import TEXTS, WORDS
 from common.files import write_json
 
@@ -37,7 +35,7 @@ def test_a_run_that_is_there_is_never_overwritten_unasked(page, tmp_path, monkey
     )
     (tmp_path / "mine" / "checkpoint-3").mkdir(parents=True)
     said, question, *_ = page.start(REQUEST, None, *FIELDS)
-    assert "has 1 checkpoints" in said and question["visible"] and not started
+    assert "is there already" in said and question["visible"] and not started
     for choice in ("continue", "overwrite", "name"):
         page.start(REQUEST, choice, *FIELDS)
     (one, going_on), (two, anew), (three, _) = started
@@ -112,16 +110,12 @@ def test_settings_and_flags_say_what_is_wrong_at_once(page):
     assert "4 layers" in page.look_at_model(REQUEST, "tiny") and "leads out" in page.look_at_model(REQUEST, "/etc")
 
 
-def test_what_others_wrote_is_text(tmp_path):
+def test_what_others_wrote_is_text():
     hostile = "<script>alert(1)</script>\x1b[2J"
     row = {"prompt": hostile, "labels": hostile, "predict": hostile}
-    for html in (
-        show.answers([row], TEXTS["en"]),
-        show.said(hostile),
-        show.pre(hostile, hostile),
-        show.framed(hostile, hostile),
-    ):
-        assert "<script" not in html and "\x1b" not in html.replace(hostile, "")
+    for html in (show.answers([row], TEXTS["en"]), show.said(hostile), show.pre(hostile, hostile)):
+        assert "<script" not in html and "\x1b" not in html
+    assert "<script" not in show.framed(hostile, hostile)
 
 
 def test_both_languages_say_everything():
@@ -259,5 +253,4 @@ def test_a_password_comes_from_a_file_and_opens_other_addresses(tmp_path, monkey
     (tmp_path / "auth").write_text("admin:long enough\n")
     args = train_web.parse_arguments(["--auth", str(tmp_path / "auth"), "--server_name", "0.0.0.0"])
     assert args.auth == ("admin", "long enough")
-    assert json.dumps(read_record(tmp_path)) == "{}" and os.path.isdir(args.root[0])
-    wait_for(lambda: True)
+    assert str(ROOT) in args.root
