@@ -22,6 +22,7 @@ def own_name(official: str) -> str | None:
 
 
 def official_name(own: str) -> str:
+    """The name under which a weight of chatglm2/'s modules is stored."""
     for before, after in PREFIXES:
         if own.startswith(after):
             return before + own.removeprefix(after).replace(*reversed(INNER))
