@@ -11,7 +11,7 @@
   window.refused = `<p class="error" role="alert">${words.refused}</p>`;
   window.onKept = (kept) => {
     window.kept = kept;
-    document.body.classList.toggle("has-other", kept.mode === "auto" && Boolean(kept.other));
+    if (find("#other")) find("#other").style.display = kept.mode === "auto" && kept.other ? "block" : "none";
     if (document.activeElement === document.body) focus();
   };
 

@@ -10,7 +10,7 @@ WORDS = {  # name -> English, Chinese
     "tuned": ("Tuned", "微调模型"),
     "base": ("Base", "原模型"),
     "both": ("Both", "两者并排"),
-    "auto": ("Automatic", "自动选择"),
+    "auto": ("Auto", "自动"),
     "other": ("Ask the other one", "换另一个回答"),
     "checkpoint": ("Checkpoint of the run", "本次训练的检查点"),
     "message": ("Your message", "输入"),

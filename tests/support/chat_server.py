@@ -60,7 +60,7 @@ def open_server(*words, server_class=None):
             max_queue=server.max_queue,
             max_sessions=server.max_sessions,
         )
-        opened.name, opened.run_folder = server.name, server.run_folder
+        opened.name, opened.run_folder, opened.candidates = server.name, server.run_folder, server.candidates
         return opened
     return server
 
