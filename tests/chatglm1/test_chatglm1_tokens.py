@@ -42,6 +42,12 @@ def test_a_prompt_is_the_question_alone_or_rounds_from_0(tokenizer):
     assert prompt == "[Round 0]\n问：你好\n答：你好！\n[Round 1]\n问：天气\n答：晴\n[Round 2]\n问：再见\n答："
 
 
+def test_the_last_turn_is_the_question_alone(tokenizer):
+    alone = tokenizer.encode(tokenizer.build_prompt("再见"))
+    for history in ([], [("你好", "你好！")]):
+        assert tokenizer.last_turn(tokenizer.encode(tokenizer.build_prompt("再见", history))) == alone
+
+
 def test_the_chat_template_writes_the_same_prompts(tokenizer):
     messages = [{"role": "user", "content": "再见"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == "再见"
