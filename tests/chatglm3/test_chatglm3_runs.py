@@ -124,6 +124,15 @@ def test_an_exported_prefix_and_model_say_their_family(tiny3, trained, tmp_path,
     assert model.chat(tokenizer, "天气？", do_sample=False, max_length=100)[1][0]["role"] == "user"
 
 
+@pytest.mark.parametrize("way", ["lora", "full", "freeze"])
+def test_every_way_of_tuning_remembers_the_family(way, tiny3, monkeypatch, tmp_path):
+    settings = {**TRAIN_SETTINGS, "pre_seq_len": None, "finetuning_type": way, "max_steps": 1, "save_steps": 1}
+    run(monkeypatch, settings, model_name_or_path=tiny3, max_train_samples=8, output_dir=tmp_path)
+    assert json.loads((tmp_path / "checkpoint-1" / "ptuning.json").read_text())["model_family"] == "chatglm3"
+    if way == "full":  # it is a base model itself
+        assert read_config(tmp_path / "checkpoint-1").model_family == "chatglm3"
+
+
 # ---- CodeGeeX2 and raw prompts
 
 
