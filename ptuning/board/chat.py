@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 from board.commands import Command
 from board.files import PROJECT
 from board.runs import tail_of
-from board.starting import environment_for
+from board.starting import argv_of, environment_for
 
 PATIENCE = 90  # seconds without word of a browser that shows the chat; a hidden one sends it once a minute
 END_SECONDS = 5
@@ -119,7 +118,7 @@ class Chat:
         self.state = "loading"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *program.program[1:], *program.words],
+                argv_of(program),
                 cwd=PROJECT,
                 env=environment_for(program),
                 stdin=subprocess.DEVNULL,

@@ -402,3 +402,8 @@ def checkpoint_of(folder: Path, step) -> Path:
     if not step.isdecimal() or not (folder / f"checkpoint-{step}").is_dir():
         raise ValueError(f"{folder.name} has no checkpoint of step {step!r}.")
     return folder / f"checkpoint-{step}"
+
+
+def compare_command(folders: list[Path], place: Path) -> Command:
+    """The command that compares the runs in some folders, and writes its page to another."""
+    return Command(["python", "ptuning/compare.py"], {}, [*map(str, folders), "--output_dir", str(place)])

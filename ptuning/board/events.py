@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import gradio as gr
@@ -25,6 +22,7 @@ from board.commands import (
     check_model,
     checked_settings,
     checkpoint_of,
+    compare_command,
     evaluation_command,
     export_command,
     extra_words,
@@ -37,10 +35,9 @@ from board.commands import (
     training_command,
 )
 from board.estimate import ask, free_memory, held_by, with_children
-from board.files import PROJECT, columns_of, files_in, guessed, keep_upload, plain_text, run_name, shown_path
+from board.files import PROJECT, columns_of, files_in, free_name, guessed, keep_upload, plain_text, run_name, shown_path
 from board.runs import (
     MOST_RUNS,
-    MOST_TAIL_BYTES,
     RUNNING,
     answers_of,
     log_tail,
@@ -49,14 +46,13 @@ from board.runs import (
     results_of,
     tail_of,
 )
-from board.starting import environment_for, is_alive, log_file, read_record, runs_in, stop, writing_process
+from board.starting import is_alive, log_file, output_of, read_record, runs_in, stop, writing_process
 from board.words import words_for
-from common.failure import describe, printable
+from common.failure import describe
 from common.messages import cut_short, in_words
 from families import read_base_settings
 
 NAMES = tuple(EMPTY)  # the order in which every handler gets the settings; `sources` are a list
-CHECK_SECONDS = 300
 MOST_PAGE_BYTES = 16 * 2**20  # of a comparison
 MOST_COMPARED = 8
 ROWS_SHOWN = 20
@@ -226,7 +222,9 @@ class Page:
             return [told(error), *[gr.skip()] * 4, None]
         likely = guessed(columns)
         rows = [[row.get(column, "") for column in columns[:8]] for row in first]
-        text = show.said(words["rows"].format(count=f"{count:,}")) + show.table(columns[:8], rows, words["path"])
+        text = show.said(words["rows"].format(count="?" if count is None else f"{count:,}")) + show.table(
+            columns[:8], rows, words["path"]
+        )
         choices = [(words["none"], ""), *((column, column) for column in columns)]
         dropdowns = [
             gr.update(choices=choices, value=likely[kind]) for kind in ("prompt", "response", "history", "messages")
@@ -557,40 +555,3 @@ class Page:
         return show.said(words["exported"].format(folder=shown_path(folder))) + show.links(
             sorted(folder.iterdir())[:100], words
         )
-
-
-def free_name(folder: Path, name: str) -> str:
-    """`name`, or with -2, -3, … behind it the first that is not in a folder yet."""
-    name = re.sub(r"-\d{1,3}$", "", name) if (folder / name).exists() else name
-    return next(each for each in (name, *(f"{name}-{n}" for n in range(2, 1000))) if not (folder / each).exists())
-
-
-def compare_command(folders, place):
-    """compare.py on the folders of runs."""
-    return Command(["python", "ptuning/compare.py"], {}, [*map(str, folders), "--output_dir", str(place)])
-
-
-def output_of(command) -> str:
-    """All that a short command prints, without what steers a terminal. ValueError where it takes too long."""
-    process = subprocess.Popen(
-        [
-            sys.executable if command.program[0] == "python" else command.program[0],
-            *command.program[1:],
-            *command.words,
-        ],
-        cwd=PROJECT,
-        env=environment_for(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=CHECK_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise ValueError(
-            f"That took more than {CHECK_SECONDS} seconds, and was ended: type it in a terminal."
-        ) from None
-    return printable(printed[-MOST_TAIL_BYTES:].decode("utf-8", errors="replace"))

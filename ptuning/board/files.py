@@ -4,22 +4,25 @@ Answers to nothing in the official scripts. A visitor's text becomes a path in o
 scripts would not find by their names are linked into a folder of their own, so a command from the page works in a terminal.
 """
 
+import gzip
 import hashlib
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 from common.files import write_json
 from common.messages import cut_short
 from data.dataset_info import DATASET_INFO_FILE
-from data.rows import read_rows
+from data.rows import check_data_file, glance, read_rows
 
 PROJECT = Path(__file__).resolve().parents[2]
 OUTPUT = PROJECT / "output"
 UPLOADS = "_uploads"  # in output/: files that came through the browser, and folders of links to rows
 MAX_TEXT = 500  # characters of a field
 MAX_UPLOAD_BYTES = 2**30
+MOST_READ_BYTES = 2**26  # of a file, to show its rows
 MAX_SOURCES = 8  # files of rows in one run
 MAX_COLUMNS = 100
 FIRST_ROWS = 20  # whose columns are offered
@@ -84,6 +87,12 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
 
 
+def free_name(folder: Path, name: str) -> str:
+    """`name`, or with -2, -3, … behind it the first that is not in a folder yet."""
+    name = re.sub(r"-\d{1,3}$", "", name) if (folder / name).exists() else name
+    return next(each for each in (name, *(f"{name}-{n}" for n in range(2, 1000))) if not (folder / each).exists())
+
+
 # ---- rows
 
 
@@ -96,15 +105,34 @@ def ending_of(path: Path) -> str:
     return max(found, key=len)
 
 
-def columns_of(path: Path) -> tuple[list[str], list[dict], int]:
-    """(names of columns, first rows, number of rows) of a file of rows. Raises as read_rows."""
-    ending_of(path)
-    size = path.stat().st_size if path.is_file() else 0
-    if size > MAX_UPLOAD_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; the page reads files of at most {MAX_UPLOAD_BYTES:,}.")
-    rows = read_rows(path)
+def columns_of(path: Path) -> tuple[list[str], list[dict], int | None]:
+    """(names of columns, first rows, number of rows or None) of a file of rows. Raises as read_rows.
+
+    Of a file with more than MOST_READ_BYTES only the first row is read, where that can be.
+    """
+    ending = ending_of(path)
+    check_data_file(path)
+    if is_longer(path, MOST_READ_BYTES):
+        row, count = (None, None) if ending.endswith(".gz") else glance(path)
+        rows = [row] if row else []
+    else:
+        rows = read_rows(path)
+        count = len(rows)
     names = dict.fromkeys(name for row in rows[:FIRST_ROWS] for name in row)
-    return list(names)[:MAX_COLUMNS], rows[:3], len(rows)
+    return list(names)[:MAX_COLUMNS], rows[:3], count
+
+
+def is_longer(path, most):
+    """True for a file of more than `most` bytes, unpacked. ValueError for a damaged .gz file."""
+    if path.suffix.lower() != ".gz":
+        return path.stat().st_size > most
+    try:
+        with gzip.open(path) as opened:
+            while most >= 0 and (part := opened.read(2**20)):
+                most -= len(part)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); copy it again, or name the unpacked file") from None
+    return most < 0
 
 
 def files_in(folder: Path) -> dict[str, Path]:

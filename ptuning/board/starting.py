@@ -19,10 +19,13 @@ from pathlib import Path
 
 from board.commands import Command, script_variables
 from board.files import PROJECT
+from common.failure import printable
 from common.files import read_json, write_json
 from common.values import is_count
 
 KINDS = ("train", "evaluate", "export")
+CHECK_SECONDS = 300
+MOST_PRINTED_BYTES = 2**16
 MOST_AT_ONCE = 4  # processes that the page starts
 LOCK_FILE = ".lock"  # of training/resume.py: which process writes to a run's folder
 BOOT_FILE = Path("/proc/sys/kernel/random/boot_id")
@@ -126,6 +129,12 @@ def environment_for(command: Command) -> dict[str, str]:
     return {**kept, **command.variables}
 
 
+def argv_of(command: Command) -> list[str]:
+    """The words that start a command, with the Python that runs this page."""
+    program, *more = command.program
+    return [sys.executable if program == "python" else program, *more, *command.words]
+
+
 class Starter:
     """Starts processes, a few at once, and takes note of how they end where they do before the page does."""
 
@@ -160,11 +169,7 @@ class Starter:
                 log.write(f"$ {command.text}\n".encode())
                 log.flush()
                 process = subprocess.Popen(
-                    [
-                        sys.executable if command.program[0] == "python" else command.program[0],
-                        *command.program[1:],
-                        *command.words,
-                    ],
+                    argv_of(command),
                     cwd=PROJECT,
                     env=environment_for(command),
                     stdin=subprocess.DEVNULL,
@@ -213,6 +218,28 @@ class Starter:
         }
         write_json(record_file(folder, "train"), record)
         return record
+
+
+def output_of(command: Command) -> str:
+    """All that a short command prints, without what steers a terminal. ValueError where it takes too long."""
+    process = subprocess.Popen(
+        argv_of(command),
+        cwd=PROJECT,
+        env=environment_for(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise ValueError(
+            f"That took more than {CHECK_SECONDS} seconds, and was ended: type it in a terminal."
+        ) from None
+    return printable(printed[-MOST_PRINTED_BYTES:].decode("utf-8", errors="replace"))
 
 
 def stop(folder: Path, kind: str) -> None:

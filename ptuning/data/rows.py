@@ -114,6 +114,7 @@ def _parse_csv(text: str, name: str) -> list[dict]:
 
 
 def check_data_file(path: Path) -> None:
+    """ValueError or FileNotFoundError for a path that is no regular file."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a data file in it, such as {path / 'train.json'}")
     if path.exists() and not path.is_file():

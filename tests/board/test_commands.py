@@ -1,5 +1,6 @@
 """Settings of the page become one command, and a stranger's text never becomes another one."""
 
+import gzip
 import json
 import os
 
@@ -104,6 +105,16 @@ def test_columns_are_offered_and_guessed(rows):
         "history": "",
         "messages": "",
     }
+
+
+def test_a_file_that_unpacks_to_a_great_deal_is_not_read(tmp_path):
+    with gzip.open(tmp_path / "bomb.json.gz", "wb", compresslevel=1) as file:
+        for _ in range(65):
+            file.write(bytes(2**20))
+    assert columns_of(tmp_path / "bomb.json.gz") == ([], [], None)
+    (tmp_path / "half.csv.gz").write_bytes((tmp_path / "bomb.json.gz").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no whole gzip file"):
+        columns_of(tmp_path / "half.csv.gz")
 
 
 # ---- what a stranger sends
