@@ -66,7 +66,9 @@ def memory_of(
     with torch.device("meta"):
         built = family_of(config).model_class(config)
         for name, module in built.named_modules():
-            if not isinstance(module, QuantizedLinear) and "prefix_encoder" not in name:
+            if isinstance(module, QuantizedLinear):
+                module.weight_scale = module.weight_scale.to(config.dtype or dtype)  # that of the files, as load_model
+            elif "prefix_encoder" not in name:
                 for weight in module.parameters(recurse=False):
                     weight.data = weight.to(dtype)
         built.requires_grad_(False)

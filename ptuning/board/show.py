@@ -155,7 +155,7 @@ def pre(text: str, label: str) -> str:
 
 def marked(text: str, label: str) -> str:
     """Lines of --check_data, what the model learns between ⟦ and ⟧ highlighted."""
-    return pre(text, label).replace("⟦", "<mark>⟦").replace("⟧", "⟧</mark>")
+    return re.sub("⟦(?! and ⟧)[^⟧]*⟧", lambda found: f"<mark>{found[0]}</mark>", pre(text, label))
 
 
 # ---- tables
