@@ -27,8 +27,8 @@ import torch
 
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.weight_names import ROTARY_TENSOR
 from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config
-from checkpoints.weight_files import ROTARY_TENSOR
 from common.environment import KEEP_MEMORY
 from data.batches import collate_prediction, collate_training
 from data.encoding import encode_prediction, encode_training

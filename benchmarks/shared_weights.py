@@ -22,8 +22,9 @@ import torch
 
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.weight_names import ROTARY_TENSOR
 from checkpoint import load_model
-from checkpoints.weight_files import ROTARY_TENSOR, read_tensors, weight_files
+from checkpoints.weight_files import read_tensors, weight_files
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = json.loads((ROOT / "ptuning" / "tiny" / "config.json").read_text())

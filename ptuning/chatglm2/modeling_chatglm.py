@@ -439,6 +439,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
     """ChatGLM2 with its language-model head, its prefix encoder, and the official chat methods (chat.py)."""
 
     model_class = ChatGLMModel
+    family = "chatglm2"  # of a configuration that names none; one that is saved says it
     # A function of the model, input ids, labels, num_items_in_batch and what else a batch holds: its loss is then the one
     # of training, and what it computes with is its own business.
     own_loss = None
@@ -448,6 +449,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
 
         `device` is where the weights are made. They are random numbers whatever `empty_init` says.
         """
+        config.model_family = config.model_family or self.family
         super().__init__(config)
         # The Trainer smooths labels that are shifted in the classes listed here only.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("chatglm", "ChatGLMForConditionalGeneration")

@@ -20,6 +20,7 @@ class ChatGLMForConditionalGeneration(modeling_chatglm.ChatGLMForConditionalGene
     """As of ChatGLM2; with another prompt template than chatglm3 its chat methods are ChatGLM2's."""
 
     config_class = ChatGLMConfig
+    family = "chatglm3"
 
     def build_inputs(self, tokenizer, query, history=None, role="user"):
         """input_ids, attention_mask, position_ids (1, S) of the whole conversation and the open question."""
