@@ -1,7 +1,7 @@
 """What tuning on adverts makes a model forget, and what keeps it: one table of runs of main.py.
 
     python -m benchmarks.forgetting                                    tiny and the sample, 200 and 400 steps
-    python -m benchmarks.forgetting --lines untuned,official,keep --steps 400 --keep 1:0.5 0.5:0.5 2:1
+    python -m benchmarks.forgetting --lines untuned,official,keep --steps 400 --keep 1:0.5 0.5:0.5 0.8:1
     python -m benchmarks.forgetting --model ../shared/chatglm2-mini --data ../shared/AdvertiseGen --steps 100 \
         --general ptuning/forgetting/general.jsonl --general_dev none --lines official,keep
 
@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max_source_length", type=int, default=128)
     parser.add_argument("--lines", default="untuned,official,mixing,keep")
-    parser.add_argument("--keep", nargs="+", default=["1:0.5"], help="weight:share, of each line of keep")
+    parser.add_argument("--keep", nargs="+", default=["0.8:1"], help="weight:share, of each line of keep")
     parser.add_argument(
         "--more", nargs="*", default=[], help="further flags of every run, without their --: name=value"
     )

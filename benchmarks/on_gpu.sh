@@ -92,7 +92,7 @@ case $part in
   d)
     step drift 140 "$python" -m benchmarks.gpu_steps drift --size "$size" --out "$out"
     [ -z "${MODEL:-}" ] || step forgetting 400 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
-      --general ptuning/forgetting/general.jsonl --general_dev none --lines official,keep --steps 100 --keep 1:0.5 \
+      --general ptuning/forgetting/general.jsonl --general_dev none --lines official,keep --steps 100 --keep 0.8:1 \
       --output_dir "$out/forgetting" --more pre_seq_len=128
     ;;
 esac

@@ -11,7 +11,7 @@ from data.encoding import encode_prompts
 from data.examples import load_examples, look_at_file, shown_columns
 from data.rows import glance
 
-MEASURED = 64  # prompts at most: their number decides what a measurement costs
+MEASURED = 48  # prompts at most: their number decides what a measurement costs
 LONGEST_PROMPT = 512  # tokens; longer prompts are left out, as what is cut is another question
 
 

@@ -25,8 +25,8 @@ from training.results import describe_drift
 from training.run_log import DRIFT_FIGURES
 from training.schedule import rows_of_whole_step
 
-MEASURED_TOKENS = 64  # of an answer of the base
-SHOWN = 6  # prompts that are answered at the end
+MEASURED_TOKENS = 32  # of an answer of the base
+SHOWN, SHOWN_TOKENS = 6, 64  # prompts that are answered at the end, and tokens of their answers
 
 
 def open_general(session, data_args, training_args, tokenizer, seq_length: int, say) -> General | None:
@@ -112,7 +112,7 @@ class GeneralTrainer(PrefixTrainer):
             [index * len(asked) // SHOWN for index in range(SHOWN)] if len(asked) > SHOWN else range(len(asked))
         )
         model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
-        how = {"most": MEASURED_TOKENS, "num_known": len(tokenizer), "ends": tokenizer.stop_ids}
+        how = {"most": SHOWN_TOKENS, "num_known": len(tokenizer), "ends": tokenizer.stop_ids}
         with swapped(model, BASE):
             before = answers_of(model, asked.ids, **how)
         after = answers_of(model, asked.ids, **how)

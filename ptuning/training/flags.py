@@ -46,7 +46,7 @@ class TrainingArguments:
         default=0.0,
     )
     keep_base_rows: float = declare(
-        "keep_base: how many general rows a step has, for each of its own rows.", default=0.5
+        "keep_base: how many general rows a step has, for each of its own rows.", default=1.0
     )
     stage: Literal["sft", "rm", "dpo", "ppo"] = declare(
         "What is trained for: sft: to give the answers of the rows; rm: a reward model, from pairs of answers; dpo: to "
