@@ -266,7 +266,8 @@ class Page:
             prefix = words["chooses"].format(names=", ".join([*self.server.candidates, self.server.base]))
         elif not facts["pre_seq_len"] and model != BASE:  # weights that were tuned themselves
             prefix = model
-        parts = [facts["base_model"], prefix, facts["weights"], facts["device"], facts.get("slow_because")]
+        drift = words["drift"].format(**facts) if "drift" in facts else None
+        parts = [facts["base_model"], prefix, drift, facts["weights"], facts["device"], facts.get("slow_because")]
         return " · ".join(filter(None, parts))
 
     def choose(self, request: gr.Request, checkpoint):

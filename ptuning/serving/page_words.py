@@ -35,6 +35,7 @@ WORDS = {  # name -> English, Chinese
         "未经微调的原模型会在这里回答同样的问题。",
     ),
     "prefix": ("{model} (prefix of {pre_seq_len})", "{model}（前缀长度 {pre_seq_len}）"),
+    "drift": ("drift {drift:.2f}", "偏移 {drift:.2f}"),
     "no_prefix": ("base model, no prefix", "原模型，不带前缀"),
     "chooses": ("each question chooses: {names}", "由每个问题选择：{names}"),
     "chosen": ("chosen by the question, {sure:.0%} sure", "由问题选定，把握 {sure:.0%}"),

@@ -32,6 +32,7 @@ from checkpoints.run_folder import list_checkpoints
 from checkpoints.sidecar import read_sidecar
 from common.messages import dtype_name
 from common.slowness import slow_because
+from common.values import is_number
 from serving.answers import Answer, Sampling, hold_back, read_answer, shared_length
 from serving.auto import AUTO, StateMean, decide
 from serving.json_mode import JsonMode, check_schema
@@ -94,6 +95,7 @@ class ChatServer(Prompts):
         self.usual = self.default  # where who asks names no model: this one, or auto
         self._checkpoints = dict(checkpoints or {})
         self._prefixes, self._source_prefixes = {base: []}, {base: source_prefix}
+        self._drifts = {}  # of the checkpoints whose runs have measured it
         self._signatures = {}
         self._prefixes_of_worker = {}  # on the model's device; only the worker computes there
         self._kept_caches = OrderedDict()  # session -> (model, token ids, layers) between two answers
@@ -135,6 +137,8 @@ class ChatServer(Prompts):
                 adapter = self.gate is not None  # a part of the model
                 settings = (read_sidecar if adapter else read_prefix_settings)(checkpoints[name])
                 self._source_prefixes[name] = settings.get("source_prefix") or ""
+                if is_number(settings.get("drift")):
+                    self._drifts[name] = settings["drift"]
                 self._prefixes[name] = [] if adapter else self._read_prefix(checkpoints[name], settings)
             return self._prefixes[name]
 
@@ -261,6 +265,7 @@ class ChatServer(Prompts):
             "pre_seq_len": self.prefix_length(name),
             "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
             "device": str(self.model.device),
+            **({"drift": self._drifts[name]} if name in self._drifts else {}),
             **slow_because(),
         }
 

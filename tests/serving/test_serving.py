@@ -1,6 +1,7 @@
 """The chat server: equal to chat(), together or alone, with any prefix, from a kept cache, at its limits."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -13,6 +14,8 @@ from chatglm2.chat import TRAINING_DATE
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_prefix
 from data.encoding import encode_prediction
 from data.examples import load_examples
+from serving.page_events import Page
+from serving.page_words import words_for
 from serving.server import BASE, Answer, Busy, Sampling, hold_back
 from tuning.methods import prepare_model, save_trained
 
@@ -308,6 +311,17 @@ def test_a_run_folder_stands_for_its_last_checkpoint_and_the_sidecar_names_the_m
         "weights": "float32",
         "device": str(server.model.device),
     }
+
+
+def test_the_status_tells_the_drift_that_a_checkpoint_remembers(server, tmp_path):
+    checkpoint = tmp_path / "checkpoint-30"
+    shutil.copytree(server.checkpoints()["checkpoint-30"], checkpoint)
+    sidecar = json.loads((checkpoint / "ptuning.json").read_text())
+    (checkpoint / "ptuning.json").write_text(json.dumps({**sidecar, "drift": 0.4079}))
+    with_drift = open_server("--ptuning_checkpoint", checkpoint)
+    line = Page(with_drift).describe(with_drift.default, words_for("en"))
+    with_drift.close()
+    assert line == "tiny · checkpoint-30 (prefix of 6) · drift 0.41 · float32 · cpu"
 
 
 @pytest.mark.parametrize(
