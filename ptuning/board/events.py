@@ -230,9 +230,9 @@ class Page:
             gr.update(choices=choices, value=likely[kind]) for kind in ("prompt", "response", "history", "messages")
         ]
         looked = {
-            "file": str(found["train"]),
-            "dev": str(found.get("dev", "")),
-            "folder": str(place) if place.is_dir() else "",
+            "file": shown_path(found["train"]),
+            "dev": shown_path(found["dev"]) if "dev" in found else "",
+            "folder": shown_path(place) if place.is_dir() else "",
         }
         return [text, *dropdowns, looked]
 
