@@ -1,11 +1,12 @@
 """Batches, and the order of the rows."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
+from conftest import TINY
 from support.rows import own_cache, write  # noqa: F401, fixtures
 
+from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from data.batches import BLANK_ROW, EvenBatches, RowOrder, WithBlankRow, collate_prediction, collate_training
 from data.encoding import encode_training
 from data.examples import load_examples
@@ -77,14 +78,13 @@ def test_nothing_is_supervised_in_a_blank_row(label_pad_id):
 
 def test_a_row_whose_every_token_is_ignored_is_refused_before_training(write):
     # The pad token is the unknown token, never learned; in a model whose end is that token too a row may have no other.
-    tokenizer = SimpleNamespace(
-        pad_token_id=0,
-        eos_token_id=0,
-        prefix_tokens=[1, 2],
-        model_sha256="none",
-        build_prompt=lambda prompt, history=None: prompt,
-        encode_batch=lambda texts: [[0] if text == "?" else [5] for text in texts],
-    )
+    class Tokenizer(ChatGLMTokenizer):
+        pad_token_id = eos_token_id = 0
+
+        def encode_batch(self, texts):
+            return [[0] if text == "?" else [5] for text in texts]
+
+    tokenizer = Tokenizer(str(TINY / "tokenizer.model"))
     rows = [{"content": "a", "summary": "b"}, {"content": "a", "summary": "?"}]
     examples, _ = load_examples(write(rows), "content", "summary")
     with pytest.raises(ValueError, match="row 2 has nothing to learn"):
