@@ -21,6 +21,8 @@ from alignment.swapping import trained_weights
 from arguments import parse_flags
 from checkpoints.weight_files import read_tensors
 from first_look import look_at_demo, look_at_run
+from serving.page_kept import FeedbackFile
+from serving.page_kept import preference as preference_of
 from training.results import describe_end
 
 COMPARED = ("loss", "margin", "accuracy", "eval_loss", "eval_margin", "eval_accuracy")
@@ -114,6 +116,18 @@ def test_the_first_loss_of_a_run_of_dpo_is_log_2_cached_or_not(files, monkeypatc
         found[cache] = [line["loss"] for line in figures(tmp_path / str(cache))]
     assert found[False][0] == pytest.approx(math.log(2), rel=1e-7)
     assert found[True] == pytest.approx(found[False], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo"])
+def test_what_visitors_of_the_page_preferred_trains_as_it_is(stage, monkeypatch, tmp_path):
+    file, kept = FeedbackFile(tmp_path / "train.jsonl"), {"earlier": {}}
+    for row in pair_rows(6):
+        turns = {"tuned": [[row["content"], row["chosen"]]], "base": [[row["content"], row["rejected"]]]}
+        file.append(preference_of({**kept, **turns}, "both", "tuned", 0, True))
+    columns = {"prompt_column": "prompt", "history_column": "history", "eval_strategy": "no"}
+    settings = {**TRAIN, **METHODS["prefix"], **columns, "train_file": tmp_path / "train.jsonl", "max_steps": 1}
+    trainer = run(monkeypatch, settings, stage=stage, output_dir=tmp_path / "run")
+    assert len(trainer.train_dataset) == 6 and trainer.state.global_step == 1
 
 
 def test_a_step_is_the_same_in_one_batch_and_in_accumulated_ones(files, monkeypatch, tmp_path):

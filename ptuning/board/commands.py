@@ -13,13 +13,13 @@ from pathlib import Path
 from arguments import flags_of_main, parse_flags
 from board.files import MAX_SOURCES, PROJECT, Roots, link_rows, plain_text, run_name, shown_path
 from checkpoints.sidecar import finetuning_type
+from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json, write_json
 from common.quoting import NEEDS_EQUALS, as_typed
 from families import FAMILY_KEY, SUPPORTED, local_folder, read_base_settings
 from training.stages import reads_pairs
 
 TINY = "ptuning/tiny"
-METHODS = ("p_tuning", "lora", "freeze", "full")
 STAGES = ("sft", "rm", "dpo", "ppo")
 MAX_EXTRA = 60  # further flags
 MAX_SETTINGS_BYTES = 2**16
@@ -42,7 +42,7 @@ EMPTY = {
     "dev_ratio": "",
     **dict.fromkeys(NUMBERS, ""),
     "epochs": "",
-    "method": "p_tuning",
+    "method": DEFAULT_METHOD,
     "stage": "sft",
     "bits": "",
     "gpus": "",
@@ -229,22 +229,22 @@ def training_command(values: dict, roots: Roots, output: Path | None = None) -> 
         variables["QUANTIZATION_BIT"] = ""
     program = ["bash", "train.sh"]
     method, stage = settings["method"], settings["stage"]
-    if method not in METHODS or stage not in STAGES:
-        raise ValueError(f"Expected a method of {', '.join(METHODS)} and a stage of {', '.join(STAGES)}.")
+    if method not in TRAINED or stage not in STAGES:
+        raise ValueError(f"Expected a method of {', '.join(TRAINED)} and a stage of {', '.join(STAGES)}.")
     if stage != "sft":
         program = ["bash", "train_preference.sh"]
         variables |= {"STAGE": stage, "FINETUNING_TYPE": method}
         if settings["start"]:
             variables["START"] = shown_path(roots.checked(settings["start"], "The run to start from"))
     else:
-        if method != "p_tuning":
+        if not RULES[method].needs_prefix:
             program = ["bash", "finetune.sh"]
             variables["FINETUNING_TYPE"] = method
             variables.pop("PRE_SEQ_LEN", None)
         if settings["start"]:
             start = shown_path(roots.checked(settings["start"], "The run to start from"))
             words += ["--ptuning_checkpoint", start]
-            if method == "p_tuning":  # whose prefix has its own length
+            if RULES[method].needs_prefix:  # whose prefix has its own length
                 variables["with_prefix"] = ""
                 variables.pop("PRE_SEQ_LEN", None)
     words += extra_words(settings["extra"], roots)
@@ -258,7 +258,7 @@ def default_name(settings, variables):
     """A name for the run that says model and way."""
     model = re.sub(r"[^\w.+-]+", "-", Path(variables["MODEL"]).name).strip("-._") or "model"
     stage = "" if settings["stage"] == "sft" else f"{settings['stage']}-"
-    return f"{stage}{model}-{settings['method'].replace('p_tuning', 'pt')}"
+    return f"{stage}{model}-{'pt' if RULES[settings['method']].needs_prefix else settings['method']}"
 
 
 def data_words(settings, variables, roots, output):
@@ -320,7 +320,7 @@ def check_flags(settings, variables, words):
         raise ValueError(f"GPUs: {settings['gpus']!r}, expected a whole number, at least 1.")
     argv += ["--finetuning_type", settings["method"]]
     argv += [] if settings["stage"] == "sft" else ["--stage", settings["stage"]]
-    if settings["method"] == "p_tuning" and not settings["start"] and "PRE_SEQ_LEN" not in variables:
+    if RULES[settings["method"]].needs_prefix and not settings["start"] and "PRE_SEQ_LEN" not in variables:
         argv.append("--pre_seq_len=128")  # the scripts' own
     # parse_flags tells a check of the words apart from a run only by what it reads, which is nothing here.
     parse_flags([*argv, *(word for word in words if word != "--debug")])
@@ -356,7 +356,7 @@ def method_of(folder: Path) -> str:
     for checkpoint in sorted(Path(folder).glob("checkpoint-*")):
         if kind := finetuning_type(checkpoint):
             return kind
-    return "p_tuning"
+    return DEFAULT_METHOD
 
 
 def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: Roots) -> Command:
@@ -367,7 +367,7 @@ def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: R
     step = plain_text(step, "The checkpoint", 20)
     if not re.fullmatch(r"|\d{1,9}|best|last|all", step):
         raise ValueError(f"The checkpoint is {step!r}; expected a step, best, last or all.")
-    script = "evaluate.sh" if method_of(folder) == "p_tuning" else "evaluate_finetune.sh"
+    script = "evaluate.sh" if RULES[method_of(folder)].needs_prefix else "evaluate_finetune.sh"
     chosen = {"MODEL": model_of(folder, variables), "CHECKPOINT": run_name(folder.name), "STEP": step}
     chosen["QUANTIZATION_BIT"] = variables.get("QUANTIZATION_BIT", "")
     if data:

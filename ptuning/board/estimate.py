@@ -56,11 +56,12 @@ def memory_of(
     from chatglm2.bits import check_quantization_bit
     from chatglm2.quantization import QuantizedLinear
     from checkpoint import choose_dtype, family_of, read_config
+    from checkpoints.ways import RULES
     from training.memory import estimate_peak_bytes
     from tuning.methods import METHODS
 
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = read_config(model, family, pre_seq_len=prefix if method == "p_tuning" else None)
+    config = read_config(model, family, pre_seq_len=prefix if RULES[method].needs_prefix else None)
     config.quantization_bit = check_quantization_bit(bits, config.quantization_bit)
     dtype = choose_dtype(place)[0]
     with torch.device("meta"):

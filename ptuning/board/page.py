@@ -5,9 +5,10 @@ Answers to nothing in the official scripts. What its parts do is in events.py.
 
 import gradio as gr
 
-from board.commands import EMPTY, METHODS, PRESETS, STAGES, known_flags
+from board.commands import EMPTY, PRESETS, STAGES, known_flags
 from board.events import NAMES, Page
 from board.words import TEXTS
+from checkpoints.ways import DEFAULT_METHOD, TRAINED
 from common.messages import cut_short
 
 SECONDS = 2  # between two looks at the files
@@ -106,8 +107,8 @@ def build(page: Page):
                         f[name] = field(name, min_width=120)
                 with gr.Row():
                     f["method"] = gr.Radio(
-                        [(i18n(f"method_{name}"), name) for name in METHODS],
-                        value="p_tuning",
+                        [(i18n(f"method_{name}"), name) for name in TRAINED],
+                        value=DEFAULT_METHOD,
                         label=i18n("method"),
                         elem_id="method",
                     )

@@ -70,7 +70,6 @@ MODELS = [
     ("a config.json of LLaMA", config(model_type="llama"), "model of type 'llama'"),
     ("a config.json of no model", write("config.json", "{}"), "model of type None"),
     ("ChatGLM3", config(_name_or_path="THUDM/chatglm3-6b"), "ChatGLM3"),
-    ("ChatGLM-6B", config(position_encoding_2d=True, inner_hidden_size=64), "ChatGLM-6B (the first generation)"),
     ("GLM-4", config(padded_vocab_size=151552), "GLM-4"),
     ("text for a number of layers", config(num_layers="many"), ("config.json", "num_layers is 'many'")),
     ("a list for a number of layers", config(num_layers=[2]), ("config.json", "num_layers is [2]")),

@@ -213,7 +213,6 @@ def test_a_folder_of_integer_weights_loads_directly_and_is_not_quantized_twice(b
     ("settings", "family"),
     [
         ({"model_type": "llama"}, "llama"),
-        ({"position_encoding_2d": True, "inner_hidden_size": 64}, "first generation"),
         ({"_name_or_path": "THUDM/chatglm3-6b"}, "ChatGLM3"),
         ({"_name_or_path": "THUDM/glm-4-9b-chat"}, "GLM-4"),
         ({"padded_vocab_size": 151552}, "GLM-4"),

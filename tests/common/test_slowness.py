@@ -32,6 +32,7 @@ def test_the_results_of_training_name_it_once(slow):
         log_metrics=lambda split, metrics: shown.update(metrics),
         save_metrics=lambda split, metrics: saved.update(metrics),
         save_state=lambda: None,
+        state=SimpleNamespace(log_history=[]),
     )
     write_training_results(trainer, synthetic_model(), {}, num_rows=1)
     assert shown["slow_because"] == saved["slow_because"] == json.loads(json.dumps(REASON))
