@@ -61,6 +61,7 @@ class Family:
     template: str = "chatglm2"  # its prompt template where --prompt_template says nothing
     templates: tuple[str, ...] = ("chatglm2", "none")  # those that its tokens can write
     settings: dict = field(default_factory=dict, hash=False)  # what holds where its config.json lacks a field
+    without: tuple[tuple[str, object, str], ...] = ()  # flag, its value, and why it cannot be had
     refusal: str = ""  # why it is not loaded, and what to use
 
     @property
@@ -136,6 +137,14 @@ FAMILIES = (
         weight_names="chatglm1.weight_names",
         template="chatglm1",
         templates=("chatglm1", "none"),
+        without=(
+            ("precision", "official", "the official recipe that is computed here is ChatGLM2's."),
+            (
+                "train_on_history",
+                True,
+                "it sees a whole prompt at once, so an earlier answer would be learned from itself.",
+            ),
+        ),
     ),
     Family(
         "glm4",
@@ -234,6 +243,14 @@ def check_same_family(checkpoint: Path | str, base: Path | str, family: Family) 
             f"{checkpoint} was trained on {BY_NAME[name].title}, and the base model {base} is {family.title}. Give the "
             "model that it was trained on as --model_name_or_path, or another checkpoint."
         )
+
+
+def check_flags_of(family: Family, *groups) -> None:
+    """ValueError where a flag in `groups` of arguments asks for what this Family is `without`."""
+    for name, value, reason in family.without:
+        if any(getattr(group, name, None) == value for group in groups):
+            shown = "" if value is True else f" {value}"
+            raise ValueError(f"--{name}{shown} cannot be used with {family.title}: {reason} Leave the flag out.")
 
 
 def check_template(name: str | None, family: Family) -> str:

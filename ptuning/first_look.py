@@ -22,7 +22,7 @@ from data.examples import COLUMNS, look_at_file
 from data.general import look_at_general
 from data.preferences import look_at_pairs
 from data.sources import FILES, source_of
-from families import check_same_family, local_folder, read_base_settings
+from families import Family, check_flags_of, check_same_family, local_folder, read_base_settings
 from training.stages import reads_pairs
 
 NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
@@ -148,9 +148,11 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     if base or not resumes:
         missing = f"--model_name_or_path is missing (for ADGEN: {EXAMPLES['model_name_or_path']})."
         base = look_at_base(base, checkpoint, model_args.model_family, missing)
+    if family := family_of_base(base, checkpoint, model_args.model_family):
+        check_flags_of(family, data_args, SimpleNamespace(**given))
     if os.environ.get("RANK", "0") != "0":  # the first process reads the rows, and says what is wrong with them
         return
-    roles = has_roles(data_args.prompt_template, checkpoint, base, model_args.model_family)
+    roles = has_roles(data_args.prompt_template, checkpoint, family)
     files = look_at_data(data_args, given, trains, roles)
     plan = [f"Model: {base}."] if base else []
     plan += [f"Checkpoint: {checkpoint}."] if checkpoint else []
@@ -163,12 +165,17 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
         print(f"{' '.join(plan)}\nLoading libraries …", flush=True)
 
 
-def has_roles(template: str | None, checkpoint: Path | None, base: str | None, model_family: str | None) -> bool:
+def family_of_base(base: str | None, checkpoint: Path | None, model_family: str | None) -> Family | None:
+    """The family of a base model, None where this takes longer to know."""
+    saved = read_sidecar(checkpoint) if checkpoint else {}
+    folder = local_folder(base) if isinstance(base, str) else None
+    return read_base_settings(folder, model_family, saved.get("model_family"))[1] if folder else None
+
+
+def has_roles(template: str | None, checkpoint: Path | None, family: Family | None) -> bool:
     """True where prompts are messages of roles, and where it takes longer to know."""
     saved = read_sidecar(checkpoint) if checkpoint else {}
-    template = template or saved.get("prompt_template")
-    if template is None and isinstance(base, str) and (folder := local_folder(base)):
-        template = read_base_settings(folder, model_family, saved.get("model_family"))[1].template
+    template = template or saved.get("prompt_template") or (family.template if family else None)
     return template in (None, "chatglm3")
 
 

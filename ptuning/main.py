@@ -77,7 +77,8 @@ def main():
     # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
     source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     source["weights"] = not data_args.check_data
-    config = open_base(session, **source, **session.prefix_shape, prefix_dropout=model_args.prefix_dropout)
+    shape = {**session.prefix_shape, "prefix_dropout": model_args.prefix_dropout}
+    config = open_base(session, data_args, training_args, **source, **shape)
     check_base(session)
     tokenizer = load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
 

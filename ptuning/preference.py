@@ -72,7 +72,8 @@ def main(model_args, data_args, training_args, notes):
     # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
     source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     source["weights"] = not data_args.check_data
-    config = open_base(session, **source, **session.prefix_shape, prefix_dropout=model_args.prefix_dropout)
+    shape = {**session.prefix_shape, "prefix_dropout": model_args.prefix_dropout}
+    config = open_base(session, data_args, training_args, **source, **shape)
     check_base(session)
     if training_args.reward_model and not data_args.check_data:
         check_reward_base(training_args.reward_model, session)

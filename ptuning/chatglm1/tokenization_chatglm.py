@@ -62,7 +62,6 @@ class ChatGLMTokenizer(chatglm2.ChatGLMTokenizer):
     prompt_template = "chatglm1"
     turn_tokens = 6
     ends_shown = ("", " [gMASK] <sop>")
-    learns_history = False
     learned_of_prompt = 1  # `<sop>`, too, is predicted in training
 
     def __init__(self, vocab_file, num_image_tokens=20000, clean_up_tokenization_spaces=True, **kwargs):

@@ -99,7 +99,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     stop_ids = ()  # that end an answer beside the end token
     suffix_tokens = ()  # that every prompt ends with
     ends_shown = ("[gMASK] sop ", "")  # to people, around a prompt
-    learns_history = True  # an earlier answer does not see itself
     learned_of_prompt = 0  # of a prompt's last tokens, those that training predicts
     own_template = CHAT_TEMPLATE
     turn_tokens = 8  # at least, of a turn of two empty texts: its number and the marks of question and answer

@@ -202,11 +202,6 @@ def encode_training(
     and the end token in the place behind them. `how`: num_workers, overwrite_cache and say of _encode. Raises ValueError for a row
     without a single supervised token.
     """
-    if train_on_history and not tokenizer.learns_history:
-        raise ValueError(
-            "--train_on_history cannot be used with ChatGLM-6B, which sees a whole prompt at once, its earlier answers "
-            "too: they would be learned from themselves. Leave the flag out."
-        )
     settings = {
         "source_prefix": source_prefix,
         "max_source_length": max_source_length,

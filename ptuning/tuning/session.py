@@ -20,7 +20,7 @@ from chatglm2.bits import check_quantization_bit
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from checkpoint import family_of, read_config, resolve_folder
 from checkpoints.ways import EFFICIENT_TUNING, METHOD_FLAGS, default_method
-from families import check_same_family, check_template
+from families import check_flags_of, check_same_family, check_template
 from tuning.method import Method
 from tuning.methods import METHODS, read_settings
 
@@ -180,10 +180,11 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
     )
 
 
-def open_base(session: Session, *, revision=None, cache_dir=None, weights=True, **overrides) -> ChatGLMConfig:
+def open_base(session: Session, *groups, revision=None, cache_dir=None, weights=True, **overrides) -> ChatGLMConfig:
     """Find the folder of the base model and read its configuration, with `overrides`; `folder` and `config` hold them.
 
-    Without `weights` the hub is asked for configuration and tokenizer only. Raises as resolve_folder and read_config.
+    `groups` are arguments whose flags the model's family must allow. Without `weights` the hub is asked for configuration
+    and tokenizer only. Raises as resolve_folder and read_config.
     """
     session.folder = resolve_folder(session.base, revision, cache_dir, weights=weights)
     remembered, fields = session.saved.get("model_family"), session.data_fields
@@ -192,6 +193,7 @@ def open_base(session: Session, *, revision=None, cache_dir=None, weights=True, 
     session.model_family = family.name
     for checkpoint in [] if session.method.is_complete else session.checkpoints:
         check_same_family(checkpoint, session.base, family)
+    check_flags_of(family, *groups)
     fields["prompt_template"] = check_template(fields["prompt_template"], family)
     return session.config
 

@@ -5,11 +5,15 @@ import json
 import pytest
 import torch
 from conftest import ROOT, relative_difference
+from support.pairs import write_pairs
+from support.runs import TRAIN_SETTINGS, flags, run
 from support.small_chatglm1 import FOLDER_CONFIG, write_folder
 
+from arguments import parse_flags
 from chatglm2.quantization import dequantize_weight, quantize_weight
 from checkpoint import fingerprint_of, load_model, load_prefix, load_tokenizer, read_config, save_model, save_prefix
 from checkpoints.weight_files import read_tensors
+from first_look import look_at_run
 
 SHAPES = json.loads((ROOT / "tests" / "chatglm1.json").read_text())["model"]
 
@@ -96,3 +100,37 @@ def test_one_position_a_token_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps({**FOLDER_CONFIG, "position_encoding_2d": False}))
     with pytest.raises(ValueError, match="two positions a token"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    "flag", [{"precision": "official"}, {"train_on_history": True}], ids=lambda flag: next(iter(flag))
+)
+def test_what_this_model_is_without_is_refused_before_torch_and_by_the_session(folder, flag, monkeypatch, tmp_path):
+    wanted = f"--{next(iter(flag))}.* cannot be used with ChatGLM-6B"
+    settings = {**TRAIN_SETTINGS, "model_name_or_path": folder, "output_dir": tmp_path / "run", **flag}
+    given = parse_flags([str(word) for word in flags(settings)])
+    with pytest.raises(ValueError, match=wanted):
+        look_at_run(*given[:2], settings, [])
+    with pytest.raises(ValueError, match=wanted):
+        run(monkeypatch, settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "ppo"])
+def test_every_stage_trains_it(folder, stage, monkeypatch, tmp_path):
+    rows = {"train_file": write_pairs(tmp_path / "train.json", 8), "response_column": "chosen"}
+    settings = {
+        **TRAIN_SETTINGS,
+        "model_name_or_path": folder,
+        **rows,
+        "max_steps": 1,
+        "save_steps": 1,
+        "pre_seq_len": 4,
+    }
+    settings |= {"max_target_length": 8, "gradient_accumulation_steps": 1}
+    if stage == "ppo":
+        run(monkeypatch, settings, stage="rm", output_dir=tmp_path / "rm")
+        settings["reward_model"] = tmp_path / "rm"
+    run(monkeypatch, settings, stage=stage, output_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-1" / "pytorch_model.bin").is_file()

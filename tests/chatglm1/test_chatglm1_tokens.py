@@ -8,7 +8,7 @@ from conftest import ROOT
 from support.small_chatglm1 import SMALL_VOCABULARY, TEXTS
 
 from chatglm1.tokenization_chatglm import ChatGLMTokenizer
-from data.encoding import _encode_prediction_batch, _encode_training_batch, encode_training
+from data.encoding import _encode_prediction_batch, _encode_training_batch
 
 FIGURES = json.loads((ROOT / "tests" / "chatglm1.json").read_text())
 REAL = os.environ.get("CHATGLM1_VOCABULARY", "")
@@ -75,11 +75,6 @@ def test_training_learns_the_start_of_the_answer_and_keeps_the_official_lengths(
     assert features["input_ids"][0] == [*prompt[:7], ends[0], *target]
     assert features["labels"][0] == [-100] * 8 + target
     assert features["input_ids"][1][-1] == tokenizer.eos_token_id
-
-
-def test_earlier_answers_cannot_be_learned(tokenizer):
-    with pytest.raises(ValueError, match="--train_on_history cannot be used with ChatGLM-6B"):
-        encode_training(None, tokenizer, max_source_length=8, max_target_length=8, train_on_history=True)
 
 
 def test_a_prompt_to_answer_is_cut_before_its_end(tokenizer):
