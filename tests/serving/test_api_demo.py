@@ -413,12 +413,12 @@ def test_few_texts_are_tokenized_at_once_and_health_answers_meanwhile(port, serv
     entered, go_on, inside = threading.Semaphore(0), threading.Event(), []
     encode = server.encode
 
-    def encode_slowly(*arguments):
+    def encode_slowly(*arguments, **more):
         inside.append(1)
         entered.release()
         go_on.wait(60)
         inside.pop()
-        return encode(*arguments)
+        return encode(*arguments, **more)
 
     monkeypatch.setattr(server, "encode", encode_slowly)
     with ThreadPoolExecutor(21) as clients:  # 20 are less than the share of one of two clients
