@@ -134,11 +134,14 @@ def check_holds_prefix(checkpoint: Path | str) -> None:
     raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
 
 
-def check_holds_signature(checkpoint: Path | str) -> None:
-    """FileNotFoundError for a checkpoint without the file that tells what its training prompts look like."""
+def check_holds_signature(checkpoint: Path | str, name: str | None = None) -> None:
+    """FileNotFoundError for a checkpoint without the file that tells what its training prompts look like.
+
+    `name` is what it is called instead of its folder, where a stranger may read it.
+    """
     if not (Path(checkpoint) / SIGNATURE_FILE).is_file():
         raise FileNotFoundError(
-            f"{checkpoint} has no {SIGNATURE_FILE}, which says what its training prompts look like, so it cannot be chosen "
+            f"{name or checkpoint} has no {SIGNATURE_FILE}, which says what its training prompts look like, so it cannot be chosen "
             "automatically. Ask for it by its name. Training with this version writes the file."
         )
 

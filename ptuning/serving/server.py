@@ -28,7 +28,7 @@ import torch
 from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
-from checkpoints.run_folder import list_checkpoints
+from checkpoints.run_folder import check_holds_signature, list_checkpoints
 from checkpoints.sidecar import read_sidecar
 from common.messages import dtype_name
 from common.slowness import slow_because
@@ -163,7 +163,9 @@ class ChatServer(Prompts):
         with self._loading:
             for name in names:
                 if name not in self._signatures:
-                    self._signatures[name] = read_signature(self.checkpoints()[name], self.model.config.hidden_size)
+                    checkpoint = self.checkpoints()[name]
+                    check_holds_signature(checkpoint, name)
+                    self._signatures[name] = read_signature(checkpoint, self.model.config.hidden_size)
             return {name: self._signatures[name] for name in names}
 
     def offers_auto(self):

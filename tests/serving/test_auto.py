@@ -169,7 +169,7 @@ def test_raw_text_is_decided_upon_and_scored_by_whoever_answers(port):
 
 def test_a_checkpoint_without_a_signature_says_so_where_auto_is_asked_for(run):
     server = open_server("--ptuning_checkpoint", run / "checkpoint-10")
-    with pytest.raises(FileNotFoundError, match="no signature.safetensors.*Ask for it by its name"):
+    with pytest.raises(FileNotFoundError, match="^checkpoint-10 has no signature.safetensors.*Ask for it by its name"):
         server.submit(server.encode("你好", model=AUTO), model=AUTO)
     assert not server.offers_auto()
     server.close()
