@@ -52,10 +52,9 @@ def parse_arguments(argv):
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
     run(lambda argv: look_at_model(parse_arguments(argv)), sys.argv[1:])
 
-import torch
 from transformers.utils import logging
 
-from checkpoint import choose_dtype, load_model, load_tokenizer, resolve_folder
+from checkpoint import choose_device, choose_dtype, load_model, load_tokenizer, resolve_folder
 from checkpoints.ways import RULES
 from common.files import write_json, write_text
 from common.messages import dtype_name
@@ -89,7 +88,7 @@ def open_session(args):
 
 def load(folder, session, config=None):
     """A base model in evaluation's dtype."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     dtype, reason = choose_dtype(device)
     bits = f"int{session.bits} and " if session.bits else ""
     print(f"Loading {folder} on {device}: {bits}{dtype_name(dtype)} ({reason}).", flush=True)

@@ -138,6 +138,13 @@ def family_of(config: ChatGLMConfig) -> Family:
 # ---- the base model
 
 
+def choose_device() -> str:
+    """The device that answers: NVIDIA's GPU, else Apple's, on which nothing of this has been tried, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def choose_dtype(
     device: torch.device | str, fp16: bool = False, bf16: bool = False, official: bool = False
 ) -> tuple[torch.dtype, str]:
@@ -147,6 +154,8 @@ def choose_dtype(
     """
     if official:
         return torch.float16, "--precision official: no loss scaling, loss rounded to float16"
+    if torch.device(device).type == "mps":
+        return torch.float16, "an Apple GPU, on which this has not been tried"
     if torch.device(device).type != "cuda":
         reason = "half precision is slower and less exact on a CPU" if fp16 or bf16 else "no GPU"
         return torch.float32, reason
@@ -490,7 +499,7 @@ def load_pretrained(
     config = type(config)(**config.to_dict())  # checked once more
     config.name_or_path = str(name_or_path)
     config.dtype = dtype = wanted_dtype(dtype or torch_dtype or "auto", config, folder)
-    devices = wanted_devices(device if device_map is None else device_map, config, dtype)
+    devices = wanted_devices(device if device_map is None else device_map, config, dtype, family_of(config).model_class)
     model = load_model(folder, config=config, dtype=dtype, device=devices, quantization_backend=quantization_backend)
     own_memory(model, stored_dtype(folder))
     if not config.pre_seq_len:

@@ -42,11 +42,11 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch and gr
     run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 import gradio as gr
-import torch
 from gradio.tunneling import CURRENT_TUNNELS
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
+from checkpoint import choose_device
 from common.environment import before_page
 from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, uvicorn_settings
 from serving.loading import opened_server
@@ -262,7 +262,7 @@ def main(argv):
         raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
     if proxies := before_page():
         print(f"{', '.join(proxies)} is set; connections to this machine itself go around it.")
-    if not torch.cuda.is_available():
+    if choose_device() == "cpu":
         print(
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
         )

@@ -9,7 +9,6 @@ from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
 from chatglm2.configuration_chatglm import DEFAULTS
-from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 from checkpoints.weight_files import stored_dtype
 
 # Accepted and of no effect: how to load, or which code may run; here one way of loading holds, and no such code runs.
@@ -62,15 +61,18 @@ def wanted_dtype(dtype, config, folder):
     return found
 
 
-def wanted_devices(wanted, config, dtype):
-    """The device, or {module: device} for several, that `device_map` or `device` means. ValueError for what is none."""
+def wanted_devices(wanted, config, dtype, model_class):
+    """The device, or {module: device} for several, that `device_map` or `device` means for a model of this class.
+
+    ValueError for what is none.
+    """
     if wanted is None:
         return torch.device("cpu")
     if wanted in ("auto", "balanced", "balanced_low_0", "sequential"):
         if torch.cuda.device_count() < 2:
             return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         with torch.device("meta"):
-            model = ChatGLMForConditionalGeneration(config)
+            model = model_class(config)
         options = {"no_split_module_classes": ["GLMBlock"], "dtype": dtype}
         low_zero = wanted == "balanced_low_0"
         memory = None if wanted == "sequential" else get_balanced_memory(model, low_zero=low_zero, **options)

@@ -4,9 +4,7 @@ import contextlib
 import gc
 from pathlib import Path
 
-import torch
-
-from checkpoint import choose_dtype, load_model, load_tokenizer, warn_of_other_base
+from checkpoint import choose_device, choose_dtype, load_model, load_tokenizer, warn_of_other_base
 from checkpoints.run_folder import list_checkpoints, names_in
 from common.flags import check_ranges
 from common.messages import dtype_name
@@ -46,7 +44,7 @@ def load_server(args, say=print):
     folder, bits = session.folder, session.quantization_bit
 
     tokenizer = load_tokenizer(folder, config, prompt_template=session.data_fields["prompt_template"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     dtype, reason = choose_dtype(device)
     output_layer = " with the output layer in int8" if args.quantize_output_layer else ""
     precision = f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}{output_layer}"

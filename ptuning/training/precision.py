@@ -17,6 +17,8 @@ def set_precision(training_args, method: str) -> tuple[torch.dtype, str]:
     bf16 = training_args.bf16 or training_args.bf16_full_eval
     official = training_args.precision == "official"
     dtype, reason = choose_dtype(training_args.device, fp16, bf16, official)
+    if torch.device(training_args.device).type == "mps" and training_args.do_train and not official:
+        dtype = torch.float32  # loss scaling is CUDA's
     if training_args.deepspeed:  # it keeps the float32 weights itself
         return dtype, f"{reason}; DeepSpeed trains float32 copies"
     training_args.fp16 = dtype == torch.float16 and training_args.do_train and not official
