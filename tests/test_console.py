@@ -225,8 +225,10 @@ def test_the_end_of_both_scripts_says_what_to_do_and_where_the_answers_are(tmp_p
     short = {"MAX_STEPS": "2", "SAVE_STEPS": "2", "DEV_ROWS": "4", "MAX_TARGET_LENGTH": "20"}
     status, written = run_in_terminal(["bash", "train.sh", "--report_to", "none"], **variables, **short)
     assert status == 0, written[-3000:]
-    end = written.split("Drawing training_loss.png …")[1].strip().splitlines()
-    assert end[0].startswith(f"Best and last checkpoint: output/{checkpoint}/checkpoint-2 (dev loss")
+    answers, end = written.split("Drawing training_loss.png …")[1].split("Best and last checkpoint: ")
+    assert answers.strip().startswith("General prompts, answered by base and tuned model; also in output/")
+    end = end.strip().splitlines()
+    assert end[0].startswith(f"output/{checkpoint}/checkpoint-2 (dev loss")
     assert end.pop(2).startswith("Forgetting: drift ")
     assert end[1:] == [
         f"Picture of the losses: output/{checkpoint}/training_loss.png",

@@ -199,8 +199,9 @@ def build(page: Page):
             seen,
         ]
         looking = {"fn": page.tick, "inputs": [run, tab, seen], "outputs": now, **QUICK}
-        refreshing = {"fn": page.refresh, "inputs": fields, "outputs": shown, **QUICK}
-        modelling = {"fn": page.look_at_model, "inputs": [f["model"], f["extra"]], "outputs": [model_said], **QUICK}
+        latest = {**QUICK, "trigger_mode": "always_last"}  # what changes while an answer is on its way counts, too
+        refreshing = {"fn": page.refresh, "inputs": fields, "outputs": shown, **latest}
+        modelling = {"fn": page.look_at_model, "inputs": [f["model"], f["extra"]], "outputs": [model_said], **latest}
 
         timer.tick(**looking)
         run.input(lambda: {}, None, [seen], **QUICK).then(**looking)

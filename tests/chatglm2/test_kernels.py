@@ -135,7 +135,7 @@ def fused(monkeypatch):
         return lambda *arguments, **options: ran.add(name) or kernel(*arguments, **options)
 
     taken = Kernels(**{name: noted(name, kernel) for name, kernel in TRITON._asdict().items()})
-    for module in ("modeling_chatglm", "attention"):
+    for module in ("modeling_chatglm", "attention", "norms"):
         monkeypatch.setattr(f"chatglm2.{module}.kernels_for", lambda x: taken)
     monkeypatch.setattr("chatglm2.attention.num_splits", lambda pairs, width, device: 2)
     return ran
