@@ -40,6 +40,9 @@ class TextPart(Strict):
 
 
 class Message(Strict):
+    # In the documentation `content` is required: leaving it out is the exception.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].append("content"))
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     # One problem of a list is told, not half a million.
     content: str | Annotated[list[TextPart], Field(max_length=MAX_ITEMS, fail_fast=True)] | None = Field(
