@@ -10,7 +10,6 @@ import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from safetensors.torch import save_file
 
 from chatglm2.quantization import quantize_model_
 from checkpoint import (
-    choose_device,
     choose_dtype,
     generation_config,
     load_model,
@@ -31,7 +29,6 @@ from checkpoint import (
     save_prefix,
 )
 from checkpoints.run_folder import find_checkpoints, point_to_best
-from training.precision import set_precision
 
 CONFIG = {"model_type": "chatglm", "model_family": "chatglm2", "torch_dtype": "float16"}
 CONFIG |= {**OFFICIAL_FIELDS, **SYNTHETIC["config"]}
@@ -366,16 +363,6 @@ def test_a_folder_without_weights_says_what_is_expected(folder):
 
 def test_weights_on_a_cpu_are_float32_whatever_is_asked():
     assert choose_dtype("cpu")[0] == choose_dtype("cpu", fp16=True)[0] == torch.float32
-
-
-def test_an_apple_gpu_answers_in_float16_and_trains_in_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device() == ("cuda" if torch.cuda.is_available() else "mps")
-    assert choose_dtype("mps")[0] == torch.float16
-    for trains, expected in ((True, torch.float32), (False, torch.float16)):
-        flags = dict.fromkeys("fp16 bf16 fp16_full_eval bf16_full_eval deepspeed".split(), False)
-        args = SimpleNamespace(**flags, device=torch.device("mps"), precision="auto", do_train=trains)
-        assert set_precision(args, "p_tuning")[0] == expected and not args.fp16
 
 
 # ---- the prefix

@@ -112,7 +112,10 @@ def screenshot(page, name):
 
 
 def faults(page):
-    """What axe-core finds: [(how grave, rule, the first element)]."""
+    """What axe-core finds once nothing fades in or out any more: [(how grave, rule, the first element)]."""
+    page.wait_for_function(
+        "!document.getAnimations().some(each => each.playState === 'running' && each.effect.getComputedTiming().endTime < 1000)"
+    )
     found = Axe().run(page).response["violations"]
     return [(each["impact"], each["id"], each["nodes"][0]["html"]) for each in found]
 

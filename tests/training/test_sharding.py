@@ -146,6 +146,6 @@ def test_an_optimizer_is_resumed_the_way_it_was_written(sharded, train, tmp_path
 
 def test_fsdp_is_refused_where_accelerate_would_train_whole_copies(train, tmp_path):
     statuses, output = train(tmp_path, 2, "fsdp", before="")
-    assert statuses == [2, 2]
+    assert 2 in statuses and set(statuses) <= {1, 2}  # 1: of one that sees the other gone before it says the same
     assert "--fsdp shards on GPUs only" in output
     assert not (tmp_path / "run").exists()
