@@ -125,6 +125,7 @@ def launch(page, *, server_name="127.0.0.1", server_port=7870, auth=None):
         quiet=True,
         max_threads=AT_ONCE + 24,
         max_file_size=MAX_UPLOAD_BYTES,
+        state_session_capacity=128,
         allowed_paths=[str(output / "_exports")],
         enable_monitoring=False,
         run_history=False,

@@ -216,6 +216,7 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         quiet=True,
         max_threads=at_once + 16,
         max_file_size=1,
+        state_session_capacity=128,  # visitors, 0.16 MB each; a conversation is kept in the browser
         enable_monitoring=False,
         run_history=False,
         ssr_mode=False,
