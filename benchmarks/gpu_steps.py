@@ -21,7 +21,6 @@ from benchmarks.contenders.base import COMMON, SIZES, find_data
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from alignment.swapping import BASE, swapped
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.generation import Batch, graph_slots
 from chatglm2.kernels import kernels_for
@@ -32,6 +31,7 @@ from data.general import MEASURED
 from forgetting.answers import answers_of
 from forgetting.drift import Drift
 from forgetting.trainer import MEASURED_TOKENS
+from tuning.swapping import BASE, swapped
 
 PREFIX = 128
 ROW = 130  # tokens, as ADGEN's on average; the later half is supervised

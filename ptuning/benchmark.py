@@ -64,7 +64,7 @@ from training.memory import rows_that_fit
 from training.progress import ShownProgress
 from tuning.methods import find_trained
 from tuning.session import check_base, open_base, resolve_session
-from tuning.signature import untouched
+from tuning.swapping import untouched
 
 BASE, TUNED = "base", "tuned"
 

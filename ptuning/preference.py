@@ -20,7 +20,6 @@ from alignment.ppo import PPO
 from alignment.ppo_trainer import PolicyObjective, PPOTrainer
 from alignment.reward import RewardObjective, check_reward_base, load_reward_model, write_scores
 from alignment.rollouts import collate_prompts
-from alignment.swapping import start_of, turn_dropout_off
 from alignment.trainer import PairTrainer
 from alignment.value_head import ValueHead, has_value_head, read_value_head
 from arguments import check_complete
@@ -44,6 +43,7 @@ from training.signals import describe_stop
 from training.stages import check_stage_of_run
 from tuning.methods import find_trained
 from tuning.session import check_base, open_base, resolve_session
+from tuning.swapping import start_of, turn_dropout_off
 
 
 def main(model_args, data_args, training_args, notes):

@@ -10,8 +10,8 @@ from support.pairs import METHODS, TRAIN, figures, run, write_pairs
 
 import alignment.ppo_trainer
 import preference
-from alignment.swapping import trained_weights
 from checkpoints.weight_files import read_tensors
+from tuning.swapping import trained_weights
 
 PPO = {**TRAIN, "stage": "ppo", "ppo_epochs": 2, "logging_steps": 3, "max_target_length": 8, "max_eval_samples": 3}
 # The policy's way of tuning: that of its reward model.

@@ -17,13 +17,13 @@ from support.resuming import flip_bit
 from support.runs import flags
 
 import preference
-from alignment.swapping import trained_weights
 from arguments import parse_flags
 from checkpoints.weight_files import read_tensors
 from first_look import look_at_demo, look_at_run
 from serving.page_kept import FeedbackFile
 from serving.page_kept import preference as preference_of
 from training.results import describe_end
+from tuning.swapping import trained_weights
 
 COMPARED = ("loss", "margin", "accuracy", "eval_loss", "eval_margin", "eval_accuracy")
 STAGES = [("rm", method) for method in METHODS] + [("dpo", "prefix"), ("dpo", "lora"), ("dpo", "int4 prefix")]

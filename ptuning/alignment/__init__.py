@@ -1,1 +1,1 @@
-"""Training on preferences: rewards, the losses of pairs of answers, and what takes turns on one frozen base."""
+"""Training on preferences: rewards, and the losses of pairs of answers and of answers that are rewarded."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from alignment.swapping import fill_values, swapped
 from chatglm2.loss import next_tokens, row_log_probs
 from chatglm2.modeling_chatglm import Packing
 from checkpoints.file_names import REFERENCE_FILE
@@ -21,6 +20,7 @@ from checkpoints.run_folder import verify_checkpoint
 from checkpoints.weight_files import read_tensors
 from common.ranks import gather
 from training.stages import FIGURES
+from tuning.swapping import fill_values, swapped
 
 
 def answer_log_probs(model, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

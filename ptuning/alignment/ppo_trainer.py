@@ -26,13 +26,13 @@ from alignment.ppo import (
 )
 from alignment.reward import RewardModel
 from alignment.rollouts import Tokens, join_answers, prompts_of, read_tokens
-from alignment.swapping import Adaptation, swapped
 from alignment.trainer import ObjectiveTrainer
 from alignment.value_head import ValueHead, fill_value_head, save_value_head
 from chatglm2.generation import answer_prompts
 from common.ranks import gather
 from training.memory import rows_that_fit
 from training.stages import FIGURES
+from tuning.swapping import Adaptation, swapped
 
 # What is summed of answers: their number, that of their tokens, and what the log shows the mean of.
 SUMS = ("answers", "tokens", "reward", "kl", "entropy", "clipped")

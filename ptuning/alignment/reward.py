@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from alignment.swapping import Adaptation, load_beside, swapped
 from alignment.value_head import ValueHead, fill_value_head, read_value_head, save_value_head
 from chatglm2.modeling_chatglm import Packing
 from checkpoint import fingerprint_of
@@ -19,6 +18,7 @@ from checkpoints.sidecar import read_sidecar
 from common.files import write_text
 from training.stages import FIGURES
 from tuning.methods import find_trained
+from tuning.swapping import Adaptation, load_beside, swapped
 
 SCORES_FILE = "generated_predictions.jsonl"  # ChatGLM-Efficient-Tuning's name
 

@@ -3,27 +3,15 @@
 The base and the tuned model are the same weights in memory, a prefix or an adapter apart, so the base is always there.
 """
 
-import contextlib
 import hashlib
 import json
 
-from alignment.swapping import BASE, swapped
 from chatglm2.generation import answer_prompts
 from common.messages import dtype_name
 from common.ranks import gather, on_first_rank
 from data.cache import find_kept, keep
 from training.memory import rows_that_fit
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Inside the block nothing is dropped."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+from tuning.swapping import BASE, evaluating, swapped
 
 
 def answers_of(model, prompts: list[list[int]], most: int, num_known: int, ends=()) -> list[list[int]]:

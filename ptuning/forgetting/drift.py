@@ -14,13 +14,12 @@ for 48 answers of 32 tokens, where the logits would take 200 MB. So a measuremen
 
 import torch
 
-from alignment.swapping import BASE, swapped
 from chatglm2.loss import next_tokens, supervised_states
 from chatglm2.modeling_chatglm import Packing
 from common.ranks import gather
 from data.batches import collate_training
 from data.encoding import IGNORED_LABEL
-from forgetting.answers import evaluating
+from tuning.swapping import BASE, evaluating, swapped
 
 TOKENS_AT_ONCE = 2048  # of prompts and answers in one pass
 LOGITS_AT_ONCE = 128  # tokens whose logits exist at a time, in float32 about six times: 200 MB of ChatGLM2-6B

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from alignment.swapping import BASE, swapped
 from checkpoints.ways import SWAPPED
 from common.failure import going_on_without
 from common.files import write_text
@@ -24,6 +23,7 @@ from trainer import PrefixTrainer
 from training.results import describe_drift
 from training.run_log import DRIFT_FIGURES
 from training.schedule import rows_of_whole_step
+from tuning.swapping import BASE, swapped
 
 MEASURED_TOKENS = 32  # of an answer of the base
 SHOWN, SHOWN_TOKENS = 6, 64  # prompts that are answered at the end, and tokens of their answers

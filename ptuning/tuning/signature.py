@@ -17,7 +17,6 @@ without an attribute list is.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from checkpoints.run_folder import check_holds_signature, verify_checkpoint
 from checkpoints.ways import RULES
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import write_bytes
-from tuning.lora import adapter_layers
+from tuning.swapping import untouched
 
 MOST_PROMPTS = 512  # that a signature is made of
 FEWEST_PROMPTS = 20  # of fewer no percentile can be told
@@ -95,24 +94,6 @@ def prompt_means(model: nn.Module, prompts: list[list[int]]) -> Tensor:
     """The mean (N, H) of the last hidden states of each prompt (token ids), by a model as it is."""
     means = {index: hidden.float().mean(0).cpu() for index, hidden in hidden_states(model, prompts)}
     return torch.stack([means[index] for index in range(len(prompts))])
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module):
-    """Inside the block a model computes as its base, without the prefix or the adapter that trains, nothing dropped."""
-    encoder, layers = model.transformer.prefix_encoder, adapter_layers(model)
-    active, trains = [layer._active_adapter for layer in layers], model.training
-    model.transformer.prefix_encoder = None
-    for layer in layers:
-        layer._active_adapter = []  # not set_adapter(), which also decides what trains
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(trains)
-        model.transformer.prefix_encoder = encoder
-        for layer, name in zip(layers, active, strict=True):
-            layer._active_adapter = name
 
 
 def prompts_of(dataset, tokenizer, max_target_length: int, most: int) -> list[list[int]]:

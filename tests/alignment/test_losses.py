@@ -7,8 +7,8 @@ from support.pairs import LENGTHS, pair_batch
 
 from alignment.dpo import PreferenceObjective, answer_log_probs, dpo_losses
 from alignment.reward import RewardObjective, pairwise_losses, score
-from alignment.swapping import start_of
 from alignment.value_head import ValueHead
+from tuning.swapping import start_of
 
 BATCH = pair_batch()
 ROWS = [(pair, answer) for pair in range(2) for answer in range(2)]  # without the blank pair

@@ -8,8 +8,8 @@ from alignment.ppo import PPO
 from alignment.ppo_trainer import PolicyObjective, PPOProgress
 from alignment.reward import RewardModel
 from alignment.rollouts import Tokens, join_answers
-from alignment.swapping import BASE, start_of
 from alignment.value_head import ValueHead
+from tuning.swapping import BASE, start_of
 
 PROMPTS, ANSWERS = [[5, 6, 7], [8], [], [9, 10, 11]], [[20, 21], [22, 23, 24, 25], [], [26]]
 BATCH = join_answers(PROMPTS, ANSWERS, [1, 2, 0, 3], pad_token_id=0)

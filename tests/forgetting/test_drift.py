@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from conftest import TINY
 from support.pairs import METHODS
 
-from alignment.swapping import BASE, swapped, trained_weights
 from checkpoint import load_model, read_config
 from forgetting.answers import answers_of
 from forgetting.drift import Drift, compare_logits
 from tuning.methods import prepare_model
+from tuning.swapping import BASE, swapped, trained_weights
 
 KNOWN = 2000  # tokens that may be chosen
 PROMPTS = [[64790, 64792, 30, 31, 32], [9, 8, 7], [5] * 12, [100, 200, 300, 400], list(range(40, 60))]

@@ -22,9 +22,9 @@ from tuning.signature import (
     prompts_of,
     read_signature,
     sign_run,
-    untouched,
     write_signature,
 )
+from tuning.swapping import untouched
 
 LENGTHS = {"max_source_length": 64, "max_target_length": 64}
 ARGS = SimpleNamespace(given_batches=(16, 1), world_size=1, max_steps=400, num_train_epochs=3)

@@ -127,6 +127,24 @@ def swapped(model: nn.Module, adaptation: Adaptation):
             layer._active_adapter = was_active
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Inside the block nothing is dropped."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module):
+    """Inside the block a model computes as its base, and nothing is dropped."""
+    with evaluating(model), swapped(model, BASE):
+        yield
+
+
 def turn_dropout_off(model: nn.Module) -> None:
     """Let nothing be dropped while training: what is compared with a reference must not be drawn."""
     for module in model.modules():

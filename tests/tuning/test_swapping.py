@@ -6,10 +6,10 @@ from conftest import TINY
 from support.pairs import METHODS
 
 from alignment.reward import load_reward_model
-from alignment.swapping import BASE, load_beside, start_of, swapped, trained_weights
 from alignment.value_head import ValueHead, save_value_head
 from checkpoint import load_model, read_config
 from tuning.methods import load_trained, prepare_model, save_trained
+from tuning.swapping import BASE, load_beside, start_of, swapped, trained_weights
 
 INPUT_IDS = torch.arange(3, 67).view(2, 32)
 
