@@ -96,13 +96,8 @@ def _history(name: str, number: int, column: str | None, row: dict, flag: str) -
     return history
 
 
-def _dialogue(
-    name: str, number: int, column: str, row: dict, flag: str, keep_unlabelled: bool
-) -> tuple[str, str, list]:
-    """(prompt, response, history) of a list of {"role": …, "content": …}; all empty where it is null or [].
-
-    The last answer is the response; with `keep_unlabelled` a dialogue may also end with the question.
-    """
+def _messages_in(name: str, number: int, column: str, row: dict, flag: str) -> tuple[str, list]:
+    """(where they are, in words; the messages of a row), those that ShareGPT names with role and content; [] for null."""
     if column not in row:
         raise _missing_column(name, number, column, row, flag)
     messages = row[column] or []
@@ -113,11 +108,25 @@ def _dialogue(
             '[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}], '
             f"but is {kind_of_value(messages)}"
         )
+    return where, [
+        {"role": SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
+        if isinstance(message, dict) and message.keys() >= {"from", "value"}
+        else message
+        for message in messages
+    ]
+
+
+def _dialogue(
+    name: str, number: int, column: str, row: dict, flag: str, keep_unlabelled: bool
+) -> tuple[str, str, list]:
+    """(prompt, response, history) of a list of {"role": …, "content": …}; all empty where it is null or [].
+
+    The last answer is the response; with `keep_unlabelled` a dialogue may also end with the question.
+    """
+    where, messages = _messages_in(name, number, column, row, flag)
     turns, expected = [], ("system", "user")
     for position, message in enumerate(messages, start=1):
         place = f"{where}, turn {position}"
-        if isinstance(message, dict) and message.keys() >= {"from", "value"}:  # as ShareGPT names them
-            message = {"role": SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             is_object = isinstance(message, dict)
             found = f"an object of {', '.join(message) or 'nothing'}" if is_object else kind_of_value(message)
@@ -149,21 +158,10 @@ def _roles_of(name: str, number: int, column: str, row: dict, flag: str, keep_un
 
     The history are lists of role, metadata and content. Empty, and with errors, as _dialogue.
     """
-    if column not in row:
-        raise _missing_column(name, number, column, row, flag)
-    found = row[column] or []
-    where = f"{name} row {number}: column {column!r} ({flag})"
-    if not isinstance(found, list):
-        raise ValueError(
-            f"{where} must be a list of messages, such as "
-            '[{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}], '
-            f"but is {kind_of_value(found)}"
-        )
+    where, found = _messages_in(name, number, column, row, flag)
     messages = []
     for position, message in enumerate(found, start=1):
         place = f"{where}, turn {position}"
-        if isinstance(message, dict) and message.keys() >= {"from", "value"}:  # as ShareGPT names them
-            message = {"role": SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message["value"]}
         if not isinstance(message, dict) or "role" not in message:
             raise ValueError(f"{place}: expected an object of role and content, found {kind_of_value(message)}")
         for each in read_used_tool(message, place) if "observation" in message else [message]:
