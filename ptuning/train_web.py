@@ -9,7 +9,6 @@ run is a process of its own, in a session of its own, and all that is shown of i
 
 import argparse
 import ipaddress
-import json
 import os
 import sys
 import time
@@ -94,7 +93,8 @@ from board.page import build
 from board.starting import Starter
 from board.words import TEXTS
 from common.environment import before_page, before_uploads
-from serving.limits import Attempts, LoginLimit, uvicorn_settings
+from serving.limits import Attempts, LoginLimit
+from serving.opening import open_page
 
 FILES = Path(__file__).parent / "board"  # page.css and page.js
 AT_ONCE = 16  # questions of browsers that are answered at the same time
@@ -107,39 +107,25 @@ def launch(page, *, server_name="127.0.0.1", server_port=7870, auth=None):
     before_uploads(str(output / UPLOADS / ".incoming"))
     blocks, i18n = build(page)
     login = [Middleware(LoginLimit, Attempts())] if auth else []
-    settings = uvicorn_settings()
     blocks.queue(api_open=False, max_size=64, default_concurrency_limit=AT_ONCE)
-    font = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
-    doors = [
-        Middleware(OwnSiteOnly, not auth, output),
-        *login,
-        Middleware(ChatDoor, page.chat),
-        Middleware(Bodies, output),
-    ]
-    blocks.launch(
+    open_page(
+        blocks,
+        i18n,
+        FILES,
+        TEXTS,
+        middleware=[
+            Middleware(OwnSiteOnly, not auth, output),
+            *login,
+            Middleware(ChatDoor, page.chat),
+            Middleware(Bodies, output),
+        ],
         server_name=server_name,
         server_port=server_port,
         auth=auth,
-        auth_message="After several wrong passwords there is a wait. · 密码多次输错后，需等待一段时间再试。",
-        prevent_thread_lock=True,
-        quiet=True,
         max_threads=AT_ONCE + 24,
         max_file_size=MAX_UPLOAD_BYTES,
-        state_session_capacity=128,
         allowed_paths=[str(output / "_exports")],
-        enable_monitoring=False,
-        run_history=False,
-        ssr_mode=False,
-        footer_links=[],
-        i18n=i18n,
-        theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
-        css=(FILES / "page.css").read_text(encoding="utf-8"),
-        js=f"() => ({(FILES / 'page.js').read_text(encoding='utf-8')})({json.dumps(TEXTS)})",
-        app_kwargs={"middleware": doors, "openapi_url": None},
     )
-    # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
-    blocks.server.config.http_protocol_class = settings["http"]
-    blocks.server.config.timeout_graceful_shutdown = settings["timeout_graceful_shutdown"]
     return blocks
 
 

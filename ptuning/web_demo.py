@@ -9,7 +9,6 @@ asking many visitors' questions at once, and in switching prefixes while it runs
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -48,9 +47,10 @@ from starlette.responses import PlainTextResponse
 
 from checkpoint import choose_device
 from common.environment import before_page
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit, uvicorn_settings
+from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit
 from serving.loading import opened_server
 from serving.markdown import LATEX_DELIMITERS
+from serving.opening import open_page
 from serving.page_events import SIDES, Page, first_mode, modes_of
 from serving.page_examples import examples_of
 from serving.page_kept import COLUMNS, FeedbackFile, empty
@@ -203,33 +203,20 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
     blocks, i18n = build(server, feedback)
     at_once = server.max_batch + server.max_queue
     login = [Middleware(LoginLimit, Attempts())] if auth else []
-    settings = uvicorn_settings()
     blocks.queue(api_open=False, max_size=4 * at_once, default_concurrency_limit=at_once)
-    font = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
-    blocks.launch(
+    open_page(
+        blocks,
+        i18n,
+        FILES,
+        TEXTS,
+        middleware=[Middleware(BodyLimit), Middleware(OwnPartsOnly), *login],
         server_name=server_name,
         server_port=server_port,
         share=share,
         auth=auth,
-        auth_message="After several wrong passwords there is a wait. · 密码多次输错后，需等待一段时间再试。",
-        prevent_thread_lock=True,
-        quiet=True,
         max_threads=at_once + 16,
         max_file_size=1,
-        state_session_capacity=128,  # visitors, 0.16 MB each; a conversation is kept in the browser
-        enable_monitoring=False,
-        run_history=False,
-        ssr_mode=False,
-        footer_links=[],
-        i18n=i18n,
-        theme=gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace")),
-        css=(FILES / "page.css").read_text(encoding="utf-8"),
-        js=f"() => ({(FILES / 'page.js').read_text(encoding='utf-8')})({json.dumps(TEXTS)})",
-        app_kwargs={"middleware": [Middleware(BodyLimit), Middleware(OwnPartsOnly), *login], "openapi_url": None},
     )
-    # gradio takes no settings for uvicorn; uvicorn looks at these again for every connection and at the end.
-    blocks.server.config.http_protocol_class = settings["http"]
-    blocks.server.config.timeout_graceful_shutdown = settings["timeout_graceful_shutdown"]
     if block:
         wait_for_the_end(server)
     return blocks
