@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Annotated
 
 from arguments import add_model_arguments, parse_demo_words
-from common.failure import run
+from common.start import look_first, work
 from first_look import look_at_demo
 
 
@@ -34,7 +34,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
-    run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
+    look_first(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 import uvicorn
 from anyio import CapacityLimiter
@@ -381,4 +381,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])

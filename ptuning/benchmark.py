@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from arguments import add_trained_arguments, parse_words
-from common.failure import run
+from common.start import look_first, work
 from first_look import look_at_model
 
 ABSENT = 'lm-evaluation-harness is missing, which --tasks needs. Run: pip install "lm_eval>=0.4.13,<0.5"'
@@ -50,7 +50,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
-    run(lambda argv: look_at_model(parse_arguments(argv)), sys.argv[1:])
+    look_first(lambda argv: look_at_model(parse_arguments(argv)), sys.argv[1:])
 
 from transformers.utils import logging
 
@@ -223,4 +223,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])

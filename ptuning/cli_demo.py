@@ -13,7 +13,8 @@ import os
 import sys
 
 from arguments import add_model_arguments, parse_demo_words
-from common.failure import printable, run
+from common.failure import printable
+from common.start import look_first, work
 from first_look import look_at_demo
 
 
@@ -25,7 +26,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load
-    run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
+    look_first(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 from serving.auto import AUTO
 from serving.loading import load_server
@@ -190,4 +191,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])

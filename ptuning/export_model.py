@@ -23,7 +23,7 @@ from pathlib import Path
 
 from arguments import add_trained_arguments, parse_words
 from chatglm2.bits import check_quantization_bit
-from common.failure import run
+from common.start import look_first, work
 from first_look import NO_BASE_OF, look_at_model
 
 
@@ -47,7 +47,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
-    run(lambda argv: look_at_model(parse_arguments(argv)), sys.argv[1:])
+    look_first(lambda argv: look_at_model(parse_arguments(argv)), sys.argv[1:])
 
 import torch
 from transformers.utils import logging
@@ -243,4 +243,4 @@ def computed_prefix(prefix_encoder, config):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])

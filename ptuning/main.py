@@ -14,14 +14,15 @@ import time
 from functools import partial
 
 from arguments import check_complete, parse_arguments, parse_flags
-from common.failure import catch_signals, end_with_launcher, leave, leave_on_signal, run
+from common.failure import catch_signals, end_with_launcher, leave, leave_on_signal
+from common.start import look_first, work
 from first_look import look_at_run
 from tuning.rules import engine_of
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
     catch_signals(leave_on_signal)
     end_with_launcher()
-    run(lambda argv: look_at_run(*parse_flags(argv)), sys.argv[1:])
+    look_first(lambda argv: look_at_run(*parse_flags(argv)), sys.argv[1:])
 
 import torch
 from transformers import set_seed
@@ -197,7 +198,7 @@ def answer_settings(data_args, training_args, longest, most):
 
 if __name__ == "__main__":
     keep_printing()
-    run(main)
+    work(main)
     if torch.distributed.is_initialized():
         # Leave without tearing the process group down: the destructor of gloo's (torch 2.13) waits, holding the
         # interpreter, for a thread that may be waiting for the interpreter. All files are written by now.

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 from arguments import parse_words
-from common.failure import catch_signals, leave_on_signal, run
+from common.failure import catch_signals, leave_on_signal
 from common.processes import check_port
+from common.start import look_first, work
 
 AUTH = "PTUNING_AUTH"  # environment variable with user:password
 PROJECT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def is_loopback(name):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: gradio takes seconds to load
-    run(parse_arguments, sys.argv[1:])
+    look_first(parse_arguments, sys.argv[1:])
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -153,4 +154,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])

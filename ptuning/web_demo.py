@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from arguments import add_model_arguments, parse_demo_words
-from common.failure import catch_signals, leave_on_signal, run
+from common.failure import catch_signals, leave_on_signal
+from common.start import look_first, work
 from first_look import look_at_demo
 
 
@@ -38,7 +39,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and gradio take seconds to load
-    run(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
+    look_first(lambda argv: look_at_demo(parse_arguments(argv)), sys.argv[1:])
 
 import gradio as gr
 from gradio.tunneling import CURRENT_TUNNELS
@@ -271,4 +272,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])
