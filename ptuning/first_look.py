@@ -29,16 +29,18 @@ NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatgl
 NO_BASE_OF = "{checkpoint} does not say its base model; give --model_name_or_path."
 
 
-def look_at_checkpoint(text: str | None) -> Path | None:
-    """The last checkpoint folder that `--ptuning_checkpoint` means, or None. Raises as find_trained of methods.py."""
-    if not text:
-        return None
-    folder = None
-    for name in names_in(text):
-        folder = find_checkpoints(name, verified=False)[0][-1]
+def look_at_checkpoints(text: str | None) -> list[Path]:
+    """The checkpoint folders that `--ptuning_checkpoint` means, one for each name. Raises as find_trained of methods.py."""
+    folders = [find_checkpoints(name, verified=False)[0][-1] for name in (names_in(text) if text else ())]
+    for folder in folders:
         if finetuning_type(folder) in (None, DEFAULT_METHOD):
             check_holds_prefix(folder)
-    return folder
+    return folders
+
+
+def look_at_checkpoint(text: str | None) -> Path | None:
+    """The last of look_at_checkpoints(), or None."""
+    return next(reversed(look_at_checkpoints(text)), None)
 
 
 def look_at_reward_model(text: str) -> Path:
@@ -105,16 +107,18 @@ def look_at_demo(args) -> None:
     """Check the port and the model of a demo. FileNotFoundError and ValueError."""
     if "server_port" in args:
         check_port(args.server_name, args.server_port)
-    checkpoint = look_at_checkpoint(args.ptuning_checkpoint)
-    if checkpoint and read_sidecar(checkpoint).get("stage") == "rm":
-        raise ValueError(
-            f"--ptuning_checkpoint {checkpoint} is a reward model: it scores answers, and gives none. Its scores: "
-            "python ptuning/main.py --stage rm --do_predict"
-        )
+    checkpoints = look_at_checkpoints(args.ptuning_checkpoint)
+    checkpoint = next(reversed(checkpoints), None)
+    for folder in checkpoints:
+        if read_sidecar(folder).get("stage") == "rm":
+            raise ValueError(
+                f"--ptuning_checkpoint {folder} is a reward model: it scores answers, and gives none. Its scores: "
+                "python ptuning/main.py --stage rm --do_predict"
+            )
     if args.pre_seq_len and not checkpoint:
         raise ValueError(f"--pre_seq_len {args.pre_seq_len} needs --ptuning_checkpoint, the prefix to answer with.")
     if args.auto:
-        check_auto([checkpoint] if checkpoint else [])
+        check_auto(checkpoints)
     look_at_base(args.model_name_or_path, checkpoint, args.model_family)
 
 

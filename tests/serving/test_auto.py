@@ -180,6 +180,7 @@ def test_a_checkpoint_without_a_signature_says_so_where_auto_is_asked_for(run):
     [
         ("--model_name_or_path {tiny}", "--auto needs --ptuning_checkpoint"),
         ("--ptuning_checkpoint {run}/checkpoint-10", "has no signature.safetensors"),
+        ("--ptuning_checkpoint {run}/checkpoint-10,{run}/checkpoint-20", "checkpoint-10 has no signature.safetensors"),
         ("--ptuning_checkpoint {whole}", "nothing is left to answer other prompts"),
     ],
 )
@@ -189,6 +190,13 @@ def test_auto_that_cannot_be_is_refused_before_a_model_is_read(run, tmp_path, wo
     words = words.format(tiny=TINY, run=run, whole=tmp_path).split()
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         look_at_demo(cli_demo.parse_arguments(["--auto", *words]))
+
+
+def test_each_of_several_prefixes_is_looked_at_before_a_model_is_read(run, tmp_path):
+    rewards = make_run(tmp_path, (4,)) / "checkpoint-10"
+    remember(rewards, stage="rm")
+    with pytest.raises(ValueError, match="checkpoint-10 is a reward model"):
+        look_at_demo(cli_demo.parse_arguments(["--ptuning_checkpoint", f"{rewards},{run / PREFIX}"]))
 
 
 # ---- in a terminal
