@@ -153,13 +153,15 @@ class ChatGLMTokenizer(chatglm2.ChatGLMTokenizer):
             else super().build_turn(query, number)
         )
 
-    def last_turn(self, token_ids):
+    def last_turn(self, token_ids, source_prefix=""):
         """Ids of the question that a prompt ends with, as if nothing had been said before."""
         if self.prompt_template != "chatglm1":
-            return super().last_turn(token_ids)
+            return super().last_turn(token_ids, source_prefix)
         text = self.decode(token_ids)
         start = text.rfind("[Round ")
-        return token_ids if start < 0 else self.encode(text[start:].partition("\n问：")[2].removesuffix("\n答："))
+        if start < 0:  # a question alone
+            return super().last_turn(token_ids, source_prefix)
+        return self.encode(text[start:].partition("\n问：")[2].removesuffix("\n答："))
 
     @property
     def behind_answer(self):

@@ -356,13 +356,21 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """The text of ids for people."""
         return self.decode(token_ids)
 
-    def last_turn(self, token_ids: list[int]) -> list[int]:
-        """Ids of the last turn of a chat prompt as if nothing had been said before; `token_ids` where that is so."""
+    def last_turn(self, token_ids: list[int], source_prefix: str = "") -> list[int]:
+        """Ids of the last turn of a chat prompt as if nothing had been said before; `token_ids` where that is so.
+
+        `source_prefix` is the text before the whole prompt: it goes, too.
+        """
         text = self.decode(token_ids)
         start = text.rfind("[Round ")
         if start <= 0:
-            return token_ids
+            alone = self.without_prefix(text, source_prefix)
+            return token_ids if alone == text else self.encode(alone)
         return self.encode("[Round 1]" + text[start:].partition("]")[2])
+
+    def without_prefix(self, text: str, source_prefix: str) -> str:
+        """The decoded text without the one that it begins with, which decoding may have changed."""
+        return text.removeprefix(self.decode(self.encode_batch([source_prefix])[0])) if source_prefix else text
 
     def fit_prompt(
         self, query: str, history: list[tuple[str, str]], limit: int, source_prefix: str = "", role: str = "user"

@@ -108,13 +108,21 @@ class ChatGLMTokenizer(tokenization_chatglm.ChatGLMTokenizer):
         first, rest = split_system(read_messages(history))
         return first + rest[dropped:]
 
-    def last_turn(self, token_ids):
+    def last_turn(self, token_ids, source_prefix=""):
         """Ids of the question that a prompt ends with, without what was said before."""
         if not self.keeps_roles:
-            return super().last_turn(token_ids)
+            return super().last_turn(token_ids, source_prefix)
         asks = tuple(map(self.get_command, ("<|user|>", "<|observation|>")))
         start = max((place for place, token_id in enumerate(token_ids) if token_id in asks), default=0)
-        return [*self.prefix_tokens, *token_ids[start:]] if start else token_ids
+        if not start:
+            return token_ids
+        turn = token_ids[start:]
+        if start == len(self.prefix_tokens):  # the first message, in which that text stands
+            first = 1 + len(self.encode_batch(["\n"])[0])  # behind the role and its line, which a question has empty
+            text = self.decode(turn[first:-1])
+            if (alone := self.without_prefix(text, source_prefix)) != text:
+                turn = [*turn[:first], *self.encode_batch([alone])[0], turn[-1]]
+        return [*self.prefix_tokens, *turn]
 
     def fit_prompt(self, query, history, limit, source_prefix="", role="user"):
         """As in ChatGLM2. A system message at the start stays; what is left out ends before a question of a user."""

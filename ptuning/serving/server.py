@@ -397,7 +397,7 @@ class ChatServer(Prompts):
         Where nothing was said before, the base has then read its whole prompt.
         """
         prompt, answer.model, states = answer.token_ids, self.base, StateMean()
-        alone = self.tokenizer.last_turn(list(prompt))
+        alone = self.tokenizer.last_turn(list(prompt), self.source_prefix(self.base))
         answer.token_ids = alone
         logits = self._admit(answer, NOTHING_KEPT, states)
         answer.decision = decide(answer.signatures, states.value, self.base)

@@ -96,34 +96,44 @@ def prompt_means(model: nn.Module, prompts: list[list[int]]) -> Tensor:
     return torch.stack([means[index] for index in range(len(prompts))])
 
 
-def prompts_of(dataset, tokenizer, max_target_length: int, most: int) -> list[list[int]]:
+def prompts_of(dataset, tokenizer, sidecar: dict, most: int) -> list[list[int]]:
     """The last turns (token ids) of at most so many rows of an encoded training set, spread over all of it.
 
-    Each is as the base is asked: alone, and without the text that the run has put before every prompt.
+    Each is as the base is asked: alone, and without the text that the run has put before every prompt, by its sidecar.
     """
     if not {"labels", "target_length"} <= set(dataset.column_names):
         return []
     rows = dataset.select(range(0, len(dataset), max(1, -(-len(dataset) // most))))
-    _, longest = tokenizer.training_limits(0, max_target_length)
+    _, longest = tokenizer.training_limits(0, sidecar["max_target_length"])
+    before = sidecar.get("source_prefix") or ""
     answers = [min(length, longest) + 1 for length in rows["target_length"][:]]
     prompts = zip(rows["input_ids"][:], answers, strict=True)
-    return [tokenizer.last_turn(list(ids[:-answer])) for ids, answer in prompts]
+    return [tokenizer.last_turn(list(ids[:-answer]), before) for ids, answer in prompts]
+
+
+def has_signature(sidecar: dict) -> bool:
+    """True for a run whose base is left to answer what is unlike its training prompts."""
+    return RULES[sidecar.get("finetuning_type", "none")].swaps and sidecar.get("stage") != "rm"
 
 
 def sign_run(model: nn.Module, dataset, tokenizer, sidecar: dict, args) -> Signature | None:
     """The signature of a run's training prompts, before its first step; None where a server could not use one.
 
-    `args` say how many rows the run trains on. It draws no random number and leaves the model as it is.
+    `args` say how many rows the run trains on.
     """
-    if not RULES[sidecar.get("finetuning_type", "none")].swaps or sidecar.get("stage") == "rm":
-        return None
-    if tokenizer.keeps_roles and sidecar.get("source_prefix"):  # no mark tells where that text ends
-        return None
     batch_size, batches_per_step = args.given_batches
     rows_of_step = batch_size * batches_per_step * args.world_size
     rows_of_run = rows_of_step * args.max_steps if args.max_steps > 0 else int(args.num_train_epochs * len(dataset))
     most = min(MOST_PROMPTS, max(FEWEST_PROMPTS, rows_of_run // ROWS_A_PROMPT))
-    prompts = prompts_of(dataset, tokenizer, sidecar["max_target_length"], most)
+    return sign_prompts(model, dataset, tokenizer, sidecar, most)
+
+
+def sign_prompts(model: nn.Module, dataset, tokenizer, sidecar: dict, most: int = MOST_PROMPTS) -> Signature | None:
+    """The signature of at most so many prompts of an encoded training set; None where a server could not use one.
+
+    It draws no random number and leaves the model as it is.
+    """
+    prompts = prompts_of(dataset, tokenizer, sidecar, most) if has_signature(sidecar) else []
     if len(prompts) < FEWEST_PROMPTS:
         return None
     with untouched(model):

@@ -7,8 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import SAMPLE, TINY
+from support.chatglm3 import write_tiny3
 from support.finetuned import METHODS, TRAIN, run
+from support.small_chatglm1 import SMALL_VOCABULARY
 
+from chatglm1.tokenization_chatglm import ChatGLMTokenizer as chatglm1_tokenizer
 from checkpoint import load_model, load_tokenizer, read_config
 from checkpoints.file_names import SIGNATURE_FILE
 from data.encoding import encode_training
@@ -38,7 +41,7 @@ def base():
 
 def encoded(tokenizer, **more):
     examples, _ = load_examples(SAMPLE / "train.json", "content", "summary", max_samples=800)
-    return encode_training(examples, tokenizer, **LENGTHS, **more)
+    return encode_training(examples, tokenizer, **{**LENGTHS, **more})
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +102,19 @@ def test_the_last_turn_stands_alone(base):
     assert tokenizer.last_turn(raw) == raw
 
 
-def test_a_text_before_every_prompt_of_training_is_no_part_of_a_signature(base):
-    tokenizer = base[1]
-    named = encoded(tokenizer, source_prefix="广告：")
-    assert prompts_of(named, tokenizer, 64, 40) == prompts_of(encoded(tokenizer), tokenizer, 64, 40)
+@pytest.mark.parametrize("template", ["chatglm2", "none", "chatglm3", "chatglm1"])
+def test_a_text_before_every_prompt_of_training_is_no_part_of_a_signature(tmp_path, template):
+    if template == "chatglm1":
+        tokenizer = chatglm1_tokenizer(str(SMALL_VOCABULARY), num_image_tokens=0)
+    else:
+        folder = write_tiny3(tmp_path / "tiny3") if template == "chatglm3" else TINY
+        tokenizer = load_tokenizer(folder, read_config(folder), prompt_template=template)
+    uncut = {"max_source_length": 400}
+    named, alone = encoded(tokenizer, source_prefix="广告：", **uncut), encoded(tokenizer, **uncut)
+    assert named["input_ids"][0] != alone["input_ids"][0]
+    assert prompts_of(named, tokenizer, {**LENGTHS, "source_prefix": "广告："}, 40) == prompts_of(
+        alone, tokenizer, LENGTHS, 40
+    )
 
 
 @pytest.mark.parametrize("sidecar", [{"finetuning_type": "full"}, {"finetuning_type": "lora", "stage": "rm"}])
@@ -128,7 +140,7 @@ def test_every_checkpoint_of_a_run_has_the_signature_of_the_untouched_base(monke
     assert files[0].read_bytes() == files[1].read_bytes()
     found = read_signature(files[0].parent, 128)
     model = load_model(TINY, quantization_bit=how.get("quantization_bit"))
-    prompts = prompts_of(trainer.train_dataset, base[1], trainer.sidecar["max_target_length"], FEWEST_PROMPTS)
+    prompts = prompts_of(trainer.train_dataset, base[1], trainer.sidecar, FEWEST_PROMPTS)
     expected = prompt_means(model, prompts).mean(0)
     assert found.mean == pytest.approx(expected, abs=1e-5)
 
