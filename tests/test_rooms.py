@@ -10,7 +10,7 @@ HOUSE = ROOT / "ptuning"
 # From the top floor down. A file imports from its own room and from floors below, never from one above.
 FLOORS = (
     ("main", "web_demo", "cli_demo", "api_demo", "train_web"),
-    ("export_model", "compare", "benchmark", "launch"),
+    ("export_model", "compare", "benchmark", "sign", "launch"),
     ("preference",),
     ("board",),
     ("serving",),

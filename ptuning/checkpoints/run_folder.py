@@ -142,7 +142,8 @@ def check_holds_signature(checkpoint: Path | str, name: str | None = None) -> No
     if not (Path(checkpoint) / SIGNATURE_FILE).is_file():
         raise FileNotFoundError(
             f"{name or checkpoint} has no {SIGNATURE_FILE}, which says what its training prompts look like, so it cannot be chosen "
-            "automatically. Ask for it by its name. Training with this version writes the file."
+            "automatically. Ask for it by its name, or make the file of its training rows: python ptuning/sign.py "
+            f"--ptuning_checkpoint {name or checkpoint} --train_file …"
         )
 
 

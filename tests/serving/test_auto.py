@@ -179,7 +179,10 @@ def test_a_checkpoint_without_a_signature_says_so_where_auto_is_asked_for(run):
     ("words", "said"),
     [
         ("--model_name_or_path {tiny}", "--auto needs --ptuning_checkpoint"),
-        ("--ptuning_checkpoint {run}/checkpoint-10", "has no signature.safetensors"),
+        (
+            "--ptuning_checkpoint {run}/checkpoint-10",
+            r"has no signature.safetensors.*python ptuning/sign.py --ptuning_checkpoint .*10 ",
+        ),
         ("--ptuning_checkpoint {run}/checkpoint-10,{run}/checkpoint-20", "checkpoint-10 has no signature.safetensors"),
         ("--ptuning_checkpoint {whole}", "nothing is left to answer other prompts"),
     ],
