@@ -92,8 +92,10 @@ def load(folder, session, config=None):
     dtype, reason = choose_dtype(device)
     bits = f"int{session.bits} and " if session.bits else ""
     print(f"Loading {folder} on {device}: {bits}{dtype_name(dtype)} ({reason}).", flush=True)
+    # On a CPU the fast kernels for few rows round what they multiply to bfloat16: a score would depend on the batch.
+    backend = "torch" if device == "cpu" else "auto"
     how = {"dtype": dtype, "device": device, "quantization_bit": session.quantization_bit}
-    return load_model(folder, config=config, **how).requires_grad_(False)
+    return load_model(folder, config=config, quantization_backend=backend, **how).requires_grad_(False)
 
 
 def sides(session):

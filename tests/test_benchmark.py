@@ -106,6 +106,19 @@ def test_the_harness_gets_texts_and_whole_texts_scored(tasks):
     assert total < short < 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_weights_are_scored_by_exact_products(bits):
+    words = ["--model_name_or_path", str(TINY), "--quantization_bit", str(bits), "--official_ceval", "."]
+    session = benchmark.open_session(benchmark.parse_arguments(words))
+    scored = benchmark.load(session.folder, session, session.config)
+    exact = load_model(TINY, quantization_bit=bits, quantization_backend="torch")
+    tokenizer = load_tokenizer(TINY, exact.config)
+    texts = [("类型#裙", "*颜色#黑色"), ("你好", "，很高兴见到你。")]
+    pairs = [(tokenizer.encode(start), tokenizer.encode(end, add_special_tokens=False)) for start, end in texts]
+    expected = [log_likelihoods(exact, [pair], len(tokenizer))[0][0] for pair in pairs]  # each on its own
+    assert [value for value, _ in log_likelihoods(scored, pairs, len(tokenizer))] == pytest.approx(expected, abs=1e-5)
+
+
 def test_an_adapter_and_a_whole_model_are_compared_with_their_base(tmp_path, capsys):
     (tmp_path / "ceval").mkdir()
     row = {"inputs_pretokenized": "1+1=？\nA. 1\nB. 2\nC. 3\nD. 4", "label": 1}
