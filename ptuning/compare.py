@@ -60,7 +60,6 @@ CHINESE = {
     "Answers": "回答",
     "row and prompt": "序号和输入",
     "reference": "参考回答",
-    "runs side by side": "次训练的对比",
     "Bold: the best among the runs on one base model and the same rows.": "粗体：同一基座、同样数据的训练里最好的。",
 }
 STYLE = """
@@ -296,12 +295,14 @@ def page(runs, titles, texts, best, picture, places):
             rows[-1] += [answer_cell(answers[dataset, row]["predict"]) for answers in answered.values()]
         texts = html_table("answers", ["row and prompt", "reference", *answered], rows)
         parts.append(f"<h2>{both('Answers')}</h2>\n{texts}")
+    count = len(runs)
+    title, chinese = ("1 run", "1 次训练") if count == 1 else (f"{count} runs side by side", f"{count} 次训练的对比")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{len(runs)} runs</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{len(runs)} {both('runs side by side')}</h1>\n"
+        f'<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{title} <span lang="zh">{chinese}</span></h1>\n'
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )

@@ -186,6 +186,12 @@ class Page(html.parser.HTMLParser):
             self.cells[-1] += data
 
 
+def test_the_heading_counts_the_runs_in_both_languages(tmp_path):
+    runs = [write_run(tmp_path / name, 8) for name in ("a", "b")]
+    assert '<h1>2 runs side by side <span lang="zh">2 次训练的对比</span></h1>' in run_compare(tmp_path, *runs)
+    assert '<h1>1 run <span lang="zh">1 次训练</span></h1>' in run_compare(tmp_path, runs[0])
+
+
 def test_the_page_shows_answers_to_the_same_rows_side_by_side(tmp_path):
     write_run(tmp_path / "a", 8, answers=[(1, "a one"), (2, "a two"), (3, "")])
     write_run(tmp_path / "b", 8, answers=[(3, "b three"), (2, "b two")])
