@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from board.files import PROJECT
-from board.starting import is_alive, log_file, read_record, writing_process
+from board.starting import LOCK_FILE, is_alive, log_file, read_record, writing_process
 from checkpoints.run_folder import checkpoint_folders, step_of
 from common.failure import printable
 from common.files import ANSWERS_FILE, LOG_FILE, RESULTS_FILE, read_json
@@ -132,7 +132,7 @@ def read_run(folder: Path) -> Run:
     run.ours = ours
     with contextlib.suppress(OSError):
         run.checkpoints = sorted(map(step_of, checkpoint_folders(folder)))
-    begun_anew = fresh(record, folder)
+    begun_anew = fresh(record, folder, elsewhere=run.alive and not ours)
     if not begun_anew or run.alive:
         run.curves = curves_of(entries)
     if entries:
@@ -146,7 +146,7 @@ def read_run(folder: Path) -> Run:
     begins = record.get("log_from")
     printed = tail_of(log_file(folder, "train"), start=begins if is_count(begins) else 0)
     if run.alive:
-        run.state = STARTING if begun_anew or ended or not entries else RUNNING
+        run.state = STARTING if begun_anew or not entries else RUNNING
         if run.state == STARTING:
             run.phase = ""
         if re.search(r"^SIG\w+: finishing this step", printed, re.MULTILINE):
@@ -166,15 +166,18 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def fresh(record, folder):
-    """True where the process of a record has not written trainer_log.jsonl yet: what is there is of an earlier one."""
+def fresh(record, folder, elsewhere):
+    """True where the process of a run has not written trainer_log.jsonl yet: what is there is of an earlier one.
+
+    `elsewhere`: the process is that of a terminal, which writes its lock when it begins.
+    """
     began = record.get("time")
-    if not is_number(began) or record.get("adopted"):
-        return False
     try:
-        return (folder / LOG_FILE).stat().st_mtime < began
+        if elsewhere or record.get("adopted"):
+            began = (folder / LOCK_FILE).stat().st_mtime
+        return is_number(began) and (folder / LOG_FILE).stat().st_mtime < began
     except OSError:
-        return True
+        return is_number(began)
 
 
 def state_of(reason: str) -> str:

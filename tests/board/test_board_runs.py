@@ -112,8 +112,10 @@ def test_a_killed_process_is_dead_at_once_though_nobody_has_asked_for_its_status
 
 
 def test_a_run_of_a_terminal_is_read_only_until_it_is_adopted(starter, tmp_path):
-    folder = write_log(tmp_path / "a", entry(4, 1.5))
+    folder = tmp_path / "a"
+    folder.mkdir()
     (folder / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}, since 2026\n")
+    write_log(folder, entry(4, 1.5))
     with open(folder / ".lock"):
         run = read_run(folder)
         assert (run.alive, run.ours, run.state) == (True, False, "running")
@@ -123,6 +125,18 @@ def test_a_run_of_a_terminal_is_read_only_until_it_is_adopted(starter, tmp_path)
         assert read_run(folder).ours and read_record(folder)["adopted"]
     with pytest.raises(ValueError, match="No process"):
         starter.adopt(tmp_path / "b")
+
+
+def test_a_run_whose_log_has_ended_is_ending_and_one_begun_anew_is_starting(starter, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}, since 2026\n")
+    write_log(folder, entry(4, 1.5), entry(4, phase="end", reason="finished"))
+    with open(folder / ".lock"):
+        run = read_run(folder)
+        assert (run.state, run.phase) == ("running", "end")
+        os.utime(folder / "trainer_log.jsonl", (time.time() - 60,) * 2)  # of an earlier run of that name
+        assert read_run(folder).state == "starting"
 
 
 def test_only_a_few_processes_run_at_once(starter, tmp_path):
