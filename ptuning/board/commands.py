@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arguments import flags_of_main, parse_flags
-from board.files import MAX_SOURCES, PROJECT, Roots, link_rows, plain_text, run_name, shown_path
+from board.files import MAX_SOURCES, OUTPUT, PROJECT, Roots, files_in, link_rows, plain_text, run_name, shown_path
 from checkpoints.sidecar import finetuning_type
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json, write_json
+from common.messages import cut_short
 from common.quoting import NEEDS_EQUALS, as_typed
-from families import FAMILY_KEY, SUPPORTED, local_folder, read_base_settings
+from families import FAMILY_KEY, SUPPORTED, Family, local_folder, read_base_settings, told_families
 from training.stages import reads_pairs
 
 TINY = "ptuning/tiny"
@@ -36,6 +37,7 @@ NUMBERS = {
 }
 EMPTY = {
     "model": "tiny",
+    "family": "",
     "sources": [],
     "data": "",
     "dev": "",
@@ -85,8 +87,10 @@ OWNED = {
     *("model_name_or_path train_file validation_file test_file dataset dataset_dir mix_ratios dev_ratio").split(),
     *("prompt_column response_column history_column messages_column output_dir overwrite_output_dir stage").split(),
     *("finetuning_type quantization_bit do_train do_eval do_predict check_data ptuning_checkpoint debug").split(),
-    *("num_train_epochs resume_from_checkpoint").split(),
+    *("num_train_epochs resume_from_checkpoint model_family").split(),
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+BITS = ("", "8", "4")
 
 
 @dataclass
@@ -116,23 +120,26 @@ def script_variables() -> set[str]:
 # ---- what a visitor chose
 
 
-def family_in(extra: str) -> str | None:
-    """What the further flags say as --model_family, None where nothing."""
-    found = re.findall(r"^\s*(?:--)?model_family\s*=\s*(\S+)\s*$", str(extra or ""), re.MULTILINE)
-    return found[-1] if found and found[-1] in SUPPORTED else None
-
-
-def check_model(text, roots: Roots, extra: str = "") -> str:
-    """The base model as MODEL takes it; `extra` are further flags, --model_family among them. ValueError and FileNotFoundError in the programs' words."""
+def check_model(text, roots: Roots, family: str = "") -> str:
+    """The base model as MODEL takes it; `family` is as --model_family. ValueError and FileNotFoundError in the programs' words."""
     text = plain_text(text, "The model")
     if text in ("", "tiny", TINY):
         return "tiny"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not (PROJECT / text).exists():
-        return text  # a hub id
+    if HUB_ID.fullmatch(text) and not (PROJECT / text).exists():
+        return text
     folder = roots.checked(text, "The model")
     found = local_folder(str(folder))
-    read_base_settings(found, family_in(extra))
+    read_base_settings(found, family or None)
     return shown_path(folder)
+
+
+def families_of(text, roots: Roots) -> list[Family]:
+    """The families that a folder could be of, where its files do not tell; else none."""
+    text = plain_text(text, "The model")
+    if text in ("", "tiny", TINY) or not (folder := roots.checked(text, "The model")).is_dir():
+        return []
+    told = told_families(read_json(folder / "config.json"), folder)
+    return list(told) if len(told) > 1 else []
 
 
 def checked_settings(values: dict) -> dict:
@@ -155,11 +162,11 @@ def checked_settings(values: dict) -> dict:
     extra = settings["extra"]
     if not isinstance(extra, str) or len(extra) > 100 * MAX_EXTRA:
         raise ValueError(f"Further flags: expected at most {MAX_EXTRA} lines of text.")
-    return {
-        **{name: plain_text(value, name) for name, value in settings.items() if name not in ("sources", "extra")},
-        "sources": checked,
-        "extra": extra,
-    }
+    texts = {name: plain_text(value, name) for name, value in settings.items() if name not in ("sources", "extra")}
+    for name, choices in (("method", TRAINED), ("stage", STAGES), ("bits", BITS), ("family", ["", *SUPPORTED])):
+        if texts[name] not in choices:
+            raise ValueError(f"{name} {cut_short(texts[name])!r}: expected one of {', '.join(filter(None, choices))}.")
+    return {**texts, "sources": checked, "extra": extra}
 
 
 def load_settings(file: Path) -> dict:
@@ -214,8 +221,9 @@ def extra_words(text: str, roots: Roots) -> list[str]:
 def training_command(values: dict, roots: Roots, output: Path | None = None) -> tuple[str, Command]:
     """(name of the run, the command that trains it). Raises what the settings make impossible, before anything starts."""
     settings = checked_settings(values)
-    variables = {"MODEL": check_model(settings["model"], roots, settings["extra"])}
-    words = [*data_words(settings, variables, roots, output)]
+    variables = {"MODEL": check_model(settings["model"], roots, settings["family"])}
+    words = ["--model_family", settings["family"]] if settings["family"] else []
+    words += data_words(settings, variables, roots, output)
     for name, (variable, _) in NUMBERS.items():
         if settings[name]:
             variables[variable] = settings[name]
@@ -229,20 +237,18 @@ def training_command(values: dict, roots: Roots, output: Path | None = None) -> 
         variables["QUANTIZATION_BIT"] = ""
     program = ["bash", "train.sh"]
     method, stage = settings["method"], settings["stage"]
-    if method not in TRAINED or stage not in STAGES:
-        raise ValueError(f"Expected a method of {', '.join(TRAINED)} and a stage of {', '.join(STAGES)}.")
+    start = start_of(settings["start"], roots, output)
     if stage != "sft":
         program = ["bash", "train_preference.sh"]
         variables |= {"STAGE": stage, "FINETUNING_TYPE": method}
-        if settings["start"]:
-            variables["START"] = shown_path(roots.checked(settings["start"], "The run to start from"))
+        if start:
+            variables["START"] = start
     else:
         if not RULES[method].needs_prefix:
             program = ["bash", "finetune.sh"]
             variables["FINETUNING_TYPE"] = method
             variables.pop("PRE_SEQ_LEN", None)
-        if settings["start"]:
-            start = shown_path(roots.checked(settings["start"], "The run to start from"))
+        if start:
             words += ["--ptuning_checkpoint", start]
             if RULES[method].needs_prefix:  # whose prefix has its own length
                 variables["with_prefix"] = ""
@@ -252,6 +258,19 @@ def training_command(values: dict, roots: Roots, output: Path | None = None) -> 
     variables["CHECKPOINT"] = name
     check_flags(settings, variables, words)
     return name, Command(program, variables, words)
+
+
+def start_of(text, roots, output):
+    """The run or checkpoint to start from, as the scripts take it: a path, or the name of a run. "" for none."""
+    if not text:
+        return ""
+    named = (output or OUTPUT) / text
+    if "/" not in text and not (PROJECT / text).exists() and named.is_dir():
+        text = str(named)
+    path = roots.checked(text, "The run to start from")
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no run and no checkpoint {cut_short(text)!r} to start from.")
+    return shown_path(path)
 
 
 def default_name(settings, variables):
@@ -265,11 +284,16 @@ def data_words(settings, variables, roots, output):
     """The words about the rows; `variables` get DATA and the columns."""
     sources = settings["sources"]
     dev = roots.checked(settings["dev"], "The dev file") if settings["dev"] else None
+    if dev and not dev.is_file():
+        raise FileNotFoundError(f"The dev file {settings['dev']} does not exist.")
     if settings["dev_ratio"] and not dev:
         variables["DEV_RATIO"] = settings["dev_ratio"]
-    if settings["data"] or not sources:
-        if settings["data"]:
-            variables["DATA"] = shown_path(roots.checked(settings["data"], "The folder of rows"))
+    folder = roots.checked(settings["data"], "The folder of rows") if settings["data"] else None
+    if not sources:
+        if dev and not folder:
+            raise ValueError("A dev file alone trains nothing: choose the rows that train, and press Use it.")
+        if folder:
+            variables["DATA"] = shown_path(folder)
         return []
     for source in sources:
         path = roots.checked(source["path"], "The file of rows")
@@ -279,7 +303,8 @@ def data_words(settings, variables, roots, output):
         for kind in ("prompt", "response", "history", "messages"):
             if source[kind].startswith("-"):
                 raise ValueError(f"The column {source[kind]!r} begins with -, as flags do. Rename it in the file.")
-    folder = link_rows([{key: source[key] for key in source if key != "share"} for source in sources], dev, output)
+    if not folder or len(sources) > 1 or not holds(folder, Path(sources[0]["path"]), dev):
+        folder = link_rows([{key: source[key] for key in source if key != "share"} for source in sources], dev, output)
     variables["DATA"] = shown_path(folder)
     first = sources[0]
     for kind in ("prompt", "response", "history"):
@@ -293,6 +318,12 @@ def data_words(settings, variables, roots, output):
     elif first["messages"]:
         words += ["--messages_column", first["messages"]]
     return words
+
+
+def holds(folder, train, dev):
+    """True where the scripts find these very files in a folder."""
+    found = {split: file.resolve() for split, file in files_in(folder).items()} if folder.is_dir() else {}
+    return found.get("train") == train and (dev is None or found.get("dev") == dev)
 
 
 def check_flags(settings, variables, words):
@@ -316,7 +347,7 @@ def check_flags(settings, variables, words):
         argv.append(f"--quantization_bit={variables['QUANTIZATION_BIT']}")
     if "DEV_RATIO" in variables:
         argv.append(f"--dev_ratio={variables['DEV_RATIO']}")
-    if not re.fullmatch(r"\d{0,4}", settings["gpus"]) or settings["gpus"] in ("0", "00"):
+    if not re.fullmatch(r"[0-9]{0,4}", settings["gpus"]) or settings["gpus"] in ("0", "00"):
         raise ValueError(f"GPUs: {settings['gpus']!r}, expected a whole number, at least 1.")
     argv += ["--finetuning_type", settings["method"]]
     argv += [] if settings["stage"] == "sft" else ["--stage", settings["stage"]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -26,12 +27,13 @@ from board.commands import (
     evaluation_command,
     export_command,
     extra_words,
-    family_in,
+    families_of,
     known_flags,
     load_settings,
     method_of,
     model_of,
     remembered_family,
+    script_variables,
     training_command,
 )
 from board.estimate import ask, free_memory, held_by, with_children
@@ -50,7 +52,7 @@ from board.starting import is_alive, log_file, output_of, read_record, runs_in, 
 from board.words import words_for
 from common.failure import describe
 from common.messages import cut_short, in_words
-from families import read_base_settings
+from families import BY_NAME, SUPPORTED, read_base_settings
 
 NAMES = tuple(EMPTY)  # the order in which every handler gets the settings; `sources` are a list
 MOST_PAGE_BYTES = 16 * 2**20  # of a comparison
@@ -69,7 +71,13 @@ def is_chinese(request) -> bool:
 
 def told(error: Exception) -> str:
     """A line on what was wrong, in the programs' words."""
-    return show.said(describe(error)[0], "bad")
+    return show.said(re.sub(r" See python \S+ --help\.$", "", describe(error)[0]), "bad")
+
+
+def planned(source: dict) -> str:
+    """A file of rows with the columns that are read."""
+    columns = [source[kind] for kind in ("messages", "prompt", "response") if source.get(kind)]
+    return f"{source['path']} ({' → '.join(columns)})"
 
 
 def settings_of(values) -> dict:
@@ -110,9 +118,8 @@ class Page:
         self.chat.shown(request.session_hash, tab == "chat")
         folders = runs_in(self.output)[:MOST_RUNS]
         names = [folder.name for folder in folders]
-        if not name and names:
-            name = names[0]
-        run = self.shown_run(name) if name else None
+        run = self.shown_run(name) or (self.shown_run(names[0]) if names else None)
+        name = run.name if run else None
         live = [read_run(folder) for folder in folders[:20] if folder.name != name]
         ours = bool(run and run.alive and run.ours)
         steps = [(words[key], value) for key, value in (("best_or_last", ""), ("best", "best"), ("last", "last"))]
@@ -146,34 +153,42 @@ class Page:
 
     # ---- model
 
-    def look_at_model(self, request: gr.Request, model, extra=""):
-        """A tick with what the folder says, or the program's own message."""
-        words = said_in(request)
+    def look_at_model(self, request: gr.Request, model, family=""):
+        """(a tick with what the folder says, or the program's own message; the question which model it is)."""
+        words, asked = said_in(request), gr.update(visible=False, value="")
         try:
-            model = check_model(model, self.roots, extra)
+            if found := families_of(model, self.roots):
+                family = family if family in [each.name for each in found] else ""
+                choices = [(each.title, each.name) for each in found]
+                asked = gr.update(visible=True, value=family or None, choices=choices)
+                if not family:
+                    names = words["or"].join(each.title for each in found)
+                    return show.said(words["model_which"].format(model=model, names=names), "bad"), asked
+            model = check_model(model, self.roots, family if found else "")
             if model != "tiny" and not (PROJECT / model).is_dir():
-                return show.said(words["model_hub"].format(model=model), "plain")
+                choices = [(words["family_told"], ""), *((BY_NAME[name].title, name) for name in SUPPORTED)]
+                asked = gr.update(visible=True, choices=choices)
+                return show.said(words["model_hub"].format(model=model), "plain"), asked
             folder = PROJECT / (TINY if model == "tiny" else model)
-            settings, family = read_base_settings(folder, family_in(extra))
+            settings, family = read_base_settings(folder, family if found else None)
         except (ValueError, OSError) as error:
-            return told(error)
+            return told(error), asked
         bits = settings.get("quantization_bit")
-        return show.said(
-            words["model_good"].format(
-                model=model,
-                family=family.title,
-                layers=settings.get("num_layers"),
-                hidden=settings.get("hidden_size"),
-                bits=words["model_bits"].format(bits=bits) if bits else "",
-            )
+        line = words["model_good"].format(
+            model=model,
+            family=family.title,
+            layers=settings.get("num_layers"),
+            hidden=settings.get("hidden_size"),
+            bits=words["model_bits"].format(bits=bits) if bits else "",
         )
+        return show.said(line), asked
 
     def estimate(self, request: gr.Request, *values):
         """The memory that the settings take, beside what is free."""
         words, settings = said_in(request), settings_of(values)
         try:
             settings = checked_settings(settings)
-            model = check_model(settings["model"], self.roots, settings["extra"])
+            model = check_model(settings["model"], self.roots, settings["family"])
             folder = PROJECT / (TINY if model == "tiny" else model)
             if not folder.is_dir():
                 return show.said(words["memory_hub"], "plain")
@@ -185,7 +200,7 @@ class Page:
             }
             found = ask(
                 model=str(folder),
-                family=family_in(settings["extra"]),
+                family=settings["family"] or None,
                 method=settings["method"],
                 bits=int(settings["bits"]) if settings["bits"] else None,
                 prefix=numbers["prefix"],
@@ -196,7 +211,9 @@ class Page:
             )
         except (ValueError, OSError, subprocess.TimeoutExpired) as error:
             return told(error)
-        parts = ", ".join(f"{name} {in_words(size)}" for name, size in found["parts"].items())
+        parts = ", ".join(
+            f"{words.get(f'part {name}', name)} {in_words(size)}" for name, size in found["parts"].items()
+        )
         free = free_memory().get(found["device"], 0)
         line = words["memory"].format(
             need=in_words(sum(found["parts"].values())),
@@ -252,21 +269,31 @@ class Page:
             raise ValueError("That is no file that this page was sent.")
         return file
 
-    def choose_rows(self, looked, sources, prompt, response, history, messages, share, add):
-        """(the sources now, the folder of rows, the dev file, the share of dev rows)."""
+    def use_rows(self, request: gr.Request, *values):
+        """As choose_rows, in place of the rows that were chosen before."""
+        return self.choose_rows(said_in(request), *values, adds=False)
+
+    def add_rows(self, request: gr.Request, *values):
+        """As choose_rows, beside the rows that were chosen before."""
+        return self.choose_rows(said_in(request), *values, adds=True)
+
+    def choose_rows(self, words, looked, sources, prompt, response, history, messages, share, adds):
+        """(what is missing, the sources now, the folder of rows, the dev file, the share of dev rows)."""
         if not isinstance(looked, dict) or not looked.get("file"):
-            return [gr.skip()] * 4
+            return [show.said(words["look_first"], "bad"), *[gr.skip()] * 4]
         columns = {
             "prompt": prompt or "",
             "response": response or "",
             "history": history or "",
             "messages": messages or "",
         }
+        if not prompt and not messages:
+            return [show.said(words["columns_missing"], "bad"), *[gr.skip()] * 4]
         source = {"path": looked["file"], **columns, "share": str(share or "")}
-        if add:
-            return [[*(sources or []), source][:8], "", gr.skip(), gr.skip()]
+        if adds:
+            return ["", [*(sources or []), source][:8], "", gr.skip(), gr.skip()]
         dev = looked["dev"]
-        return [[source], looked["folder"], dev, "" if dev else "0.05"]
+        return ["", [source], looked["folder"], dev, "" if dev else "0.05"]
 
     def rows_chosen(self, request: gr.Request, sources):
         """A table of the rows that train."""
@@ -275,7 +302,7 @@ class Page:
             return show.said(words["chosen_none"], "plain")
         keys = ("path", "prompt", "response", "history", "messages", "share")
         rows = [[source.get(key, "") for key in keys] for source in sources if isinstance(source, dict)]
-        titles = [words[key].split(" (")[0] for key in keys]
+        titles = [words["file"], *(words[key] for key in keys[1:])]
         return show.said(words["chosen"], "plain") + show.table(titles, rows, words["chosen"])
 
     def check_rows(self, request: gr.Request, *values):
@@ -293,14 +320,17 @@ class Page:
 
     # ---- settings
 
-    def refresh(self, *values):
-        """(the command, or what is wrong with it; the settings for the browser to keep)."""
-        settings = settings_of(values)
+    def refresh(self, request: gr.Request, *values):
+        """(the command, what is wrong with it, the settings for the browser to keep, a line on what would train)."""
+        words, settings = said_in(request), settings_of(values)
         try:
             _, command = training_command(settings, self.roots, self.output)
-            return command.text, "", settings
         except (ValueError, OSError) as error:
-            return "", told(error), settings
+            return "", told(error), settings, ""
+        model, rows = command.variables["MODEL"], ", ".join(map(planned, settings["sources"])) or settings["data"]
+        default = "AdvertiseGen/sample" if model == "tiny" else "AdvertiseGen"
+        line = words["planned" if rows else "planned_default"].format(model=model, rows=rows or default)
+        return command.text, "", settings, show.said(line, "plain")
 
     def preset(self, name, *values):
         """The fields with the values of a preset."""
@@ -397,7 +427,7 @@ class Page:
         texts = [*program, *words, *variables, *variables.values()] if isinstance(words, list) else [None]
         if program[:1] != ["bash"] or len(program) != 2 or program[1] not in scripts:
             raise ValueError("web.json names no script of this project; start the run from the settings.")
-        if not all(isinstance(text, str) for text in texts) or not all(map(str.isidentifier, variables)):
+        if not all(isinstance(text, str) for text in texts) or not variables.keys() <= script_variables():
             raise ValueError("web.json is damaged; start the run from the settings.")
         return Command(program, variables, words)
 
@@ -411,11 +441,14 @@ class Page:
 
     # ---- evaluating
 
-    def evaluate(self, name, step, data, rows):
+    def evaluate(self, request: gr.Request, name, step, data, rows):
         """Start evaluate.sh for the run that is shown."""
         try:
             folder = self.folder(name)
-            command = evaluation_command(folder, step or "", data, rows, read_run(folder).variables, self.roots)
+            variables = read_run(folder).variables
+            if variables.get("DEV_RATIO") and not data:
+                return show.said(said_in(request)["held_out"].format(name=name), "bad")
+            command = evaluation_command(folder, step or "", data, rows, variables, self.roots)
             self.starter.start(folder, "evaluate", command)
         except (ValueError, OSError) as error:
             return told(error)

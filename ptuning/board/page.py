@@ -72,6 +72,7 @@ def build(page: Page):
             with gr.Tab(i18n("tab_model"), id="model", elem_id="tab-model") as tabs["model"]:
                 f["model"] = choose("model", ["tiny", "THUDM/chatglm2-6b"], "tiny")
                 model_said = html("model-said")
+                f["family"] = choose("family", [], "", visible=False)
                 f["bits"] = gr.Radio(
                     [(i18n("bits_float"), ""), (i18n("bits_8"), "8"), (i18n("bits_4"), "4")],
                     value="",
@@ -93,6 +94,7 @@ def build(page: Page):
                     use, add = button("use", variant="primary"), button("add")
                     share = gr.Textbox(label=i18n("share"), max_lines=1, max_length=20, elem_id="share", min_width=150)
                     clear = button("clear")
+                unchosen = html("unchosen")
                 chosen = html("chosen")
                 with gr.Row():
                     f["dev"], f["dev_ratio"] = field("dev"), field("dev_ratio")
@@ -135,14 +137,15 @@ def build(page: Page):
                         "", label=i18n("extra"), lines=3, max_lines=12, max_length=6000, elem_id="extra"
                     )
                 with gr.Row():
-                    save = button("save_settings")
+                    save = button("save_settings", min_width=150)
                     load = gr.UploadButton(
-                        i18n("load_settings"), file_types=[".json"], size="md", scale=0, min_width=110, elem_id="load"
+                        i18n("load_settings"), file_types=[".json"], size="md", scale=0, min_width=150, elem_id="load"
                     )
             with gr.Tab(i18n("tab_run"), id="run", elem_id="tab-run") as tabs["run"]:
                 with gr.Row():
                     start, stop = button("begin", variant="primary"), button("stop", variant="stop", visible=False)
                     go_on, adopt = button("continue", visible=False), button("adopt", visible=False)
+                will_train = html("will-train")
                 choice = gr.Radio(
                     [(i18n(f"exists_{name}"), name) for name in ("continue", "name", "overwrite")],
                     label=i18n("exists"),
@@ -170,7 +173,8 @@ def build(page: Page):
             with gr.Tab(i18n("tab_chat"), id="chat", elem_id="tab-chat") as tabs["chat"]:
                 with gr.Row():
                     chat_step = choose("chat-step", [], "", label="checkpoint")
-                    open_chat, end_chat = button("open_chat", variant="primary"), button("end_chat")
+                    open_chat = button("open_chat", variant="primary", min_width=140)
+                    end_chat = button("end_chat", min_width=250)
                 chat_said, chat = html("chat-said"), html("chat")
             with gr.Tab(i18n("tab_export"), id="export", elem_id="tab-export") as tabs["export"]:
                 with gr.Row():
@@ -190,7 +194,7 @@ def build(page: Page):
 
         f["sources"] = sources
         fields = [f[name] for name in NAMES]
-        shown = [command, wrong, kept]
+        shown = [command, wrong, kept, will_train]
         now = [run, strip, card, plots, tail, stop, go_on, adopt, end_evaluation, step, chat_step, export_step] + [
             evaluated,
             chat,
@@ -201,27 +205,35 @@ def build(page: Page):
         looking = {"fn": page.tick, "inputs": [run, tab, seen], "outputs": now, **QUICK}
         latest = {**QUICK, "trigger_mode": "always_last"}  # what changes while an answer is on its way counts, too
         refreshing = {"fn": page.refresh, "inputs": fields, "outputs": shown, **latest}
-        modelling = {"fn": page.look_at_model, "inputs": [f["model"], f["extra"]], "outputs": [model_said], **latest}
+        modelling = {
+            "fn": page.look_at_model,
+            "inputs": [f["model"], f["family"]],
+            "outputs": [model_said, f["family"]],
+            **latest,
+        }
 
         timer.tick(**looking)
         run.input(lambda: {}, None, [seen], **QUICK).then(**looking)
         for name, each in tabs.items():
             each.select(lambda name=name: name, None, [tab], **QUICK).then(**looking)
 
-        texts = [f[name] for name in NAMES if name not in ("sources", "model", "bits", "method", "stage", "data")]
+        texts = [
+            f[name] for name in NAMES if name not in ("sources", "model", "family", "bits", "method", "stage", "data")
+        ]
         gr.on([event for each in texts for event in (each.blur, each.submit)], **refreshing)
         gr.on([f["bits"].input, f["method"].input, f["stage"].input], **refreshing)
         gr.on([f["model"].input, f["model"].blur], **modelling).then(**refreshing)
+        f["family"].input(**modelling).then(**refreshing)
         estimate.click(page.estimate, fields, [memory], **LONG)
 
         looking_at = {"outputs": [found, *columns, looked], **QUICK}
         gr.on([see.click, path.submit], page.look_at_rows, [path], **looking_at)
         upload.upload(page.uploaded, [upload], [path, found, *columns, looked], **LONG)
-        for pressed, adds in ((use, False), (add, True)):
+        for pressed, chosen_as in ((use, page.use_rows), (add, page.add_rows)):
             pressed.click(
-                lambda *values, adds=adds: page.choose_rows(*values, adds),
+                chosen_as,
                 [looked, sources, *columns, share],
-                [sources, f["data"], f["dev"], f["dev_ratio"]],
+                [unchosen, sources, f["data"], f["dev"], f["dev_ratio"]],
                 **QUICK,
             ).then(page.rows_chosen, [sources], [chosen], **QUICK).then(**refreshing)
         clear.click(lambda: ([], "", "", ""), None, [sources, f["data"], f["dev"], f["dev_ratio"]], **QUICK).then(

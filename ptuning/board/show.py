@@ -12,7 +12,7 @@ from urllib.parse import quote
 from board.runs import FAILED, KILLED, RUNNING, STARTING, STOPPED, STOPPING, advice_for
 from common.failure import printable
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 360, 180, 46, 22  # of a plot, in its own units
+WIDTH, HEIGHT, LEFT, BOTTOM = 360, 180, 56, 22  # of a plot, in its own units
 PLOTS = (("loss", "eval_loss"), ("drift",), ("learning_rate",))  # curves that share axes
 MOST_CELL = 400  # characters of a cell
 
@@ -32,8 +32,10 @@ def said(text: str, kind: str = "good") -> str:
 
 
 def number(value: float) -> str:
-    """A number as a reader wants it: four digits that count."""
-    return f"{value:.3e}" if value and (abs(value) < 1e-3 or abs(value) >= 1e6) else f"{value:.4g}"
+    """A number as a reader wants it: a whole one as it is, of others the four digits that count."""
+    if isinstance(value, int) and abs(value) < 1e12:
+        return f"{value:,}"
+    return f"{value:.2e}" if value and (abs(value) < 1e-3 or abs(value) >= 1e6) else f"{value:.4g}"
 
 
 # ---- plots
@@ -173,7 +175,8 @@ def table(titles: list, rows: list, label: str) -> str:
 
 def metrics(results: dict, words: dict) -> str:
     """The numbers of a run's results."""
-    rows = [(name, number(value)) for name, value in results.items()]
+    first = sorted(results.items(), key=lambda result: not result[0].startswith("predict"))  # what answers score
+    rows = [(name, number(value)) for name, value in first]
     return table([words["figure"], words["number"]], rows, words["figure"]) if rows else ""
 
 

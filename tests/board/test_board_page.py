@@ -1,9 +1,11 @@
 """The training page's handlers and its doors, without a browser: what a stranger sends, and what it gets."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 from support.over_http import call, serve
 
 from board import show
@@ -61,6 +63,8 @@ def test_a_run_goes_on_with_the_command_it_had(page, tmp_path, monkeypatch):
         {"program": ["bash", "../x.sh"]},
         {"words": [1]},
         {"variables": {"A;B": "1"}},
+        {"variables": {"BASH_ENV": "evil.sh"}},
+        {"variables": {"LD_PRELOAD": "evil.so"}},
         {"words": "x"},
     ],
     ids=str,
@@ -78,7 +82,7 @@ def test_a_name_that_is_no_run_is_answered_with_a_message(page, name):
     for said in (
         page.stop(REQUEST, name),
         page.adopt(REQUEST, name),
-        page.evaluate(name, "", "", ""),
+        page.evaluate(REQUEST, name, "", "", ""),
         page.export(name, "", ""),
     ):
         assert 'class="said bad"' in said
@@ -101,13 +105,59 @@ def test_a_file_that_no_browser_has_sent_is_not_taken(page, tmp_path, monkeypatc
 
 def test_settings_and_flags_say_what_is_wrong_at_once(page):
     values = dict(zip(NAMES, FIELDS, strict=True))
-    text, wrong, _ = page.refresh(*{**values, "lr": "fast"}.values())
+    text, wrong, *_ = page.refresh(REQUEST, *{**values, "lr": "fast"}.values())
     assert not text and "learning_rate" in wrong
     assert page.add_flag("seed", "7", "")[0] == "seed = 7"
     assert "none of main.py" in page.add_flag("nosuch", "7", "")[1]
     assert "Rank" in page.flag_help("lora_rank") or "inner width" in page.flag_help("lora_rank")
     assert page.restore({"model": ["x"], "evil": 1})[0] == EMPTY["model"]
-    assert "4 layers" in page.look_at_model(REQUEST, "tiny") and "leads out" in page.look_at_model(REQUEST, "/etc")
+    assert "4 layers" in page.look_at_model(REQUEST, "tiny")[0]
+    assert "leads out" in page.look_at_model(REQUEST, "/etc")[0]
+
+
+def test_rows_are_used_once_their_columns_are_chosen(page):
+    looked = {"file": "a.csv", "dev": "", "folder": ""}
+    said, *kept = page.use_rows(REQUEST, None, [], "", "", "", "", "")
+    assert "press Look" in said and all(update == {"__type__": "update"} for update in kept)
+    said, *kept = page.use_rows(REQUEST, looked, [], None, "b", "", "", "")
+    assert "Choose the column" in said and all(update == {"__type__": "update"} for update in kept)
+    said, sources, *_, share = page.use_rows(REQUEST, looked, [], "a", "b", "", "", "")
+    assert (said, share, [source["prompt"] for source in sources]) == ("", "0.05", ["a"])
+    assert len(page.add_rows(REQUEST, looked, sources, "", "", "", "talk", "2")[1]) == 2
+
+
+def test_what_start_would_train_on_is_said_before_it_is_pressed(page):
+    values = dict(zip(NAMES, FIELDS, strict=True))
+    source = {"path": "AdvertiseGen/sample/train.json", "prompt": "content", "response": "summary"}
+    for changed, line in (
+        ({}, "AdvertiseGen/sample, because no rows are chosen"),
+        ({"model": "THUDM/chatglm2-6b"}, "AdvertiseGen, because no rows are chosen"),
+        ({"data": "AdvertiseGen/sample"}, "tiny on AdvertiseGen/sample."),
+        ({"sources": [source]}, "train.json (content → summary)."),
+    ):
+        assert line in page.refresh(REQUEST, *{**values, **changed}.values())[-1]
+
+
+def test_a_folder_that_does_not_tell_its_model_is_asked_about(page, tmp_path):
+    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    write_json(tmp_path / "base" / "config.json", {**config, "model_family": None, "auto_map": {}, "_name_or_path": ""})
+    folder = str(tmp_path / "base")
+    said, question = page.look_at_model(REQUEST, folder, "")
+    assert "ChatGLM2 or ChatGLM3" in said and question["visible"]
+    assert [name for _, name in question["choices"]] == ["chatglm2", "chatglm3"]
+    said, question = page.look_at_model(REQUEST, folder, "chatglm3")
+    assert "is a ChatGLM3 model" in said and question["value"] == "chatglm3"
+    assert not page.look_at_model(REQUEST, "tiny", "chatglm3")[1]["visible"]
+    values = {**dict(zip(NAMES, FIELDS, strict=True)), "model": folder, "family": "chatglm3"}
+    assert "bash train.sh --model_family chatglm3" in page.refresh(REQUEST, *values.values())[0]
+
+
+def test_an_evaluation_of_rows_that_were_held_out_asks_for_a_file(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(page.starter, "start", lambda *_: pytest.fail("started"))
+    (tmp_path / "mine").mkdir()
+    write_json(tmp_path / "mine" / "web.json", {"command": "x", "variables": {"DEV_RATIO": "0.05"}})
+    assert "Name a file of rows" in page.evaluate(REQUEST, "mine", "", "", "")
 
 
 def test_what_others_wrote_is_text():

@@ -64,6 +64,26 @@ def test_rows_with_other_columns_are_linked_and_named(rows, tmp_path):
     assert link_rows([{k: v for k, v in source(file).items() if k != "share"}], None, tmp_path).samefile(folder)
 
 
+def test_a_folder_keeps_its_place_and_names_its_columns(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    (tmp_path / "dev.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    (tmp_path / "other.jsonl").write_text('{"q": "a", "a": "b"}\n')
+    roots, row = Roots([ROOT, tmp_path]), source(tmp_path / "train.jsonl", prompt="q", response="a")
+    chosen = {**EMPTY, "data": str(tmp_path), "sources": [row], "dev": str(tmp_path / "dev.jsonl")}
+    variables = training_command(chosen, roots, tmp_path)[1].variables
+    assert (variables["DATA"], variables["PROMPT_COLUMN"], variables["RESPONSE_COLUMN"]) == (str(tmp_path), "q", "a")
+    other = {**chosen, "dev": str(tmp_path / "other.jsonl")}  # a dev file that the folder does not hold under that name
+    folder = training_command(other, roots, tmp_path)[1].variables["DATA"]
+    assert os.path.samefile(f"{folder}/dev.jsonl", tmp_path / "other.jsonl")
+
+
+def test_a_run_to_start_from_may_be_called_by_its_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    settings = {**EMPTY, "data": str(SAMPLE), "start": "mine"}
+    _, command = training_command(settings, Roots([ROOT, tmp_path]), tmp_path)
+    assert command.words == ["--ptuning_checkpoint", str(tmp_path / "mine")]
+
+
 def test_several_files_are_mixed_with_their_shares(rows, tmp_path):
     file, roots = rows
     sources = [source(file, share="0.7"), source(file, prompt="答", response="问", share="0.3")]
@@ -138,9 +158,18 @@ HOSTILE = [
     ({"steps": "$(id)"}, "max_steps"),
     ({"steps": "--do_predict"}, "max_steps"),
     ({"gpus": "99999"}, "GPUs"),
-    ({"bits": "16"}, "quantization_bit"),
-    ({"method": "rm -rf"}, "Expected a method"),
-    ({"stage": "'; drop"}, "Expected a method"),
+    ({"gpus": "٣"}, "GPUs"),
+    ({"family": "chatglm9"}, "family 'chatglm9': expected one of"),
+    ({"model": "a/.."}, "config.json is missing"),
+    ({"start": "--debug"}, "no run and no checkpoint"),
+    ({"start": "$(id)"}, "no run and no checkpoint"),
+    ({"start": "/etc"}, "leads out of the folders"),
+    ({"dev": "no-such.json"}, "dev file no-such.json does not exist"),
+    ({"dev": "/etc/passwd"}, "leads out of the folders"),
+    ({"data": "", "dev": "AdvertiseGen/sample/dev.json"}, "A dev file alone"),
+    ({"bits": "16"}, "bits '16': expected one of 8, 4"),
+    ({"method": "rm -rf"}, "method 'rm -rf': expected one of"),
+    ({"stage": "'; drop"}, "stage .*: expected one of"),
     ({"extra": "output_dir = /tmp/x"}, "field of its own"),
     ({"extra": "nosuch = 1"}, "none of main.py's"),
     ({"extra": "deepspeed = /etc/passwd"}, "leads out of the folders"),
