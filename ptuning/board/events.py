@@ -149,7 +149,9 @@ class Page:
                 continue
             seen[key] = value
             updates.append(gr.update(**value) if isinstance(value, dict) else value)
-        return [*updates, seen]
+        before, seen["alive"] = seen.get("alive"), bool(run and run.alive)
+        said = "" if before and not seen["alive"] else gr.skip()  # "Started …" stands no longer
+        return [*updates, said, seen]
 
     # ---- model
 

@@ -200,6 +200,7 @@ def build(page: Page):
             chat,
             exported,
             compared,
+            run_said,
             seen,
         ]
         looking = {"fn": page.tick, "inputs": [run, tab, seen], "outputs": now, **QUICK}

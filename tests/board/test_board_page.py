@@ -14,6 +14,7 @@ from board.commands import EMPTY, PRESETS
 from board.doors import Bodies, ChatDoor, OwnSiteOnly
 from board.events import NAMES, Page
 from board.files import Roots
+from board.runs import Run
 from board.starting import Starter
 from board.words import TEXTS, WORDS
 from common.files import write_json
@@ -95,6 +96,15 @@ def test_a_tick_sends_what_has_changed_only(page, tmp_path):
     *_, seen = page.tick(REQUEST, "mine", "run", {})
     *updates, again = page.tick(REQUEST, "mine", "run", seen)
     assert again == seen and all(update == {"__type__": "update"} for update in updates)
+
+
+def test_a_run_that_has_ended_is_no_longer_called_started(page, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("board.events.read_run", lambda folder: Run("mine", folder, alive=True))
+    *_, seen = page.tick(REQUEST, "mine", "run", {})
+    monkeypatch.undo()
+    *_, said, seen = page.tick(REQUEST, "mine", "run", seen)
+    assert said == "" and page.tick(REQUEST, "mine", "run", seen)[-2] != ""
 
 
 def test_a_file_that_no_browser_has_sent_is_not_taken(page, tmp_path, monkeypatch):
