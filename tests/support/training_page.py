@@ -29,10 +29,12 @@ class TrainingPage:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
-    def restart(self, *words):
+    def restart(self, *words, before=()):
+        """`before`: a program, with its words, that starts the page's."""
         self.log = open(self.project / "page.log", "ab")  # noqa: SIM115 - as long as the program
         self.process = subprocess.Popen(
             [
+                *before,
                 sys.executable,
                 "ptuning/train_web.py",
                 "--server_port",
