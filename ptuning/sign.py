@@ -13,7 +13,7 @@ from checkpoints.file_names import SIGNATURE_FILE
 from checkpoints.run_folder import names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES, SWAPPED
-from common.failure import run
+from common.start import look_first, work
 from first_look import family_of_base, has_roles, look_at_base, look_at_checkpoint, look_at_data
 
 NEEDED = ["--do_train", "--output_dir", "nowhere"]  # by main.py; nothing is trained, and no folder made
@@ -47,7 +47,7 @@ def look(argv):
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
-    run(look, sys.argv[1:])
+    look_first(look, sys.argv[1:])
 
 from transformers.utils import logging
 
@@ -91,4 +91,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main, sys.argv[1:])
+    work(main, sys.argv[1:])
