@@ -30,6 +30,7 @@ official_length=${official_length:-64}     # prompt and reference, tokens, in th
 dev_file=$(data_file dev)
 check_model_and_data "$dev_file"
 check_run
+[[ $typed_flags != *" --device_map"[\ =]* ]] || NUM_GPUS=1 # one process spreads the model over all of them
 defaults_of_official_checkpoint
 launch ptuning/main.py \
   --do_predict \

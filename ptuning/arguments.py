@@ -40,7 +40,7 @@ from families import SUPPORTED, TEMPLATES
 from training.flags import TrainingArguments
 from training.saving import check_saving
 from training.stages import check_own_flags, check_stage
-from tuning.rules import LORA_TARGETS, check_method
+from tuning.rules import LORA_TARGETS, check_device_map, check_method
 
 
 @dataclass
@@ -89,6 +89,9 @@ class ModelArguments:
     )
     quantize_output_layer: bool = declare(
         "For answers: the output layer in int8, which is the largest weight.", default=False
+    )
+    device_map: Literal["auto"] = declare(
+        "For answers: auto spreads the model over all GPUs, and over the CPU where they are too small [one device]."
     )
     cache_dir: str | None = declare("Folder for models downloaded from the hub.")
     model_revision: str | None = declare("Branch, tag or commit on the hub.")
@@ -258,7 +261,7 @@ def parse_arguments(argv):
 
     from training.arguments import make_training_arguments  # loads torch
 
-    training_args, more_notes = make_training_arguments(given)
+    training_args, more_notes = make_training_arguments(given, spread=bool(model_args.device_map))
     return model_args, data_args, training_args, notes + more_notes
 
 
@@ -283,6 +286,7 @@ def check(model_args, data_args, training_args):
         raise ValueError(
             "--quantize_output_layer is for answers; its loss would not be the model's. Leave it out in training."
         )
+    check_device_map(model_args, training_args)
     check_precision(training_args)
     check_keeping(model_args, training_args)
     for name, reason in UNSUPPORTED.items():
@@ -400,6 +404,11 @@ def add_trained_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model_family", choices=SUPPORTED, help="Where the base model's files leave it open.")
     parser.add_argument("--finetuning_type", choices=list(RULES), help="Not needed: read from the checkpoint.")
+    parser.add_argument(
+        "--device_map",
+        choices=("auto",),
+        help="auto: spread the model over all GPUs, and the CPU where they are too small.",
+    )
     parser.add_argument("--cache_dir", help="Folder for models downloaded from the hub.")
     parser.add_argument("--model_revision", help="Branch, tag or commit on the hub.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")

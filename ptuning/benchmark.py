@@ -86,7 +86,7 @@ def open_session(args):
     return session
 
 
-def load(folder, session, config=None):
+def load(folder, session, device_map, config=None):
     """A base model in evaluation's dtype."""
     device = choose_device()
     dtype, reason = choose_dtype(device)
@@ -94,20 +94,21 @@ def load(folder, session, config=None):
     print(f"Loading {folder} on {device}: {bits}{dtype_name(dtype)} ({reason}).", flush=True)
     # On a CPU the fast kernels for few rows round what they multiply to bfloat16: a score would depend on the batch.
     backend = "torch" if device == "cpu" else "auto"
-    how = {"dtype": dtype, "device": device, "quantization_bit": session.quantization_bit}
+    how = {"dtype": dtype, "device": device_map or device, "quantization_bit": session.quantization_bit}
     return load_model(folder, config=config, quantization_backend=backend, **how).requires_grad_(False)
 
 
-def sides(session):
+def sides(session, device_map):
     """Yield ("base", model, text before its chat prompts), then ("tuned", …), where a checkpoint is given.
 
     One model in memory is both with a prefix or an adapter; where the weights were tuned, one is loaded after the other.
     """
     tuned_before = session.data_fields["source_prefix"]
+    own = session.folder, session, device_map, session.config
     if session.checkpoint is None:
-        yield BASE, load(session.folder, session, session.config), ""
+        yield BASE, load(*own), ""
     elif RULES[session.method.name].swaps:
-        model = load(session.folder, session, session.config)
+        model = load(*own)
         session.do_train = True  # an adapter stays beside the weights
         print(session.prepare(model))
         model.requires_grad_(False).eval()
@@ -117,10 +118,10 @@ def sides(session):
     else:
         base = session.saved.get("base_model") if session.method.is_complete else session.base
         if base:
-            yield BASE, load(resolve_folder(base), session), ""
+            yield BASE, load(resolve_folder(base), session, device_map), ""
         else:
             print(f"{session.checkpoint} does not say its base model: it is scored alone.")
-        model = load(session.folder, session, session.config)
+        model = load(*own)
         session.prepare(model)
         yield TUNED, model.requires_grad_(False).eval(), tuned_before
 
@@ -204,7 +205,7 @@ def main(argv):
     tokenizer = load_tokenizer(session.folder, session.config)
     score = (score_tasks if args.tasks else score_ceval)(args, tokenizer)
     scores = {}
-    for name, model, before in sides(session):
+    for name, model, before in sides(session, args.device_map):
         print(f"Scoring the {name} model …", flush=True)
         scores[name] = score(model, before)
         del model

@@ -11,12 +11,12 @@ import hashlib
 import json
 import shutil
 import warnings
+from functools import cache, partial
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from accelerate import dispatch_model
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
@@ -39,11 +39,20 @@ from chatglm2.quantization import (
     choose_backend,
     prepare_output_layer_,
     quantize_weight,
-    use_backend_,
 )
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from checkpoints.file_names import INDEX_FILES, TENSORS_FILE, weight_files
-from checkpoints.placing import IGNORED, check_settings, device_of, own_memory, wanted_devices, wanted_dtype
+from checkpoints.placing import (
+    IGNORED,
+    MAPS,
+    check_settings,
+    device_of,
+    infer_devices,
+    own_memory,
+    spread_model,
+    wanted_devices,
+    wanted_dtype,
+)
 from checkpoints.run_folder import check_holds_prefix, verify_checkpoint
 from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, read_sidecar
 from checkpoints.weight_files import (
@@ -186,7 +195,7 @@ def load_model(
     `quantize_output_layer` the output layer is int8, too: a model for answers, not for training.
     `config` carries pre_seq_len, prefix_projection and prefix_dropout; by default the folder's own, without a
     prefix. The prefix encoder is float32 and is the only part with gradients; a prefix among the weights fills it.
-    `device` may be a dictionary of modules to devices. `model.fingerprint` tells base models apart;
+    `device` may be a dictionary of modules to devices, or "auto" for all GPUs. `model.fingerprint` tells base models apart;
     `model.base_folder` is `folder`.
 
     Raises FileNotFoundError and ValueError: missing or unreadable files, and missing, unexpected or
@@ -199,9 +208,13 @@ def load_model(
         model = family.model_class(config)
     if quantize_output_layer:
         prepare_output_layer_(model)
-    integers = {f"{name}.weight": m.bits for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    for kind in set(integers.values()):
-        use_backend_(model, choose_backend(quantization_backend, device_of("", device), kind, dtype), kind)
+    if isinstance(device, str) and device in MAPS:
+        device = infer_devices(model, device, dtype) if torch.cuda.is_available() else choose_device()
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    integers = {f"{name}.weight": module.bits for name, module in quantized.items()}
+    choose = cache(partial(choose_backend, quantization_backend, dtype=dtype))
+    for name, module in quantized.items():
+        module.backend = choose(device_of(f"{name}.weight", device), module.bits)
     expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(PREFIX_KEY)}
     for name in expected:
         device_of(name, device)  # or an error, before any weight is read
@@ -249,6 +262,8 @@ def load_model(
         if prefix:
             fill_with_prefix(prefix_encoder, prefix, folder)
         prefix_encoder.to(device_of(PREFIX_KEY, device)).requires_grad_(True)
+    if isinstance(device, dict):
+        spread_model(model, device)
     return model.eval()
 
 
@@ -499,13 +514,11 @@ def load_pretrained(
     config = type(config)(**config.to_dict())  # checked once more
     config.name_or_path = str(name_or_path)
     config.dtype = dtype = wanted_dtype(dtype or torch_dtype or "auto", config, folder)
-    devices = wanted_devices(device if device_map is None else device_map, config, dtype, family_of(config).model_class)
+    devices = wanted_devices(device if device_map is None else device_map)
     model = load_model(folder, config=config, dtype=dtype, device=devices, quantization_backend=quantization_backend)
     own_memory(model, stored_dtype(folder))
     if not config.pre_seq_len:
         model.requires_grad_(True)
-    if isinstance(devices, dict):
-        dispatch_model(model, devices, offload_buffers=True)
     if generation_config is not None:
         model.generation_config = generation_config
     if not output_loading_info:

@@ -54,6 +54,7 @@ from transformers.utils import logging
 
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import load_model, load_prefix, load_tokenizer, read_config, save_model, save_prefix
+from checkpoints.placing import places_of
 from checkpoints.run_folder import publish_checkpoint, stage_checkpoint
 from checkpoints.sidecar import read_sidecar
 from checkpoints.weight_files import stored_dtype
@@ -144,7 +145,7 @@ def export_weights(args, session):
         f"Reading {source}: {f'int{config.quantization_bit} and ' if config.quantization_bit else ''}{dtype_name(dtype)}."
     )
     with contextlib.ExitStack() as stack:
-        model = merge(session, dtype, tokenizer) if session.checkpoints else None
+        model = merge(session, dtype, tokenizer, args.device_map or "cpu") if session.checkpoints else None
         if model and bits:  # quantized as it is read: through float files
             output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(prefix=".export-", dir=output_dir.absolute().parent)
@@ -153,13 +154,18 @@ def export_weights(args, session):
             model = None
         if model is None:
             config = read_config(source, config.model_family, pre_seq_len=None)
-            how = {"quantization_bit": args.quantization_bit, "quantization_backend": "torch"}
+            how = {
+                "quantization_bit": args.quantization_bit,
+                "quantization_backend": "torch",
+                "device": args.device_map or "cpu",
+            }
             model = load_model(source, config=config, dtype=dtype, **how)
         before = probe(model, tokenizer)
         with new_folder(output_dir) as staging:
             files = save_model(model, staging, max_shard_size=args.max_shard_size, file_format=args.format)
+            places = places_of(model)
             del model
-            written = load_model(staging, dtype=dtype, quantization_backend="torch")
+            written = load_model(staging, dtype=dtype, quantization_backend="torch", device=places)
             compare(before, probe(written, load_tokenizer(staging, written.config)), output_dir)
     size = sum((output_dir / file).stat().st_size for file in files) / 1e6
     print(
@@ -174,7 +180,7 @@ def export_weights(args, session):
         )
 
 
-def merge(session, dtype, tokenizer):
+def merge(session, dtype, tokenizer, device):
     """The float model of a session's base with what its checkpoints hold in its weights."""
     folder, config = session.folder, session.config
     if config.quantization_bit:
@@ -182,7 +188,7 @@ def merge(session, dtype, tokenizer):
             f"{folder} holds int{config.quantization_bit} weights, into which nothing can be merged. Give the folder of "
             "the float model as --model_name_or_path; --quantization_bit makes the result integer again."
         )
-    model = load_model(folder, config=config, dtype=dtype)
+    model = load_model(folder, config=config, dtype=dtype, device=device)
     print(session.method.merge(model, session.checkpoints, session.own_settings, partial(probe, tokenizer=tokenizer)))
     if session.quantization_bit:
         print(
@@ -205,7 +211,8 @@ def export_prefix(args, session):
     checkpoint, base, bits = session.checkpoint, session.base, session.quantization_bit
     source, config = open_source(args, session, **session.prefix_shape)
     tokenizer = load_tokenizer(source, config)
-    model = load_model(source, config=config, quantization_bit=bits, quantization_backend="torch")
+    how = {"quantization_bit": bits, "quantization_backend": "torch", "device": args.device_map or "cpu"}
+    model = load_model(source, config=config, **how)
     load_prefix(model, checkpoint)
     before = probe(model, tokenizer)
     model.transformer.prefix_encoder = computed_prefix(model.transformer.prefix_encoder, config)

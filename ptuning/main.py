@@ -31,6 +31,7 @@ from transformers.utils import logging
 import preference
 from chatglm2.chat import TOP_K
 from checkpoint import generation_config, load_model, load_tokenizer
+from checkpoints.placing import describe_places
 from common.messages import silent
 from common.reports import close_reports, prepare_reports
 from data.batches import collate_prediction, collate_training
@@ -102,12 +103,12 @@ def main():
         session.folder,
         config=config,
         dtype=dtype,
-        device="cpu" if engine else training_args.device,  # an engine gives each its part
+        device=model_args.device_map or ("cpu" if engine else training_args.device),  # an engine gives each its part
         quantization_bit=session.quantization_bit,
         quantization_backend=choose_products(training_args, model_args.quantization_backend),
         quantize_output_layer=model_args.quantize_output_layer,
     )
-    say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s.")
+    say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s.{describe_places(model)}")
     described = session.prepare(model)
     if resume_from and engine:
         session.method.load(model, resume_from)  # before it is divided

@@ -178,6 +178,18 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
         (f"{MINIMAL} --fp16 maybe", "--fp16: expected true or false, not 'maybe'"),
         (f"{MINIMAL} --lr_scheduler_type linaer", "--lr_scheduler_type: invalid choice: 'linaer'.*linear"),
         (f"{MINIMAL} --quantize_output_layer", "--quantize_output_layer is for answers"),
+        *(
+            (
+                f"{MINIMAL} --device_map auto --stage {stage}",
+                "--device_map auto spreads a model for answers; .* --quantization_bit 4, or .*--fsdp",
+            )
+            for stage in ("sft", "rm", "dpo", "ppo")
+        ),
+        (
+            f"--do_predict --test_file t.json --output_dir o --device_map auto --stage rm {NAMED}",
+            "--device_map auto is for answers and dev losses",
+        ),
+        (f"{MINIMAL} --device_map sequential", "--device_map: invalid choice: 'sequential'.*auto"),
         (f"{MINIMAL} --quantization_backend cuda", "--quantization_backend: invalid choice: 'cuda'.*triton"),
         (f"--do_train --train_file t.json --output_dir o {NAMED}", "--do_train needs --pre_seq_len"),
         (f"--do_predict --test_file t.json --output_dir o --pre_seq_len 8 {NAMED}", "with a random prefix"),

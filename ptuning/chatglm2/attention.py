@@ -16,7 +16,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from chatglm2.kernels import kernels_for, num_splits
 from chatglm2.matmul import OwnGradient, multiply, onednn_runs
@@ -25,6 +25,17 @@ QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask
 LONG_BLOCK = 1024  # rows of scores that exist at once in LongAttention: queries times the heads of a group
 LONG_STEP = 64  # it fills rows up to a multiple: oneDNN compiles a kernel for each length
 LONG = "causal, for LongAttention"  # the mask of what goes there, which needs to be told no more
+
+
+class CausalMask(CausalBias):
+    """torch's name for a causal mask whose last query sees all keys; it has no numbers, so it lies on every device."""
+
+    def to(self, *args, **kwargs):
+        return self
+
+
+def causal_lower_right(num_queries, num_keys):
+    return CausalMask(CausalVariant.LOWER_RIGHT, num_queries, num_keys)
 
 
 def flash_attention_runs(device, dtype):
@@ -138,13 +149,22 @@ def attend_showing(query, key, value, masks, dropout=0.0):
 class DecodeStep:
     """One token for each of the first rows of a cache, in a slot of the row's own, on a GPU; stands for a mask.
 
-    `store` is (L, 2, rows, G, slots, D), the last slot that of rows which are not in use; `slots` (B,) are the tokens'.
-    No row has more than `width` slots in use.
+    `layers` are L of (2, rows, G, slots, D), the last slot that of rows which are not in use; `slots` (B,) are the
+    tokens'. No row has more than `width` slots in use.
     """
 
-    def __init__(self, store, slots, width):
-        self.store, self.slots = store, slots
-        self.splits = num_splits(len(slots) * store.shape[3], width, store.device)
+    def __init__(self, layers, slots, width):
+        self.layers, self.slots, self.width = layers, slots, width
+        self.splits = num_splits(len(slots) * layers[0].shape[2], width, slots.device)
+        self.elsewhere = {}  # of a model that is spread: {another device: the step of its layers}
+
+    def to(self, device, **how):
+        """The step of the layers on `device`."""
+        if device == self.slots.device:
+            return self
+        if device not in self.elsewhere:
+            self.elsewhere[device] = DecodeStep(self.layers, self.slots.to(device), self.width)
+        return self.elsewhere[device]
 
     @staticmethod
     def runs(store, config):
@@ -154,7 +174,7 @@ class DecodeStep:
 
     def attend(self, mixed, cos, sin, layer_index):
         """The context (B, 1, N D) of queries, keys and values (B, 1, (N + 2 G) D); writes the two latter."""
-        kernels, (keys, values) = kernels_for(mixed), self.store[layer_index]
+        kernels, (keys, values) = kernels_for(mixed), self.layers[layer_index]
         mixed = mixed[:, 0].to(keys.dtype)
         query = kernels.rotate_into_cache(mixed, cos, sin, keys, values, self.slots)
         return kernels.attend_step(query, keys, values, self.slots, self.splits)[:, None]

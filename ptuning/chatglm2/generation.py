@@ -10,7 +10,8 @@ length of its own, so a row's numbers do not depend on the rows beside it.
     row 2   [ prefix | prompt > ................. ]
 
 A finished row leaves at once: the last row takes its place, so the rows in use are always the first ones, and the
-others that wait join behind them. The prefix is computed once for all rows.
+others that wait join behind them. The prefix is computed once for all rows. Of a model that is spread over several
+devices each layer's part of the cache lies where the layer computes.
 
 A step of B rows reads every weight once, e bytes each, and keys and values, e 2 G D L bytes per slot in use; it
 multiplies and adds 2 B numbers per weight. For the 6B model in bf16 that is 12.5 GB, and 28.7 kB per slot: up to some
@@ -55,13 +56,17 @@ class Batch:
         self.prefix_lengths = []
         self.prompt_lengths = []  # without the prefix
         # (rows, slots) -> (CUDA graph, logits), the one used last at the end
-        self.graphs = {} if model.device.type == "cuda" else None
+        self.graphs = {} if model.device.type == "cuda" and not model.layer_devices else None
         self._graph_logits = None  # (rows, V): all graphs write here
         self._failures = 0  # of recordings, in a row
         self.width = 0
-        self._store = None  # (L, 2, rows, G, slots, D)
+        self._devices = list(dict.fromkeys(model.layer_devices)) or [model.device]
+        # Of each layer, which of the devices it is on.
+        self._places = list(map(self._devices.index, model.layer_devices)) or [0] * model.config.num_layers
+        self._stores = []  # for each device, (layers on it, 2, rows, G, slots, D)
+        self._layers = []  # of each layer, (2, rows, G, slots, D) of its store
         self._inputs = torch.zeros(4, max_rows, dtype=torch.int64, device=model.device)
-        self._row_numbers = torch.arange(max_rows, device=model.device)
+        self._row_numbers = [torch.arange(max_rows, device=device) for device in self._devices]
         self._reserve(width)
 
     # ---- rows
@@ -90,8 +95,8 @@ class Batch:
     def _admit(self, prompts, prompt_lengths, prefix, start, prefix_length, watch):
         first, last = len(self.lengths), len(self.lengths) + len(prompts)
         for index, (key, value) in enumerate(prefix):
-            self._store[index, 0, first:last, :, :start] = key
-            self._store[index, 1, first:last, :, :start] = value
+            self._layers[index][0, first:last, :, :start] = key
+            self._layers[index][1, first:last, :, :start] = value
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
         token_ids = torch.zeros(len(prompts), int(ends.max()) + 1, dtype=torch.int64)
         for row, prompt in enumerate(prompts):  # padded on the right, where causal attention does not look
@@ -136,7 +141,8 @@ class Batch:
         last = len(self.lengths) - 1
         if index < last:
             length = self.lengths[last]
-            self._store[:, :, index, :, :length] = self._store[:, :, last, :, :length]
+            for store in self._stores:
+                store[:, :, index, :, :length] = store[:, :, last, :, :length]
         for numbers in (self.lengths, self.prefix_lengths, self.prompt_lengths):
             numbers[index] = numbers[last]
             numbers.pop()
@@ -145,8 +151,8 @@ class Batch:
 
     def layers(self, index):
         """Key and value (1, G, slots in use, D) of a row in every layer: views, overwritten once the row is gone."""
-        row = self._store[:, :, index : index + 1, :, : self.lengths[index]]
-        return [(key, value) for key, value in row]
+        places = slice(index, index + 1), slice(None), slice(self.lengths[index])
+        return [(key[places], value[places]) for key, value in self._layers]
 
     # ---- the cache
 
@@ -156,15 +162,20 @@ class Batch:
 
     def _allocate(self, width):
         """Slots for every row, and one more that rows of a CUDA graph which are not in use may write to."""
-        config, kept = self.model.config, self._store
-        shape = (self.max_rows, config.num_key_value_heads, width + 1, config.kv_channels)
+        config, kept = self.model.config, self._stores
+        shape = (2, self.max_rows, config.num_key_value_heads, width + 1, config.kv_channels)
+        dtype = self.model.transformer.dtype_of_blocks
         # Zeros, because what is masked is still multiplied, by 0.
-        self._store = torch.zeros(
-            config.num_layers, 2, *shape, dtype=self.model.transformer.dtype_of_blocks, device=self.model.device
-        )
+        self._stores = [
+            torch.zeros(self._places.count(place), *shape, dtype=dtype, device=device)
+            for place, device in enumerate(self._devices)
+        ]
         if self.lengths:
             used = (slice(None), slice(None), slice(len(self.lengths)), slice(None), slice(max(self.lengths)))
-            self._store[used] = kept[used]
+            for store, before in zip(self._stores, kept, strict=True):
+                store[used] = before[used]
+        parts = [iter(store) for store in self._stores]
+        self._layers = [next(parts[place]) for place in self._places]
         self.width = width
         if self.graphs:
             self.graphs = {}
@@ -174,13 +185,13 @@ class Batch:
 
     def update(self, key, value, layer_index):
         """Write the keys and values (rows, G, S, D) of the tokens being fed; those of all slots up to theirs."""
-        keys, values = self._store[layer_index][:, self._rows]
+        keys, values = self._layers[layer_index][:, self._rows]
         end = self._past + key.shape[2]
         if self._slots is None:  # prompts: the same slots in all rows
             keys[:, :, self._past : end], values[:, :, self._past : end] = key, value
         else:  # a step: each row has a slot of its own
-            rows = self._row_numbers[self._rows]
-            keys[rows, :, self._slots], values[rows, :, self._slots] = key[:, :, 0], value[:, :, 0]
+            rows, slots = self._slots[self._places[layer_index]]
+            keys[rows, :, slots], values[rows, :, slots] = key[:, :, 0], value[:, :, 0]
         return keys[:, :, :end], values[:, :, :end]
 
     def _forward(self, token_ids, mask, position_ids, step=None):
@@ -190,13 +201,16 @@ class Batch:
     def _decode(self, rows, slots, padded):
         """Logits (rows, V) after the tokens in self._inputs, where no row has more than `slots` slots in use."""
         token_ids, lengths, prefix_lengths, prompt_lengths = self._inputs[:, :rows, None]  # (rows, 1) each
-        self._past, self._rows, self._slots = slots - 1, slice(rows), lengths[:, 0]
+        self._past, self._rows = slots - 1, slice(rows)
         mask = step = None
-        if DecodeStep.runs(self._store, self.model.config):
-            step = DecodeStep(self._store, self._slots, slots)
-        elif padded:
-            mask = torch.arange(slots, device=lengths.device) <= lengths  # (rows, slots)
-            mask = mask[:, self.model.prefix_length :]  # forward adds the part of the model's own prefix
+        if all(DecodeStep.runs(store, self.model.config) for store in self._stores):
+            step = DecodeStep(self._layers, lengths[:, 0], slots)
+        else:
+            # Of each device: the rows, and their slots
+            self._slots = [(numbers[:rows], lengths[:, 0].to(numbers.device)) for numbers in self._row_numbers]
+            if padded:
+                mask = torch.arange(slots, device=lengths.device) <= lengths  # (rows, slots)
+                mask = mask[:, self.model.prefix_length :]  # forward adds the part of the model's own prefix
         positions = self.model.place(lengths - prefix_lengths, prompt_lengths)
         hidden = self._forward(token_ids, mask, positions, step)
         return self.model.transformer.output_layer(hidden[:, -1])

@@ -217,7 +217,7 @@ class GLMBlock(GradientCheckpointingLayer):
     ):
         normed = self.input_layernorm(hidden_states)
         update = self.self_attention(
-            normed, mask, cos, sin, prefix_key, prefix_value, past_key_values, packing, attentions
+            normed, mask, cos, sin, prefix_key, prefix_value, past_key_values, packing, attentions=attentions
         )
         norm = self.post_attention_layernorm
         if self.fuses(hidden_states, update):
@@ -244,7 +244,7 @@ class GLMTransformer(nn.Module):
             if inner_states is not None:
                 inner_states.append(hidden_states)
             hidden_states = layer(
-                hidden_states, mask, cos, sin, *prefix, packing, attentions, past_key_values=past_key_values
+                hidden_states, mask, cos, sin, *prefix, packing, attentions=attentions, past_key_values=past_key_values
             )
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
@@ -443,6 +443,8 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
     # A function of the model, input ids, labels, num_items_in_batch and what else a batch holds: its loss is then the one
     # of training, and what it computes with is its own business.
     own_loss = None
+    # Of a model that is spread over several devices: where its inputs go, and where each layer computes.
+    first_device, layer_devices = None, ()
 
     def __init__(self, config, empty_init=True, device=None):
         """The official constructor: integer layers where `quantization_bit` asks for them; only a prefix trains.
@@ -475,6 +477,11 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         self.config.quantization_bit = bits
         use_backend_(self, choose_backend("auto", self.device, bits, self.transformer.dtype_of_blocks))
         return self
+
+    @property
+    def device(self):
+        """Where the model takes its inputs."""
+        return self.first_device or super().device
 
     def get_output_embeddings(self):
         return self.transformer.output_layer
@@ -537,6 +544,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         output_layer = self.transformer.output_layer
         loss = logits = None
         if targets is not None:
+            targets = targets.to(hidden_states.device)
             loss = supervised_loss(hidden_states, targets, output_layer, num_items_in_batch, packing)
         if not only_loss:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

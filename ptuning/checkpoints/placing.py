@@ -4,12 +4,16 @@ Answers to what transformers and accelerate do with these arguments. What has no
 is an entry of a table.
 """
 
+import gc
+
 import torch
-from accelerate import infer_auto_device_map
+from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 
 from chatglm2.configuration_chatglm import DEFAULTS
-from checkpoints.weight_files import stored_dtype
+from checkpoints.weight_files import PREFIX_KEY, stored_dtype
+
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # how accelerate fills the devices
 
 # Accepted and of no effect: how to load, or which code may run; here one way of loading holds, and no such code runs.
 IGNORED = (
@@ -61,22 +65,24 @@ def wanted_dtype(dtype, config, folder):
     return found
 
 
-def wanted_devices(wanted, config, dtype, model_class):
-    """The device, or {module: device} for several, that `device_map` or `device` means for a model of this class.
+def wanted_devices(wanted):
+    """The device, {module: device} for several, or the name in MAPS that `device_map` or `device` means.
 
     ValueError for what is none.
     """
-    if wanted is None:
-        return torch.device("cpu")
-    if wanted in ("auto", "balanced", "balanced_low_0", "sequential"):
-        if torch.cuda.device_count() < 2:
-            return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        with torch.device("meta"):
-            model = model_class(config)
-        options = {"no_split_module_classes": ["GLMBlock"], "dtype": dtype}
-        low_zero = wanted == "balanced_low_0"
-        memory = None if wanted == "sequential" else get_balanced_memory(model, low_zero=low_zero, **options)
-        wanted = infer_auto_device_map(model, max_memory=memory, **options)
+    if wanted is None or (isinstance(wanted, str) and wanted in MAPS):
+        return wanted or torch.device("cpu")
+    places = read_places(wanted)
+    if len(set(places.values())) > 1:
+        return places
+    (device,) = set(places.values())
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'The model shall go to {device}, but torch can use no GPU here. Give device="cpu".')
+    return device
+
+
+def read_places(wanted):
+    """{module: torch.device} of a device map. ValueError for what is none."""
     places = wanted if isinstance(wanted, dict) else {"": wanted}
     if "disk" in places.values():
         raise ValueError(
@@ -84,7 +90,7 @@ def wanted_devices(wanted, config, dtype, model_class):
             "quantization_bit=4."
         )
     try:
-        places = {
+        return {
             name: torch.device("cuda", place) if type(place) is int else torch.device(place)
             for name, place in places.items()
         }
@@ -92,12 +98,72 @@ def wanted_devices(wanted, config, dtype, model_class):
         raise ValueError(
             f'device_map is {wanted!r}, expected a device such as "cuda:0", a dictionary of modules to devices, or "auto".'
         ) from error
-    if len(set(places.values())) > 1:
-        return places
-    (device,) = set(places.values())
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'The model shall go to {device}, but torch can use no GPU here. Give device="cpu".')
-    return device
+
+
+def infer_devices(model, wanted, dtype):
+    """The device, or {module: device} for several, that holds a model, by its name in MAPS and the free memory.
+
+    `model` is on the meta device, its float weights will have `dtype`. What the GPUs have no room for is on the CPU. The
+    prefix is on the first device.
+    """
+    gc.collect()  # what an earlier model has left counts as free
+    torch.cuda.empty_cache()
+    options = {"no_split_module_classes": ["GLMBlock"], "dtype": dtype}
+    low_zero = wanted == "balanced_low_0"
+    memory = None if wanted == "sequential" else get_balanced_memory(model, low_zero=low_zero, **options)
+    places = read_places(infer_auto_device_map(model, max_memory=memory, **options))
+    if len(set(places.values())) == 1:
+        return next(iter(places.values()))
+    if model.transformer.prefix_encoder is not None:
+        places[PREFIX_KEY.removesuffix(".")] = device_of("", places)
+    return places
+
+
+def spread_model(model, devices):
+    """Let each part of a model compute where it lies by {module: device}: accelerate brings there what it is given."""
+    parts = {name for name, _ in model.named_modules()}
+    devices = {name: device for name, device in devices.items() if name in parts}  # not all have a prefix
+    model.first_device = device_of("", devices)
+    dispatch_model(
+        model,
+        devices,
+        main_device=model.first_device,
+        skip_keys=["past_key_values", "attentions"],  # which the layers fill
+    )
+    layers = range(model.config.num_layers)
+    model.layer_devices = [device_of(f"transformer.encoder.layers.{layer}", devices) for layer in layers]
+    for name, device in devices.items():
+        if device.type == "cuda":
+            compute_on(model.get_submodule(name), device)
+
+
+def compute_on(module, device):
+    """Let a GPU be the current one while a module computes there: Triton starts its kernels on the current one."""
+    before = []
+
+    def enter(*_):
+        before.append(torch.cuda.current_device())
+        torch.cuda.set_device(device)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(lambda *_: torch.cuda.set_device(before.pop()), always_call=True)
+
+
+def places_of(model):
+    """What load_model() may be given as `device` for a model to lie as this one."""
+    return getattr(model, "hf_device_map", model.device)
+
+
+def describe_places(model):
+    """Text: the layers on each device of a model that is spread, else ""."""
+    layers = {}
+    for layer, device in enumerate(model.layer_devices):
+        layers.setdefault(str(device), []).append(layer)
+    if not layers:
+        return ""
+    parts = [f"{min(found)} to {max(found)} on {device}" for device, found in layers.items()]
+    slow = " The CPU is slow; --quantization_bit 4 takes less memory." if "cpu" in layers else ""
+    return f" Layers {', '.join(parts)}.{slow}"
 
 
 def own_memory(model, stored):

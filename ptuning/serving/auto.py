@@ -76,13 +76,20 @@ class AdapterGate:
                 "--auto: this adapter (use_dora, bias or modules_to_save) changes the base model itself, which could not "
                 "answer beside it. Leave --auto out."
             )
-        self.rows = torch.ones(max_rows, 1, 1, device=model.device)  # in place, as CUDA graphs read it there
+        self.rows = {}  # on each device of the adapter; in place, as CUDA graphs read it there
         for layer in adapter_layers(model):
-            layer.lora_B[ADAPTER].register_forward_hook(lambda layer, inputs, output: output * self.rows[: len(output)])
+            matrix = layer.lora_B[ADAPTER]
+            device = matrix.weight.device
+            if device not in self.rows:
+                self.rows[device] = torch.ones(max_rows, 1, 1, device=device)
+            matrix.register_forward_hook(
+                lambda layer, inputs, output, rows=self.rows[device]: output * rows[: len(output)]
+            )
 
     def open(self, rows: list[bool]):
         """Say of each row that is fed next whether the adapter takes part."""
-        self.rows[: len(rows), 0, 0] = torch.tensor(rows, dtype=self.rows.dtype)
+        for places in self.rows.values():
+            places[: len(rows), 0, 0] = torch.tensor(rows, dtype=places.dtype)
 
 
 def decide(signatures: dict, mean, base: str) -> Decision:

@@ -5,6 +5,7 @@ import gc
 from pathlib import Path
 
 from checkpoint import choose_device, choose_dtype, load_model, load_tokenizer, warn_of_other_base
+from checkpoints.placing import describe_places
 from checkpoints.run_folder import list_checkpoints, names_in
 from common.flags import check_ranges
 from common.messages import dtype_name
@@ -53,10 +54,12 @@ def load_server(args, say=print):
         folder,
         config=config,
         dtype=dtype,
-        device=device,
+        device=args.device_map or device,
         quantization_bit=bits,
         quantize_output_layer=args.quantize_output_layer,
     )
+    if places := describe_places(model):
+        say(places.strip())
     model.requires_grad_(False)
     tuned, beside = None, names_of(found[::-1] if several else found[-1:])
     if not keeps_base:

@@ -266,7 +266,7 @@ class ChatServer(Prompts):
             "model": name,
             "pre_seq_len": self.prefix_length(name),
             "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
-            "device": str(self.model.device),
+            "device": ", ".join(dict.fromkeys(map(str, self.model.layer_devices))) or str(self.model.device),
             **({"drift": self._drifts[name]} if name in self._drifts else {}),
             **slow_because(),
         }
@@ -418,10 +418,13 @@ class ChatServer(Prompts):
                 answer.prompt_logprobs += log_probabilities(logits, following, answer.sampling.logprobs)
 
     def _prefix_on_device(self, name):
-        """The prefix `name` where the model is, moved there once for all answers."""
-        kept, device = self._prefixes_of_worker, self.model.device
+        """The prefix `name` where the layers are, moved there once for all answers."""
+        kept, layers = self._prefixes_of_worker, self.prefix(name)
         if name not in kept:
-            kept[name] = [(key.to(device), value.to(device)) for key, value in self.prefix(name)]
+            devices = self.model.layer_devices or [self.model.device] * len(layers)
+            kept[name] = [
+                (key.to(device), value.to(device)) for (key, value), device in zip(layers, devices, strict=False)
+            ]
         return kept[name]
 
     def _resume(self, answer):

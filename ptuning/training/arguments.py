@@ -93,8 +93,8 @@ def read_launch(given: dict) -> list[str]:
     return []
 
 
-def make_training_arguments(given: dict) -> tuple[PrefixTrainingArguments, list[str]]:
-    """(PrefixTrainingArguments of the given flags {name: value}, lines to show the user).
+def make_training_arguments(given: dict, spread: bool = False) -> tuple[PrefixTrainingArguments, list[str]]:
+    """(PrefixTrainingArguments of the given flags {name: value}, lines to show the user); `spread`: with --device_map.
 
     ValueError for flags that cannot be used on this machine, or that transformers refuses.
     """
@@ -142,6 +142,7 @@ def make_training_arguments(given: dict) -> tuple[PrefixTrainingArguments, list[
         training_args.eval_on_start = False
     if "do_eval" not in given:
         training_args.do_eval = False  # transformers turns it on for any eval_strategy; here it means --do_eval
-    notes += use_one_device(training_args)
+    left_over = use_one_device(training_args)
+    notes += [] if spread else left_over
     training_args.remove_unused_columns = False  # the collators pick what they need
     return training_args, notes

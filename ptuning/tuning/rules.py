@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from checkpoints.ways import METHOD_FLAGS, RULES, default_method
 
 LORA_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of the model
@@ -43,6 +45,28 @@ def check_bits_train(method, bits, do_train):
         raise ValueError(
             f"--finetuning_type {method} {rules.weights.format(f'int{bits}')}. Leave "
             "--quantization_bit out and give a float base model; to tune integer weights give --finetuning_type lora."
+        )
+
+
+def check_device_map(model_args, training_args):
+    """Raise ValueError where --device_map is given for more than answers and their loss, or to several processes."""
+    if not model_args.device_map:
+        return
+    given = f"--device_map {model_args.device_map}"
+    if training_args.do_train:
+        raise ValueError(
+            f"{given} spreads a model for answers; in training each GPU holds a whole one. Leave the flag out: for small "
+            "GPUs give --quantization_bit 4, or --finetuning_type full, whose weights --deepspeed ptuning/deepspeed_zero3.json "
+            "and --fsdp full_shard divide."
+        )
+    if training_args.stage != "sft":
+        raise ValueError(
+            f"{given} is for answers and dev losses of --stage sft. Leave it out, or give --quantization_bit 4."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"{given} spreads one model over all GPUs, and here are several processes. Give NUM_GPUS=1, or leave "
+            "--nproc-per-node out."
         )
 
 

@@ -202,7 +202,7 @@ def test_what_lies_behind_a_row_is_never_seen(model, prompts):
     prefix = prefix_of(model)
     clean, dirty = Batch(model, 3, 80), Batch(model, 3, 80)
     with torch.inference_mode():
-        dirty._store.fill_(1e6)
+        dirty._stores[0].fill_(1e6)
     texts = [feed(batch, batch.admit(prompts[:3], prefix).argmax(-1).tolist()) for batch in (clean, dirty)]
     assert texts[0] == texts[1]
 

@@ -1,7 +1,7 @@
-"""A GPU that is not there: tensors that say they lie on cuda:0 and are computed on the CPU.
+"""GPUs that are not there: tensors that say they lie on cuda:0 or cuda:1 and are computed on the CPU.
 
-As on a real GPU, a tensor of the CPU among them is refused, and what goes from one to the other is counted, because a
-real GPU has to wait for it. For code that chooses by device, in Python. torch's C++ takes them for tensors of the CPU:
+As on a real GPU, a tensor of the CPU or of another GPU among them is refused, and what goes from one to the other is
+counted, because a real GPU has to wait for it. For code that chooses by device, in Python. torch's C++ takes them for tensors of the CPU:
 what it would decide itself is replaced by plain operations, and kernels, graphs and streams cannot be pretended.
 """
 
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from chatglm2 import kernels
+from chatglm2.attention import CausalMask
 
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -33,10 +34,10 @@ NO_KERNELS = {
 
 
 class GPUTensor(torch.Tensor):
-    """`content`, a tensor of the CPU, as if it lay on the GPU."""
+    """`content`, a tensor of the CPU, as if it lay on a GPU."""
 
     @staticmethod
-    def __new__(cls, content):
+    def __new__(cls, content, place=GPU):
         return torch.Tensor._make_wrapper_subclass(
             cls,
             content.shape,
@@ -46,13 +47,13 @@ class GPUTensor(torch.Tensor):
             requires_grad=content.requires_grad,
         )
 
-    def __init__(self, content):
-        self.content = content
+    def __init__(self, content, place=GPU):
+        self.content, self.place = content, place
 
     def __repr__(self, **_):
         return f"GPUTensor({self.content})"
 
-    device = property(lambda self: GPU)
+    device = property(lambda self: self.place)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
 
@@ -63,7 +64,19 @@ class GPUTensor(torch.Tensor):
     @data.setter
     def data(self, other):
         torch.Tensor.data.__set__(self, other)
-        self.content = other.content
+        self.content, self.place = other.content, other.place
+
+    def data_ptr(self):
+        return self.content.data_ptr()
+
+    def storage(self):
+        return self.content.storage()
+
+    def untyped_storage(self):
+        return self.content.untyped_storage()
+
+    def get_device(self):
+        return self.place.index
 
     def cpu(self):
         transfers.append("from the GPU")
@@ -75,7 +88,13 @@ class GPUTensor(torch.Tensor):
     def to(self, *args, copy=False, **kwargs):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         result = self if dtype is None else super().to(dtype)
-        return result.cpu() if device is not None and device.type == "cpu" else result
+        if device is None or with_number(device) == self.place:
+            return result
+        if device.type == "cpu":
+            return result.cpu()
+        transfers.append("to another GPU")
+        content = result.content.to("meta") if device.type == "meta" else result.content.detach().clone()
+        return content if device.type == "meta" else GPUTensor(content, device)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -86,10 +105,17 @@ launches = []  # kernels that a real GPU would run, by name; transfers aside
 transfers = []  # what has gone from one device to the other; item() among them
 
 
+def with_number(device):
+    return GPU if device.type == "cuda" and device.index is None else device
+
+
 def compute(func, args, kwargs):
     """What torch calls for each operation."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     on_gpu = [isinstance(tensor, GPUTensor) for tensor in tensors]
+    places = {tensor.place for tensor in tensors if isinstance(tensor, GPUTensor)}
+    assert len(places) < 2 or func is aten.copy_.default, f"{func}: arguments lie on {places}"
+    place = tensors[0].place if len(places) > 1 else next(iter(places), GPU)
     if func not in MEETING_ALLOWED and any(on_gpu):
         strangers = [tensor for tensor in tensors if not isinstance(tensor, GPUTensor) and tensor.dim() > 0]
         assert not strangers, f"{func}: {strangers[0].shape} lies on the CPU, other arguments on the GPU"
@@ -106,7 +132,7 @@ def compute(func, args, kwargs):
         if kwargs["device"].type == "cuda":
             if tensors and not result_on_gpu:
                 transfers.append("to the GPU")
-            result_on_gpu = True
+            result_on_gpu, place = True, with_number(kwargs["device"])
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("pin_memory", "non_blocking")}
     contents = tree_map_only(GPUTensor, lambda tensor: tensor.content, (args, kwargs))
@@ -117,20 +143,23 @@ def compute(func, args, kwargs):
     if not result_on_gpu:
         return result
     with torch.inference_mode(False):  # a view of a weight, for one, is no tensor of inference
-        result = tree_map_only(torch.Tensor, GPUTensor, result)
+        result = tree_map_only(torch.Tensor, lambda content: GPUTensor(content, place), result)
     return return_and_correct_aliasing(func, args, kwargs, result) if any(on_gpu) else result
 
 
 class PretendedGPU(TorchDispatchMode):
-    """While it is entered, cuda:0 is there. `monkeypatch` replaces what C++ would decide by device."""
+    """While it is entered, cuda:0 and cuda:1 are there. `monkeypatch` replaces what C++ would decide by device."""
 
     def __init__(self, monkeypatch):
         super().__init__()
+        self.current = 0
         for place, name, value in (
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (F, "scaled_dot_product_attention", plain_attention),
             (F, "rms_norm", plain_norm),
+            (torch.cuda, "current_device", lambda: self.current),
+            (torch.cuda, "set_device", lambda device: setattr(self, "current", getattr(device, "index", device))),
         ):
             monkeypatch.setattr(place, name, value)
         monkeypatch.setattr("chatglm2.attention.causal_lower_right", causal_lower_right)
@@ -155,6 +184,26 @@ class PretendedGPU(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
+class ThreadOnGPUs(TorchDispatchMode):
+    """For another thread than the one that has entered PretendedGPU."""
+
+    def __enter__(self):
+        torch._C._set_only_lift_cpu_tensors(True)  # each thread has its own
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+def halves(num_layers, second):
+    """The first half of the layers on one GPU, the rest of the model on another device."""
+    first = [f"encoder.layers.{layer}" for layer in range(num_layers // 2)]
+    rest = [f"encoder.layers.{layer}" for layer in range(num_layers // 2, num_layers)]
+    places = dict.fromkeys(["embedding", *first, "prefix_encoder"], GPU)
+    places |= dict.fromkeys([*rest, "encoder.final_layernorm", "output_layer"], torch.device(second))
+    return {f"transformer.{name}": place for name, place in places.items()}
+
+
 plain_to = torch.Tensor.to
 
 
@@ -166,7 +215,7 @@ def to(tensor, *args, **kwargs):
 
 def causal_lower_right(queries, keys):
     with _disable_current_modes():  # it is a tensor itself, of the CPU
-        return CausalBias(CausalVariant.LOWER_RIGHT, queries, keys)
+        return CausalMask(CausalVariant.LOWER_RIGHT, queries, keys)
 
 
 def plain_attention(query, key, value, mask=None, dropout=0.0, *, enable_gqa=False):
@@ -202,7 +251,7 @@ class Launch(torch.autograd.Function):
         ctx.function, ctx.backward_launches = function, backward
         ctx.save_for_backward(*tensors)
         launches.extend([f"{function.__name__}"] * forward)
-        return GPUTensor(function(*(tensor.content.detach() for tensor in tensors)))
+        return GPUTensor(function(*(tensor.content.detach() for tensor in tensors)), tensors[0].place)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -238,8 +287,11 @@ def as_a_gpu_launches(monkeypatch):
     def fused(name):
         def kernel(*arguments, **options):
             launches.extend([name] * (2 if name == "attend_step" else 1))
+            places = {x.place for x in arguments if isinstance(x, torch.Tensor)}
+            assert len(places) == 1, f"{name}: arguments lie on {places}"
             contents = [x.content if isinstance(x, GPUTensor) else x for x in arguments]
-            return tree_map_only(torch.Tensor, GPUTensor, getattr(kernels, name)(*contents, **options))
+            results = getattr(kernels, name)(*contents, **options)
+            return tree_map_only(torch.Tensor, lambda result: GPUTensor(result, *places), results)
 
         return kernel
 
