@@ -7,7 +7,7 @@ it. Two steps, because a mistake in the flags is told before a model is looked f
     open_base(session); check_base(session)    the folder of the base model, its configuration and bits
 
 The rules: a flag that was given counts, then the checkpoint, then the default. A flag that contradicts what the
-checkpoint has trained is an error. A complete checkpoint is its own base. Several prefixes take turns, several
+checkpoint has trained, or how its prompts were written, is an error. A complete checkpoint is its own base. Several prefixes take turns, several
 adapters are laid one on the other.
 """
 
@@ -156,6 +156,8 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
     resume_adapter = given.get("resume_lora_training", True) or resumes
     flags = method.normalized({**given, "model_name_or_path": given.get("model_name_or_path") or None})
     bound = {name: saved[name] for name in method.bound_flags(resume_adapter) if name in saved}
+    if resumes or (resume_adapter and not method.is_complete):  # else what was trained is a base of its own
+        bound |= {name: saved[name] for name in ("prompt_template",) if saved.get(name)}
     for name, value in bound.items():
         if flags.get(name) not in (None, value):
             raise contradiction(name, flags[name], value, checkpoint)

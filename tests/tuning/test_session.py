@@ -91,6 +91,24 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(method, flag, value, 
     )
 
 
+@pytest.mark.parametrize("how", [{}, {"do_train": True}, {"do_train": True, "resumes": True}], ids=str)
+@pytest.mark.parametrize("method", ["p_tuning", "lora", "full"])
+def test_prompts_are_written_as_in_training_where_what_was_trained_needs_a_base(method, how, checkpoint_of):
+    folder = checkpoint_of(method, prompt_template="chatglm2")
+    assert resolve_session({"prompt_template": "chatglm2"}, [folder], **how).data_fields["prompt_template"] == "chatglm2"
+    if method == "full" and "resumes" not in how:  # a model like any other
+        assert resolve_session({"prompt_template": "none"}, [folder], **how).data_fields["prompt_template"] == "none"
+        return
+    with pytest.raises(ValueError, match="--prompt_template none contradicts .* was trained with chatglm2"):
+        resolve_session({"prompt_template": "none"}, [folder], **how)
+
+
+def test_a_new_adapter_may_have_other_prompts_than_the_one_below_it(checkpoint_of):
+    flags = {"prompt_template": "none", "resume_lora_training": False}
+    session = resolve_session(flags, [checkpoint_of("lora", prompt_template="chatglm2")], do_train=True)
+    assert session.data_fields["prompt_template"] == "none"
+
+
 def test_lora_targets_in_another_order_are_the_ones_of_the_checkpoint(checkpoint_of):
     folder = checkpoint_of("lora")
     assert resolve_session({"lora_target": "query_key_value"}, [folder]).settings["lora_target"] == "query_key_value"
