@@ -95,7 +95,9 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(method, flag, value, 
 @pytest.mark.parametrize("method", ["p_tuning", "lora", "full"])
 def test_prompts_are_written_as_in_training_where_what_was_trained_needs_a_base(method, how, checkpoint_of):
     folder = checkpoint_of(method, prompt_template="chatglm2")
-    assert resolve_session({"prompt_template": "chatglm2"}, [folder], **how).data_fields["prompt_template"] == "chatglm2"
+    assert (
+        resolve_session({"prompt_template": "chatglm2"}, [folder], **how).data_fields["prompt_template"] == "chatglm2"
+    )
     if method == "full" and "resumes" not in how:  # a model like any other
         assert resolve_session({"prompt_template": "none"}, [folder], **how).data_fields["prompt_template"] == "none"
         return
