@@ -106,12 +106,18 @@ class SchemaFormat(Strict):
 
 
 NO_TOOLS = expected("expected 'auto' or 'none': this model calls no tools. Leave the field out")
+NO_PENALTY = expected("expected 0: no token is made likelier or less likely here. Leave the field out")
+NO_BIAS = expected("expected nothing: no token is made likelier or less likely here. Leave the field out")
+ONLY_TEXT = expected("expected ['text']: answers are text. Leave the field out")
+NO_SEARCH = expected("expected nothing: nothing is looked up. Leave the field out")
 FORMAT = expected(
     "expected {'type': 'text'}, {'type': 'json_object'}, or {'type': 'json_schema', 'json_schema': {'schema': {…}}}"
 )
 ONE = expected("expected 1: the best of several answers is not chosen. Ask for n of them")
 NO_SUFFIX = expected("expected nothing: this model writes no text before a given one. Leave the field out")
 Choice = Annotated[Literal["auto", "none"] | None, NO_TOOLS]
+Penalty = Annotated[Annotated[float, Field(ge=0, le=0)] | None, NO_PENALTY]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS, fail_fast=True)] | None
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -126,6 +132,11 @@ class Generation(Strict):
     n: int | None = Field(None, ge=1, le=8, description="Answers to the same prompt [1].")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    frequency_penalty: Penalty = Field(None, description="0 only.")
+    presence_penalty: Penalty = Field(None, description="0 only.")
+    logit_bias: Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, NO_BIAS] = Field(
+        None, description="Nothing only."
+    )
 
     def samplings_with(self, given, longest, **how):
         """One Sampling for each of the `n` answers to a prompt; `given` are the values where the request has none."""
@@ -154,9 +165,25 @@ class ChatRequest(Generation):
     )
     tool_choice: Choice = Field(None, description="No tool is called.")
     function_call: Choice = Field(None, description="Its older name.")
+    tools: Tools = Field(None, description="Nothing, or with a tool_choice of none: no tool is called.")
+    functions: Tools = Field(None, description="Its older name.")
+    modalities: Annotated[list[Literal["text"]] | None, ONLY_TEXT] = Field(None, description="Text only.")
+    audio: Annotated[None, ONLY_TEXT] = Field(None, description="Nothing only.")
+    web_search_options: Annotated[None, NO_SEARCH] = Field(None, description="Nothing only.")
     response_format: Annotated[Format | SchemaFormat | None, FORMAT] = Field(
         None, description="JSON, or JSON of a schema; the answer may still end early at max_tokens."
     )
+
+    @field_validator("tools", "functions")
+    @classmethod
+    def offers_none(cls, tools, info):
+        if tools and info.data.get("tool_choice" if info.field_name == "tools" else "function_call") != "none":
+            raise PydanticCustomError(
+                "not_honoured",
+                "expected nothing, as the model is not told of them and calls none. Leave the field out, or describe them "
+                "in a system message, where ChatGLM3 looks for them",
+            )
+        return tools
 
     def samplings(self, given, seq_length):
         """One for each answer of a model that takes `seq_length` tokens."""

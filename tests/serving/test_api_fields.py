@@ -14,6 +14,7 @@ from serving.probabilities import token_bytes
 MODEL = "checkpoint-20"
 USER = [{"role": "user", "content": QUERIES[0]}]
 GREEDY_FIELDS = {"temperature": 0, "max_tokens": GREEDY.max_new_tokens}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 
 
@@ -48,10 +49,16 @@ def test_a_replayed_history_with_tools_is_read(client, server, nothing):
     assert completion.usage.prompt_tokens == len(expected.token_ids)
 
 
-def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
-    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-    completion = chat(client, tools=tools, tool_choice="auto", response_format={"type": "text"})
-    assert completion.choices[0].message.content == finish(server, QUERIES[0]).text
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"]},
+        {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}},
+    ],
+)
+def test_fields_that_ask_for_what_is_done_anyway_are_taken(client, server, fields):
+    assert chat(client, **fields).choices[0].message.content == finish(server, QUERIES[0]).text
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,15 @@ def test_a_client_that_leaves_the_choice_to_the_model_gets_text(client, server):
         ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, "tool_choice: expected 'auto' or 'none'"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"function_call": {"name": "a"}}, "function_call: expected 'auto' or 'none'"),
+        ({"tools": TOOLS}, "tools: expected nothing"),
+        ({"tools": TOOLS, "tool_choice": "auto"}, "describe them in a system message"),
+        ({"functions": [TOOLS[0]["function"]]}, "functions: expected nothing"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty: expected 0"),
+        ({"presence_penalty": -1}, "presence_penalty: expected 0"),
+        ({"logit_bias": {"5": 10}}, "logit_bias: expected nothing"),
+        ({"modalities": ["text", "audio"]}, "modalities: expected ['text']"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio: expected ['text']"),
+        ({"web_search_options": {}}, "web_search_options: expected nothing"),
         ({"response_format": {"type": "xml"}}, "response_format: expected {'type': 'text'}"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: expected {'type': 'text'}"),
     ],
