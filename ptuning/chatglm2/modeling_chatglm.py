@@ -239,8 +239,8 @@ class GLMTransformer(nn.Module):
     def forward(
         self, hidden_states, mask, cos, sin, prefixes, past_key_values, packing=None, inner_states=None, attentions=None
     ):
-        """The last hidden states. Those of every layer are appended to `inner_states`, the probabilities to `attentions`."""
-        for layer, prefix in zip(self.layers, prefixes, strict=True):
+        """The last hidden states of as many layers as there are `prefixes`. Those of every layer are appended to `inner_states`, the probabilities to `attentions`."""
+        for layer, prefix in zip(self.layers[: len(prefixes)], prefixes, strict=True):
             if inner_states is not None:
                 inner_states.append(hidden_states)
             hidden_states = layer(
@@ -266,6 +266,8 @@ class Embedding(nn.Module):
 
 def check_positions(position_ids, attention_mask):
     """ValueError where rows do not hold one text each, from its first token on: every token sees all before it."""
+    if position_ids.dim() != 2:
+        return  # both positions of a ChatGLM-6B, whose caller knows what a token sees
     counted = position_ids.diff(dim=1) == 1
     if attention_mask is None:
         right = counted.all() and not position_ids[:, 0].any()
@@ -354,8 +356,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         `hidden_states` are those before each block and the last, `attentions` the probabilities (B, N, S, T), for which
         attention is computed plainly.
 
-        Raises ValueError for more tokens than the configuration's `seq_length`, and for masks that are not (B, ·).
+        Raises ValueError for more tokens than the configuration's `seq_length`, for masks that are not (B, past + S), and
+        while training for positions that do not count one text a row.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"Give input_ids or inputs_embeds, found {'none' if input_ids is None else 'both'}.")
+        if isinstance(past_key_values, tuple | list):  # as in the official code
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}, expected a Cache of transformers such as "
+                "DynamicCache(), which forward() gives back."
+            )
         config = self.config
         return_dict = config.return_dict if return_dict is None else return_dict
         attentions = [] if (config.output_attentions if output_attentions is None else output_attentions) else None
@@ -380,12 +390,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         prefixes = [(None, None)] * self.config.num_layers
         first_slot = past_length  # slot of the first query token among the keys
         if prefix_length and past_length == 0:
-            prefixes = self.prefix_encoder(batch_size, self.dtype_of_blocks)
+            prefixes = self.prefix_encoder(batch_size, self.dtype_of_blocks)[: self.config.num_layers]
             first_slot = prefix_length
         key_length = first_slot + query_length
         if past_key_values is not None and past_key_values.is_compileable:  # a static cache is all there at once
             key_length = past_key_values.get_mask_sizes(query_length, 0)[0]
 
+        if self.training and position_ids is not None and past_length == 0:
+            check_positions(position_ids, attention_mask)
         position_ids, contexts = self.locate(
             inputs, attention_mask, position_ids, past_key_values, first_slot - prefix_length
         )
@@ -396,6 +408,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 raise ValueError(
                     f"attention_mask has {attention_mask.dim()} dimensions, expected the two of (rows, tokens), with 1 for "
                     "tokens and 0 for padding: what a token sees is decided here."
+                )
+            if attention_mask.shape[1] != first_slot - prefix_length + query_length:
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} columns, expected "
+                    f"{first_slot - prefix_length + query_length}: one for each token that is fed or in the cache, none for "
+                    "the prefix."
                 )
             padding_mask = F.pad(attention_mask.bool(), (prefix_length, 0), value=True)
         repeats = self.config.num_attention_heads // self.config.num_key_value_heads
@@ -505,7 +523,6 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         output_hidden_states=None,
         logits_to_keep=0,
         num_items_in_batch=None,
-        shift_labels=None,
         **kwargs,
     ):
         """Logits and, with labels, the loss.
@@ -517,9 +534,11 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         """
         if self.own_loss is not None and self.training and labels is not None:
             return CausalLMOutputWithPast(loss=self.own_loss(self, input_ids, labels, num_items_in_batch, **kwargs))
+        # No parameter: the Trainer waits in vain for every label that the signature names.
+        shift_labels = kwargs.pop("shift_labels", None)
         targets = next_tokens(labels) if shift_labels is None and labels is not None else shift_labels
         only_loss = self.training and targets is not None
-        if only_loss and position_ids is not None:
+        if targets is not None and position_ids is not None and past_key_values is None:
             check_positions(position_ids, attention_mask)
         config = self.config
         return_dict = config.return_dict if return_dict is None else return_dict

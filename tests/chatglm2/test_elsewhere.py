@@ -60,6 +60,33 @@ def test_a_mask_of_four_dimensions_is_refused_with_the_shape_that_is_expected(mo
         model(torch.arange(4)[None], attention_mask=torch.ones(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize("columns", [3, 9])
+def test_a_mask_of_other_tokens_than_those_that_are_fed_is_refused(columns, model):
+    with pytest.raises(ValueError, match=f"attention_mask has {columns} columns, expected 6"):
+        model(torch.ones(2, 6, dtype=torch.long), attention_mask=torch.ones(2, columns))
+    cache = model(torch.ones(2, 6, dtype=torch.long), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=f"attention_mask has {columns} columns, expected 7"):
+        model(torch.ones(2, 1, dtype=torch.long), attention_mask=torch.ones(2, columns), past_key_values=cache)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"input_ids": torch.ones(1, 2).long(), "inputs_embeds": torch.ones(1, 2, 64)}])
+def test_ids_or_embeddings_are_fed_and_not_both(inputs, model):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model(**inputs)
+
+
+def test_a_cache_of_the_official_form_is_refused(model):
+    layers = [(layer.keys, layer.values) for layer in model(torch.ones(1, 2).long()).past_key_values.layers]
+    with pytest.raises(ValueError, match="past_key_values is a tuple, expected a Cache"):
+        model(torch.ones(1, 1).long(), past_key_values=tuple(layers))
+
+
+def test_a_model_can_be_its_own_assistant_with_fewer_layers(model):
+    input_ids = torch.arange(5, 12)[None]
+    alone = model.generate(input_ids, **ENDLESS)
+    assert torch.equal(model.generate(input_ids, assistant_early_exit=1, **ENDLESS), alone)
+
+
 def test_generate_begins_with_embeddings_as_with_their_ids(model):
     input_ids = batch()[0][:1]
     embeddings = model.get_input_embeddings()(input_ids)

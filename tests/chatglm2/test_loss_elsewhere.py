@@ -82,6 +82,16 @@ def test_a_loss_of_the_users_own_gets_logits_and_labels(tmp_path):
     assert first_loss(trainer) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_trainer_finds_the_dev_loss_and_the_logits(tmp_path):
+    model = synthetic_model()
+    expected = functional.cross_entropy(*logits_and_targets(model)).item()
+    trainer = Trainer(model, TrainingArguments(**settings(tmp_path)), collate)
+    assert trainer.evaluate(ROWS)["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    predicted = trainer.predict(ROWS)
+    predictions = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    assert predictions.shape[:2] == predicted.label_ids.shape == batch()[1].shape
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_shift_labels_are_the_targets_and_replace_the_labels(training):
     model = synthetic_model().train(training)
@@ -99,11 +109,15 @@ def test_shift_labels_are_the_targets_and_replace_the_labels(training):
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1, 2], [2, 3, 4, 5, 6, 7], [0, 1, 2, 9, 10, 11]])
-def test_several_texts_in_one_row_and_parts_of_a_row_are_refused(positions):
-    model = synthetic_model().train()
-    input_ids = torch.arange(6)[None]
+@pytest.mark.parametrize("training", [False, True])
+def test_several_texts_in_one_row_and_parts_of_a_row_are_refused(training, positions):
+    model = synthetic_model().train(training)
+    input_ids, positions = torch.arange(6)[None], torch.tensor([positions])
     with pytest.raises(ValueError, match="position_ids"):
-        model(input_ids, position_ids=torch.tensor([positions]), labels=input_ids)
+        model(input_ids, position_ids=positions, labels=input_ids)
+    if training:  # by whoever computes the loss without the head, as TRL does
+        with pytest.raises(ValueError, match="position_ids"):
+            model.transformer(input_ids, position_ids=positions)
 
 
 def test_positions_that_count_the_tokens_of_each_row_are_trained_with():
