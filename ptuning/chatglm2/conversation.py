@@ -49,6 +49,15 @@ def read_history(query, history) -> tuple[str, list[tuple[str, str]]]:
     return query, [tuple(turn) for turn in history]
 
 
+def read_content(content, place):
+    """The text of a message's content, which may be OpenAI's list of texts. ValueError for what is none."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: the content is {cut_short(repr(content))}, expected text")
+    return "".join(texts)
+
+
 def read_message(message, position):
     """(role, text) of one message. ValueError, with its number, for what is none."""
     place = f"history, turn {position}"
@@ -59,9 +68,7 @@ def read_message(message, position):
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise ValueError(f"{place}: the role is {cut_short(repr(role))}, expected {' or '.join(map(repr, ROLES))}")
-    if not isinstance(content, str):
-        raise ValueError(f"{place}: the content is {cut_short(repr(content))}, expected text")
-    return role, content
+    return role, read_content(content, place)
 
 
 def continued(history, query, response):

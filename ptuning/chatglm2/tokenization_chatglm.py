@@ -16,7 +16,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, PreTrainedTokenizer
 
-from chatglm2.conversation import conversation, read_history
+from chatglm2.conversation import conversation, read_content, read_history
 from common.claims import MOST_TOKENIZER_BYTES, check_size
 
 VOCABULARY_FILE = "tokenizer.model"
@@ -70,6 +70,37 @@ LIBRARY_SETTINGS = (
 )
 # What transformers adds to tokenizer_config.json and the official file has not.
 KEYS_NOT_SAVED = ("backend", "is_local", "local_files_only")
+
+
+# Arguments of apply_chat_template, and where they have no place.
+NOT_IN_TEMPLATE = {
+    "tools": "this model's prompts, which know none. Describe them in a message, or give a chat_template of your own.",
+    "documents": "this model's prompts, which know none. Put them into a message.",
+    "return_assistant_tokens_mask": "what this tokenizer gives. Encode a prompt and its answer apart.",
+    "continue_final_message": "this model's prompts, which end with the role that answers.",
+    "truncation": "this model's prompts. Leave out old messages.",
+}
+
+
+def refuse_in_template(given, names):
+    """ValueError where one of apply_chat_template's arguments of these `names` asks for what no prompt has."""
+    for name in names:
+        if given.get(name):
+            raise ValueError(f"apply_chat_template: {name} has no place in {NOT_IN_TEMPLATE[name]}")
+
+
+def read_texts(messages):
+    """Messages for a template, each with one text; what is no message stays as it is. ValueError for no text."""
+    return [read_text(message, number) for number, message in enumerate(messages, start=1)]
+
+
+def read_text(message, number):
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    if content is None and message.get("role") == "assistant":  # it has called a tool
+        content = ""
+    return {**message, "content": read_content(content, f"message {number}")}
 
 
 def read_settings(folder):
@@ -147,10 +178,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         chosen = {name: kwargs.pop(name) for name in NAMED_TOKENS if kwargs.get(name) is not None}
         tokenizer = cls._load(pretrained_model_name_or_path, *init_inputs, **kwargs)
-        for name, token in chosen.items():
-            if str(token) not in tokenizer.get_vocab():
-                tokenizer._add_tokens([token], special_tokens=True)
-            setattr(tokenizer, name, token)
+        tokenizer.add_special_tokens(chosen)
         return tokenizer
 
     @classmethod
@@ -235,6 +263,16 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         if not known:
             raise ValueError(f"{key} is {value!r}, which is not in the vocabulary. Add it first: add_tokens([…]).")
         self.chosen_ids[name] = value if name != key or value is None else self.convert_tokens_to_ids(str(value))
+
+    def add_special_tokens(self, special_tokens_dict, *args, **kwargs) -> int:
+        """Set bos, eos, pad and unk, of which new ones are added; add the others. The number of those added."""
+        others, added = dict(special_tokens_dict), 0
+        for name in NAMED_TOKENS:
+            if (token := others.pop(name, None)) is not None:
+                if str(token) not in self.get_vocab():
+                    added += self._add_tokens([token], special_tokens=True)
+                setattr(self, name, token)
+        return added + super().add_special_tokens(others, *args, **kwargs)
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -474,12 +512,27 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # ---- chat
 
-    def apply_chat_template(self, conversation, *args, tokenizer_kwargs=None, **kwargs):
-        """The prompt of messages, as text or ids. `[gMASK] sop` stands before ids, as no template could write it."""
+    def apply_chat_template(
+        self, conversation, tools=None, documents=None, chat_template=None, *args, tokenizer_kwargs=None, **kwargs
+    ):
+        """The prompt of messages, as text or ids. `[gMASK] sop` stands before ids, as no template could write it.
+
+        ValueError for what the model's own template has no place for.
+        """
+        if chat_template is None and self.chat_template == self.own_template:
+            given = {"tools": tools, "documents": documents, **kwargs}
+            refuse_in_template(given, ("tools", "documents", "return_assistant_tokens_mask"))
+            conversation = [
+                read_texts(each) if isinstance(each, list | tuple) else each for each in read_texts(conversation)
+            ]
         tokenizer_kwargs = {**(tokenizer_kwargs or {}), "is_chat": True}
-        return super().apply_chat_template(conversation, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
+        return super().apply_chat_template(
+            conversation, tools, documents, chat_template, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs
+        )
 
     def _encode_plus(self, text, *args, add_special_tokens=True, is_chat=False, **kwargs):
+        if kwargs.get("return_offsets_mapping"):
+            raise NotImplementedError("return_offsets_mapping: this tokenizer does not know where its tokens stand.")
         return super()._encode_plus(text, *args, add_special_tokens=add_special_tokens or is_chat, **kwargs)
 
     # ---- files

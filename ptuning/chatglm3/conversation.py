@@ -7,6 +7,7 @@ that a call of a tool is read without running it, and that what is none of these
 import ast
 import json
 
+from chatglm2.conversation import read_content
 from common.messages import cut_short
 
 ROLES = ("system", "user", "assistant", "observation")
@@ -56,9 +57,9 @@ def read_message(message: dict, place: str) -> tuple[str, str, str]:
         metadata, content = call_as_text(calls, place)
     if isinstance(content, dict):  # an answer of the official chat that calls a tool
         content = json.dumps(content, ensure_ascii=False)
-    for name, text in (("content", content), ("metadata", metadata)):
-        if not isinstance(text, str):
-            raise ValueError(f"{place}: the {name} is {cut_short(repr(text))}, expected text")
+    content = read_content(content, place)
+    if not isinstance(metadata, str):
+        raise ValueError(f"{place}: the metadata is {cut_short(repr(metadata))}, expected text")
     if role == "system" and "tools" in message:
         content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
     return role, metadata, content

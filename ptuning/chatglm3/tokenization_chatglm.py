@@ -174,6 +174,8 @@ class ChatGLMTokenizer(tokenization_chatglm.ChatGLMTokenizer):
         if not self.keeps_roles or kwargs.get("chat_template"):
             settings = {"tools": tools, "add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
             return super().apply_chat_template(conversation, return_tensors=return_tensors, **settings, **kwargs)
+        names = ("documents", "return_assistant_tokens_mask", "continue_final_message", "truncation")
+        tokenization_chatglm.refuse_in_template(kwargs, names)
         several = bool(conversation) and not isinstance(conversation[0], dict)
         all_messages = []
         for each in conversation if several else [conversation]:
@@ -192,7 +194,8 @@ class ChatGLMTokenizer(tokenization_chatglm.ChatGLMTokenizer):
         if not kwargs.get("return_dict", True) and return_tensors is None:
             return rows if several else rows[0]
         rows = rows if several or return_tensors else rows[0]
-        encoded = self.pad({"input_ids": rows}, padding=bool(return_tensors), return_tensors=return_tensors)
+        padding = kwargs.get("padding") or bool(return_tensors)
+        encoded = self.pad({"input_ids": rows}, padding=padding, return_tensors=return_tensors)
         return encoded if kwargs.get("return_dict", True) else encoded["input_ids"]
 
 

@@ -221,6 +221,21 @@ def test_a_named_token_can_be_set(name, small_folder):
         setattr(tokenizer, name, "<neu>")
 
 
+def test_a_named_token_that_is_new_is_added_and_then_set(small_folder):
+    tokenizer = ChatGLMTokenizer.from_pretrained(small_folder)
+    length = len(tokenizer)
+    given = {"pad_token": "[PAD]", "bos_token": "[sMASK]", "extra_special_tokens": ["<完>"]}
+    assert tokenizer.add_special_tokens(given) == 2
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.bos_token) == ("[PAD]", length, "[sMASK]")
+    assert tokenizer(["很好", "今天天气很好"], padding=True)["input_ids"][0][0] == length
+    assert tokenizer.tokenize("[sMASK]") != ["[sMASK]"]  # its name is text, as before
+
+
+def test_where_tokens_stand_in_a_text_is_refused_as_by_other_python_tokenizers(small_tokenizer):
+    with pytest.raises(NotImplementedError, match="return_offsets_mapping"):
+        small_tokenizer("今天", return_offsets_mapping=True)
+
+
 def test_a_chosen_padding_token_pads(small_folder):
     tokenizer = ChatGLMTokenizer.from_pretrained(small_folder)
     tokenizer.pad_token = tokenizer.eos_token
@@ -259,6 +274,43 @@ def test_the_chat_template_refuses_what_build_prompt_refuses(role, small_tokeniz
     with pytest.raises(Exception, match=role):
         messages = [{"role": "user", "content": "你好"}, {"role": role, "content": "好"}]
         small_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"tools": [{"name": "a"}]}, {"documents": [{"text": "a"}]}, {"return_assistant_tokens_mask": True}],
+    ids=str,
+)
+def test_what_the_chat_template_has_no_place_for_is_refused_by_name(given, small_tokenizer):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        small_tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], return_dict=True, **given)
+
+
+def test_a_text_in_parts_is_one_text(small_tokenizer):
+    parts = [{"type": "text", "text": "今天"}, {"type": "text", "text": "天气"}]
+    for content in (parts, "今天天气"):
+        messages = [{"role": "user", "content": content}]
+        text = small_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert text == small_tokenizer.build_prompt("今天天气")
+        assert small_tokenizer.apply_chat_template([messages], add_generation_prompt=True, tokenize=False) == [text]
+        assert small_tokenizer.build_prompt("好", messages) == small_tokenizer.build_prompt("今天天气\n好")
+
+
+@pytest.mark.parametrize("content", [[{"type": "image", "url": "a"}], 5, ["a"]])
+def test_a_message_that_is_no_text_is_refused(content, small_tokenizer):
+    messages = [{"role": "user", "content": content}]
+    with pytest.raises(ValueError, match="content is .*, expected text"):
+        small_tokenizer.apply_chat_template(messages, tokenize=False)
+    with pytest.raises(ValueError, match="content is .*, expected text"):
+        small_tokenizer.build_prompt("好", messages)
+
+
+def test_a_chat_template_of_the_users_own_gets_all_that_is_given(small_folder):
+    tokenizer = ChatGLMTokenizer.from_pretrained(
+        small_folder, chat_template="{{ tools[0].name }}{{ messages[0].content[0].type }}"
+    )
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    assert tokenizer.apply_chat_template(messages, tools=[{"name": "a"}], tokenize=False) == "aimage"
 
 
 def test_a_chat_template_of_the_users_own_is_kept(small_folder, tmp_path):

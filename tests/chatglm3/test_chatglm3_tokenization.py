@@ -94,6 +94,22 @@ def test_the_template_of_transformers_gives_the_ids_of_the_prompt(tiny3):
     assert text == "<|system|>\ns<|user|>\nq<|assistant|>"
 
 
+def test_a_batch_of_dialogues_is_padded_where_it_is_asked_for(tiny3):
+    tokenizer = load_tokenizer(tiny3, read_config(tiny3))
+    batch = [
+        [{"role": "user", "content": [{"type": "text", "text": text}]}] for text in ("q", "question of more tokens")
+    ]
+    short, long = tokenizer.apply_chat_template(batch, padding=True)["attention_mask"]
+    assert len(short) == len(long) and 0 in short and 0 not in long
+
+
+@pytest.mark.parametrize("name", ["documents", "return_assistant_tokens_mask", "continue_final_message", "truncation"])
+def test_what_the_template_has_no_place_for_is_refused_by_name(name, tiny3):
+    tokenizer = load_tokenizer(tiny3, read_config(tiny3))
+    with pytest.raises(ValueError, match=name):
+        tokenizer.apply_chat_template([{"role": "user", "content": "q"}], **{name: True})
+
+
 def test_a_long_dialogue_loses_its_oldest_turns_and_keeps_its_system_message(tiny3):
     tokenizer = load_tokenizer(tiny3, read_config(tiny3))
     history = [("system", "", "S")] + [(role, "", f"{role} {n}") for n in range(9) for role in ("user", "assistant")]
