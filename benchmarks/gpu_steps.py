@@ -3,9 +3,12 @@
     PYTHONPATH=ptuning python -m benchmarks.gpu_steps rates --out FOLDER
     PYTHONPATH=ptuning python -m benchmarks.gpu_steps steps --out FOLDER
     PYTHONPATH=ptuning python -m benchmarks.gpu_steps drift --out FOLDER
+    PYTHONPATH=ptuning python -m benchmarks.gpu_steps preference --out FOLDER
 
-One 6B of random weights, in bf16 and then in int4. Each figure goes to FOLDER/rates.json, steps.json or drift.json as soon
-as it is there, and is printed. `drift` is what measuring and keeping what is forgotten costs beside a step of 16 rows. `--size tiny` and a CPU do for a dry run.
+One 6B of random weights, in bf16 and then in int4. Each figure goes to FOLDER/rates.json, steps.json, drift.json or
+preference.json as soon as it is there, and is printed. `drift` is what measuring and keeping what is forgotten costs
+beside a step of 16 rows, `preference` what a step on --pairs pairs takes beside one on as many answers; that of ppo is
+without writing its answers, which `steps` measures. `--size tiny` and a CPU do for a dry run.
 """
 
 import argparse
@@ -21,6 +24,11 @@ from benchmarks.contenders.base import COMMON, SIZES, find_data
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from alignment.dpo import PreferenceObjective, reference_log_probs
+from alignment.ppo import PPO
+from alignment.ppo_trainer import PolicyObjective
+from alignment.reward import RewardModel, RewardObjective
+from alignment.value_head import ValueHead
 from chatglm2.configuration_chatglm import ChatGLMConfig
 from chatglm2.generation import Batch, graph_slots
 from chatglm2.kernels import kernels_for
@@ -31,7 +39,7 @@ from data.general import MEASURED
 from forgetting.answers import answers_of
 from forgetting.drift import Drift
 from forgetting.trainer import MEASURED_TOKENS
-from tuning.swapping import BASE, swapped
+from tuning.swapping import BASE, adaptation_of, start_of, swapped
 
 PREFIX = 128
 ROW = 130  # tokens, as ADGEN's on average; the later half is supervised
@@ -79,6 +87,14 @@ def timed(work, device):
 def median_time(work, device):
     work()
     return statistics.median(timed(work, device) for _ in range(REPEATS))
+
+
+def time_and_peak(work, device):
+    """(median seconds of a call, peak GB of the GPU in them, 0 without one)"""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = median_time(work, device)
+    return seconds, torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
 # ---- rates
@@ -160,19 +176,31 @@ def make_model(size, bits, device, dtype):
     return model
 
 
-def training_step(model, rows, device):
-    """A function that makes one step on `rows` rows."""
-    input_ids = torch.randint(100, 1000, (rows, ROW), device=device)
+def random_rows(shape, device):
+    """(input_ids, labels) of a shape, ROW tokens a row."""
+    input_ids = torch.randint(100, 1000, (*shape, ROW), device=device)
     labels = input_ids.clone()
-    labels[:, : ROW // 2] = -100
-    optimizer = torch.optim.AdamW(model.transformer.prefix_encoder.parameters(), lr=1e-3, fused=True)
+    labels[..., : ROW // 2] = -100
+    return input_ids, labels
+
+
+def optimizing(model, loss, weights=()):
+    """A function that makes one step down the gradient of loss(), with the prefix and other weights."""
+    optimizer = torch.optim.AdamW([*model.transformer.prefix_encoder.parameters(), *weights], lr=1e-3, fused=True)
 
     def step():
-        model.train()(input_ids=input_ids, labels=labels).loss.backward()
+        model.train()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def training_step(model, rows, device):
+    """A function that makes one step on `rows` rows."""
+    input_ids, labels = random_rows([rows], device)
+    return optimizing(model, lambda: model(input_ids=input_ids, labels=labels).loss)
 
 
 def decoding_step(model, rows, device, graphs):
@@ -208,10 +236,7 @@ def measure_steps(results, args, device, dtype):
         results.add(weights=weights, fused_kernels=[name for name, kernel in taken.items() if kernel])
         for rows in args.train_rows:
             step = training_step(model, rows, device)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = median_time(step, device)
-            peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+            seconds, peak = time_and_peak(step, device)
             results.add(
                 weights=weights, train_rows=rows, ms=1000 * seconds, tokens_a_second=rows * ROW / seconds, peak_gb=peak
             )
@@ -269,13 +294,74 @@ def measure_forgetting(results, args, device, dtype):
             torch.cuda.empty_cache()
 
 
+def preference_steps(model, pairs, device):
+    """{stage: a function that makes one step} on so many pairs, for sft and ppo on as many answers."""
+    head = ValueHead(model.config.hidden_size).to(device)
+    reference, ppo = start_of(model), PPO()
+    input_ids, labels = random_rows([pairs, 2], device)
+    rows = {"input_ids": input_ids.flatten(0, 1), "labels": labels.flatten(0, 1)}
+    lengths = torch.full((pairs, 2), ROW, device=device)
+    batch = {"input_ids": input_ids, "labels": labels, "lengths": lengths}
+    cached = {**batch, "reference": reference_log_probs(model, reference, **rows).unflatten(0, (-1, 2))}
+    rewards, preferences = RewardObjective(head), PreferenceObjective(reference, beta=0.1)
+    policy = PolicyObjective(head, reference, RewardModel(adaptation_of(model), head), ppo)
+    answers = {"input_ids": input_ids[:, 0], "labels": labels[:, 0], "lengths": lengths[:, 0]}
+    answers["mask"] = torch.ones(pairs, ROW - ROW // 2, dtype=torch.bool, device=device)
+
+    def pass_over_answers():
+        said, _, _ = policy.judge(model, answers, head)
+        read = {name: answers[name] for name in ("input_ids", "labels", "mask")}
+        advantages = torch.ones_like(said.values)
+        losses, _ = policy.losses(
+            model,
+            **read,
+            old_log_probs=said.log_probs,
+            old_values=said.values,
+            advantages=advantages,
+            returns=said.values + 1,
+        )
+        return losses.mean()
+
+    return {
+        "sft": training_step(model, pairs, device),
+        "rm": optimizing(model, lambda: rewards(model, batch)["loss"].mean(), head.parameters()),
+        "dpo": optimizing(model, lambda: preferences(model, batch)["loss"].mean()),
+        "dpo --dpo_cache": optimizing(model, lambda: preferences(model, cached)["loss"].mean()),
+        "ppo": optimizing(model, pass_over_answers, head.parameters()),
+    }
+
+
+def measure_preferences(results, args, device, dtype):
+    """Time and memory of a step of each stage, beside tuning on as many answers."""
+    for bits in args.bits:
+        model = make_model(args.size, bits, device, dtype)
+        weights = f"int{bits}" if bits else str(dtype).removeprefix("torch.")
+        beside = None
+        for stage, step in preference_steps(model, args.pairs, device).items():
+            seconds, peak = time_and_peak(step, device)
+            beside = beside or peak
+            results.add(
+                weights=weights,
+                stage=stage,
+                ms=1000 * seconds,
+                samples_a_second=args.pairs / seconds,
+                peak_gb=peak,
+                beside_sft=peak / beside if beside else 0.0,
+            )
+        del model, step
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("rates", "steps", "drift"))
+    parser.add_argument("what", choices=("rates", "steps", "drift", "preference"))
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--size", choices=SIZES, default="6b")
     parser.add_argument("--bits", type=int, nargs="+", default=[0, 4], choices=(0, 4, 8))
     parser.add_argument("--train_rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--decode_rows", type=int, nargs="+", default=[1, 8, 64, 256])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -297,6 +383,8 @@ def main():
         measure_attention(results, SIZES[args.size], device, dtype)
     elif args.what == "drift":
         measure_forgetting(results, args, device, dtype)
+    elif args.what == "preference":
+        measure_preferences(results, args, device, dtype)
     else:
         measure_steps(results, args, device, dtype)
 

@@ -7,7 +7,8 @@
 #   a   versions, tests, rates of products and attention, quantized layers
 #   b   profiles of training and decoding steps, speed beside the official recipe
 #   c   speed in int4, the full-size folder, NCCL, a small run from end to end
-#   d   what measuring and keeping what is forgotten costs; with MODEL=THUDM/chatglm2-6b, what it brings, on ADGEN
+#   d   what measuring and keeping what is forgotten costs; with MODEL=THUDM/chatglm2-6b, what it brings, on ADGEN; time
+#       and memory of a step on preferences
 #
 # What each step prints goes to FOLDER/PART as well, beside its JSON. Without names all steps run, each at most as many
 # seconds as it says below. A step that fails or runs out of its time does not stop the others; endings.json and the last
@@ -59,9 +60,9 @@ except ImportError as error:
 PYTHON
 command -v nvidia-smi >/dev/null && nvidia-smi | tee "$out/nvidia-smi.txt"
 sample=AdvertiseGen/sample/train.json
-speed=(--size "$size" --no_growth --repeats 1) steps=(--size "$size") layers=(--repeats 3) processes=gpu
+speed=(--size "$size" --no_growth --repeats 1) steps=(--size "$size") layers=(--repeats 3) processes=gpu pairs=8
 if [ "$size" != 6b ]; then
-  speed+=(--rows 8 --prompts 4 --new_tokens 4) steps+=(--train_rows 1 --decode_rows 1 8) processes=1
+  speed+=(--rows 8 --prompts 4 --new_tokens 4) steps+=(--train_rows 1 --decode_rows 1 8) processes=1 pairs=2
   layers=(--repeats 1 --layers dense)
 fi
 case $part in
@@ -91,7 +92,8 @@ case $part in
     ;;
   d)
     step drift 140 "$python" -m benchmarks.gpu_steps drift --size "$size" --out "$out"
-    [ -z "${MODEL:-}" ] || step forgetting 400 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
+    step preference 120 "$python" -m benchmarks.gpu_steps preference --size "$size" --pairs "$pairs" --out "$out"
+    [ -z "${MODEL:-}" ] || step forgetting 280 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
       --general ptuning/forgetting/general.jsonl --general_dev none --lines official,keep --steps 100 --keep 0.8:1 \
       --output_dir "$out/forgetting" --more pre_seq_len=128
     ;;
