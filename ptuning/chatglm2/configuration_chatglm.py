@@ -20,7 +20,8 @@ LARGEST_SIZE = 2**20
 MOST_LAYERS = 1000
 # What transformers is given of a config.json beside the fields of the model: nothing that chooses code.
 LIBRARY_SETTINGS = (
-    "architectures bos_token_id dtype id2label output_hidden_states return_dict torch_dtype transformers_version"
+    "architectures bos_token_id dtype id2label label2id num_labels output_attentions output_hidden_states problem_type "
+    "return_dict torch_dtype transformers_version"
 ).split()
 # Official keys that are written to another config.json as they were read, and used by nothing here.
 CARRIED_SETTINGS = ("_name_or_path", "auto_map", "model_type", "vocab_size")
@@ -82,6 +83,7 @@ class ChatGLMConfig(PretrainedConfig):
         "head_dim": "kv_channels",
     }
     defaults = DEFAULTS
+    auto_map = {}  # where transformers and TRL look for code of the folder
 
     def __init__(self, **settings):
         if (vocab_size := settings.pop("vocab_size", None)) is not None:  # older checkpoints have this name, or both
@@ -95,12 +97,25 @@ class ChatGLMConfig(PretrainedConfig):
         self.quantization_bit = self.quantization_bit or 0
         for name in settings.keys() & self.attribute_map.keys():  # the library's names of these fields
             setattr(self, name, settings[name])
+        groups = settings.get("num_key_value_heads", self.num_key_value_heads)
+        if self.multi_query_attention and "multi_query_group_num" not in settings:
+            self.multi_query_group_num = groups
         self._check(settings.get("rope_scaling"))
+        if groups != self.num_key_value_heads and "multi_query_group_num" not in settings:
+            raise ValueError(
+                f"num_key_value_heads is {groups!r}, but without multi_query_attention there are as many as "
+                f"num_attention_heads, {self.num_attention_heads}."
+            )
+        if not is_integer(labels := settings.get("num_labels", 1)) or not 1 <= labels <= LARGEST_SIZE:
+            raise ValueError(f"num_labels is {labels!r}, expected a positive integer up to {LARGEST_SIZE:,}.")
         library = {name: settings[name] for name in LIBRARY_SETTINGS if name in settings}
         if settings.get("attn_implementation") in ("eager", "sdpa"):  # any other may name code
             library["attn_implementation"] = settings["attn_implementation"]
         own = {name: getattr(self, name) for name in ("eos_token_id", "pad_token_id", "tie_word_embeddings")}
         super().__init__(**own, **library)
+
+    def __eq__(self, other):
+        return isinstance(other, PretrainedConfig) and self.__dict__ == other.__dict__
 
     def to_dict(self):
         settings = super().to_dict()

@@ -168,6 +168,33 @@ def test_the_configuration_has_the_names_that_others_look_for():
     assert ChatGLMConfig(**config.to_dict()).num_key_value_heads == 2
 
 
+def test_configurations_that_differ_are_not_equal():
+    assert ChatGLMConfig() == ChatGLMConfig() != ChatGLMConfig(num_layers=1)
+    assert ChatGLMConfig() != ChatGLMConfig(pre_seq_len=4)
+
+
+def test_labels_and_what_is_shown_can_be_asked_for():
+    config = ChatGLMConfig(num_labels=3, problem_type="regression", output_attentions=True)
+    assert (config.num_labels, len(config.id2label), config.problem_type) == (3, 3, "regression")
+    assert config.output_attentions and synthetic_model(output_attentions=True)(torch.ones(1, 2).long()).attentions
+    for number in (0, 2**40, "3"):
+        with pytest.raises(ValueError, match=f"num_labels is {number!r}"):
+            ChatGLMConfig(num_labels=number)
+
+
+def test_groups_of_keys_can_have_the_librarys_name():
+    config = ChatGLMConfig(multi_query_attention=True, num_key_value_heads=4)
+    assert config.num_key_value_heads == config.multi_query_group_num == 4
+    assert ChatGLMConfig(num_key_value_heads=32).num_key_value_heads == 32
+    assert ChatGLMConfig.from_dict(config.to_dict()).num_key_value_heads == 4
+    with pytest.raises(ValueError, match="num_key_value_heads is 4, .* 32"):
+        ChatGLMConfig(num_key_value_heads=4)
+
+
+def test_no_code_is_looked_for_in_the_configuration():
+    assert ChatGLMConfig(auto_map={"AutoModel": "a.B"}).auto_map == {}
+
+
 @pytest.mark.parametrize("method", ["IA3Config", "AdaLoraConfig", "VBLoRAConfig", "LNTuningConfig"])
 def test_methods_of_peft_know_what_to_adapt(method):
     import peft
