@@ -24,7 +24,10 @@ VOCABULARY_FILE = "tokenizer.model"
 SPECIAL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # How a prompt is written: a turn up to its answer, and what stands behind the answer. Others are in other rooms.
-TEMPLATES = {"chatglm2": ("[Round {number}]\n\n问：{query}\n\n答：", "\n\n"), "none": ("{query}", "")}
+TEMPLATES = {
+    "chatglm2": (lambda query, number: f"[Round {number}]\n\n问：{query}\n\n答：", "\n\n"),
+    "none": (lambda query, number: query, ""),
+}
 # build_prompt of the messages, as conversation.py reads them, in the language that transformers knows of.
 CHAT_TEMPLATE = """\
 {%- set now = namespace(round=0, question='', asked=false) -%}
@@ -317,7 +320,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def build_turn(self, query: str, number: int) -> str:
         """One open turn of the prompt, counted from 1."""
-        return TEMPLATES[self.prompt_template][0].format(query=query, number=number)
+        return TEMPLATES[self.prompt_template][0](query, number)
 
     def read_history(self, query, history):
         """(question, past turns) of a question and what was said before it. ValueError for anything else."""
@@ -333,7 +336,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         `roles` are those of the questions, for a template that has several.
         """
         prompts = [source_prefix + self.build_prompt(*each) for each in zip(queries, histories, strict=True)]
-        return [self.with_ends(ids) for ids in self.encode_batch(prompts)]
+        before, behind = self.prefix_tokens, list(self.suffix_tokens)
+        return [before + ids + behind for ids in self.encode_batch(prompts)]
 
     def with_ends(self, token_ids: list[int]) -> list[int]:
         """A text's ids as every prompt has them."""

@@ -51,14 +51,17 @@ def _encode_sources(examples, tokenizer, source_prefix, max_source_length):
     roles = examples["role"] if "role" in examples else ["user"] * len(questions)
     sources, lengths, dropped_turns = [], [], []
     for index, source in enumerate(tokenizer.encode_prompts(questions, histories, source_prefix, roles)):
-        dropped, history = 0, histories[index]
+        dropped = 0
         lengths.append(len(source))
-        if len(source) > max_source_length and (history or tokenizer.keeps_roles):
-            how = max_source_length, source_prefix, roles[index]
-            source, dropped = tokenizer.fit_prompt(questions[index], history, *how)
-            if len(source) > max_source_length:
-                source, dropped = _cut_question(tokenizer, questions[index], *how), len(history)
-        sources.append(tokenizer.cut_prompt(source, max_source_length))
+        if len(source) > max_source_length:
+            history = histories[index]
+            if history or tokenizer.keeps_roles:
+                how = max_source_length, source_prefix, roles[index]
+                source, dropped = tokenizer.fit_prompt(questions[index], history, *how)
+                if len(source) > max_source_length:
+                    source, dropped = _cut_question(tokenizer, questions[index], *how), len(history)
+            source = tokenizer.cut_prompt(source, max_source_length)
+        sources.append(source)
         dropped_turns.append(dropped)
     return sources, lengths, dropped_turns
 
@@ -72,7 +75,7 @@ def _encode_training_batch(
     ignore_pad_token_for_loss,
     train_on_history=False,
 ):
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad, end, learned_of_prompt = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.learned_of_prompt
     ignored = IGNORED_LABEL if ignore_pad_token_for_loss else pad
     max_source_length, max_target_length = tokenizer.training_limits(max_source_length, max_target_length)
     sources, source_lengths, dropped_turns = _encode_sources(examples, tokenizer, source_prefix, max_source_length)
@@ -98,10 +101,10 @@ def _encode_training_batch(
                     f"row {row} has nothing to learn: every token of its response, the end included, is the padding or "
                     f"unknown token (id {pad}). Leave the row out, or check tokenizer.model and eos_token_id"
                 )
-        unlearned = len(source) - tokenizer.learned_of_prompt
-        before = [ignored] * unlearned + source[unlearned:]
-        history = tokenizer.kept_history(examples["history"][index], dropped_turns[index]) if train_on_history else []
-        if history:
+        before = [ignored] * (len(source) - learned_of_prompt)
+        if learned_of_prompt:
+            before += source[-learned_of_prompt:]
+        if train_on_history and (history := tokenizer.kept_history(examples["history"][index], dropped_turns[index])):
             for first, last in tokenizer.answers_in(source, history, source_prefix):
                 before[first:last] = [ignored if token == pad else token for token in source[first:last]]
                 before[last] = tokenizer.label_behind(source[last])
