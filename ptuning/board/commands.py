@@ -428,6 +428,8 @@ def export_command(folder: Path, step, bits, target: Path) -> Command:
 def checkpoint_of(folder: Path, step) -> Path:
     """The checkpoint folder of a run that a name means: a step, best, last, or empty for the run itself."""
     step = plain_text(step, "The checkpoint", 20)
+    if not any(folder.glob("checkpoint-*")) and not finetuning_type(folder):
+        raise ValueError(f"{folder.name} has no checkpoint yet. Wait until it saves, or choose another run.")
     if step in ("", "best", "last"):
         return folder / step if step else folder
     if not step.isdecimal() or not (folder / f"checkpoint-{step}").is_dir():

@@ -4,6 +4,7 @@ Answers to nothing in the official scripts. A visitor's text becomes a path in o
 scripts would not find by their names are linked into a folder of their own, so a command from the page works in a terminal.
 """
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -162,8 +163,8 @@ def link_rows(sources: list[dict], dev: Path | None, output: Path | None = None)
     """A folder in output/_uploads/ with links to files of rows under the names that the scripts look for.
 
     `sources` are {"path", "prompt", "response", "history", "messages"}. Several are described in a dataset_info.json, as
-    data sets a, b, …. Without any there are dev rows only. The folder's name follows from what it holds. OSError on a full
-    disk.
+    data sets a, b, …, and lie there themselves: nothing outside the folder of a dataset_info.json is read. Without any there
+    are dev rows only. The folder's name follows from what it holds. OSError on a full disk.
     """
     key = "\n".join([*(repr(sorted(source.items(), key=str)) for source in sources), str(dev)])
     stem = re.sub(r"[^\w-]+", "-", (Path(sources[0]["path"]) if sources else dev).stem).strip("-_")[:40] or "rows"
@@ -176,7 +177,7 @@ def link_rows(sources: list[dict], dev: Path | None, output: Path | None = None)
         entries = {}
         for letter, source in zip("abcdefgh", sources, strict=False):
             name = f"{letter}{ending_of(Path(source['path']))}"
-            links[name] = source["path"]
+            place_file(folder / name, source["path"])
             entries[letter] = {
                 "file_name": name,
                 "columns": {
@@ -197,6 +198,24 @@ def place_link(link, target):
     new.unlink(missing_ok=True)
     new.symlink_to(target)
     new.replace(link)
+
+
+def place_file(place, source):
+    """Make `place` the file `source` itself, without a second copy of its bytes where both are on one disk."""
+    with contextlib.suppress(OSError):
+        if os.path.samefile(place, source):
+            return
+    new = place.with_name(f".{place.name}.new")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(source, new)
+    except OSError:  # another disk, or one that knows no such links
+        with contextlib.suppress(OSError):
+            there, here = os.stat(source), os.stat(place)
+            if (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns):
+                return
+        shutil.copy2(source, new)
+    new.replace(place)
 
 
 def keep_upload(temporary, name, output: Path | None = None) -> Path:

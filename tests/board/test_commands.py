@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLE
@@ -20,7 +21,8 @@ from board.commands import (
     script_variables,
     training_command,
 )
-from board.files import MAX_TEXT, Roots, columns_of, guessed, keep_upload, link_rows, run_name
+from board.files import MAX_TEXT, Roots, columns_of, guessed, keep_upload, link_rows, place_file, run_name
+from data.dataset_info import read_dataset_info
 
 ROOTS = Roots([ROOT])
 
@@ -91,6 +93,25 @@ def test_several_files_are_mixed_with_their_shares(rows, tmp_path):
     assert command.words[:2] == ["--dataset", "a,b"] and command.words[-2:] == ["--mix_ratios", "0.7,0.3"]
     described = json.loads((tmp_path / command.words[3] / "dataset_info.json").read_text())
     assert described["b"] == {"file_name": "b.jsonl", "columns": {"prompt": "答", "response": "问"}}
+    found, _ = read_dataset_info(tmp_path / command.words[3], "a,b")  # as the run reads them
+    assert [Path(each["path"]).read_bytes() for each in found.values()] == [file.read_bytes()] * 2
+
+
+def test_a_file_that_is_mixed_in_follows_its_source_on_another_disk_too(rows, tmp_path, monkeypatch):
+    file, place = rows[0], tmp_path / "a.jsonl"
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    for link in (os.link, refuse):
+        monkeypatch.setattr("board.files.os.link", link)
+        for text in ("one", "another"):
+            file.unlink()
+            file.write_text(text)
+            place_file(place, file)
+            place_file(place, file)  # nothing to do
+            assert place.read_text() == text and not place.is_symlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl", file.name]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +236,9 @@ def test_an_evaluation_and_an_export_name_the_run_and_its_checkpoint(tmp_path):
     )
     words = export_command(run, "3", "", tmp_path / "out").words
     assert words == ["--ptuning_checkpoint", f"{run}/checkpoint-3", "--output_dir", f"{tmp_path}/out"]
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        export_command(tmp_path / "new", "", "", tmp_path / "out")
     for step in ("../x", "4", "$(id)", "best; id"):
         with pytest.raises(ValueError):
             export_command(run, step, "", tmp_path / "out")
