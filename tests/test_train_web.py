@@ -236,6 +236,11 @@ def test_every_tab_is_readable_for_everybody(visit, training_page, locale):
             page.click("#button-use")
         if name == "settings":
             page.click("#more button >> nth=0")
+            (training_page.project / "evil.json").write_text('{"evil": 1}')
+            with page.expect_file_chooser() as chooser:
+                page.click("#load")
+            chooser.value.set_files(training_page.project / "evil.json")
+            expect(page.locator("#load-said [role=alert]")).to_contain_text("evil")
         if name == "run":
             expect(page.locator("#plot-loss svg")).to_be_visible()
             assert page.locator("#card b b").count() == 0

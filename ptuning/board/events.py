@@ -241,9 +241,8 @@ class Page:
             return [told(error), *[gr.skip()] * 4, None]
         likely = guessed(columns)
         rows = [[row.get(column, "") for column in columns[:8]] for row in first]
-        text = show.said(words["rows"].format(count="?" if count is None else f"{count:,}")) + show.table(
-            columns[:8], rows, words["path"]
-        )
+        counted = words["row" if count == 1 else "rows"].format(count="?" if count is None else f"{count:,}")
+        text = show.said(counted) + show.table(columns[:8], rows, words["file"])
         choices = [(words["none"], ""), *((column, column) for column in columns)]
         dropdowns = [
             gr.update(choices=choices, value=likely[kind]) for kind in ("prompt", "response", "history", "messages")
@@ -336,7 +335,11 @@ class Page:
 
     def preset(self, name, *values):
         """The fields with the values of a preset."""
-        chosen = {**settings_of(values), **PRESETS.get(name, {})}
+        before, preset = settings_of(values), PRESETS.get(name, {})
+        of_presets = {each.get("extra") for each in PRESETS.values()}  # lines that came with another preset go with it
+        lines = [line for line in str(before["extra"] or "").splitlines() if line not in of_presets]
+        extra = "\n".join([*lines, *filter(None, [preset.get("extra")])])
+        chosen = {**before, **preset, "extra": extra}
         return [chosen[field] for field in NAMES]
 
     def restore(self, kept):
@@ -347,13 +350,13 @@ class Page:
             settings = dict(EMPTY)
         return [settings[name] for name in NAMES]
 
-    def load(self, file):
-        """(the fields as a settings.json says, what was wrong with it)."""
+    def load(self, request: gr.Request, file):
+        """(the fields as a settings.json says, a line on how that went)."""
         try:
             settings = load_settings(self.came(file))
         except (ValueError, OSError) as error:
             return [*[gr.skip()] * len(NAMES), told(error)]
-        return [*[settings[name] for name in NAMES], ""]
+        return [*[settings[name] for name in NAMES], show.said(said_in(request)["loaded"])]
 
     def flag_help(self, name):
         """The help line of a flag, with its default and choices."""

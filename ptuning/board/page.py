@@ -141,6 +141,7 @@ def build(page: Page):
                     load = gr.UploadButton(
                         i18n("load_settings"), file_types=[".json"], size="md", scale=0, min_width=150, elem_id="load"
                     )
+                load_said = html("load-said")
             with gr.Tab(i18n("tab_run"), id="run", elem_id="tab-run") as tabs["run"]:
                 with gr.Row():
                     start, stop = button("begin", variant="primary"), button("stop", variant="stop", visible=False)
@@ -246,7 +247,7 @@ def build(page: Page):
         flag.input(page.flag_help, [flag], [flag_said], **QUICK)
         add_flag.click(page.add_flag, [flag, value, f["extra"]], [f["extra"], flag_said], **QUICK).then(**refreshing)
         save.click(**refreshing).then(None, [kept], None, js=SAVE, **BROWSER)
-        load.upload(page.load, [load], [*fields, wrong], **QUICK).then(
+        load.upload(page.load, [load], [*fields, load_said], **QUICK).then(
             page.rows_chosen, [sources], [chosen], **QUICK
         ).then(**refreshing)
 

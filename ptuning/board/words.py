@@ -66,6 +66,7 @@ WORDS = {  # name -> English, Chinese
     "dev": ("Dev file", "验证文件"),
     "dev_ratio": ("Or hold out this share as dev rows", "或从训练数据中留出的比例"),
     "check": ("Check all rows", "检查所有数据"),
+    "row": ("1 row:", "共 1 条："),
     "rows": ("{count} rows; the first:", "共 {count} 条，前几条："),
     "chosen_none": (
         "No rows are chosen yet: choose their columns and press Use it. Until then AdvertiseGen trains, or with tiny its sample.",
@@ -112,6 +113,7 @@ WORDS = {  # name -> English, Chinese
     "name": ("Name of the run", "任务名称"),
     "save_settings": ("Save settings", "保存设置"),
     "load_settings": ("Load settings", "载入设置"),
+    "loaded": ("The settings are loaded.", "设置已载入。"),
     # run
     "begin": ("Start", "开始"),
     "stop": ("Stop", "停止"),

@@ -110,7 +110,7 @@ def test_a_run_that_has_ended_is_no_longer_called_started(page, tmp_path, monkey
 def test_a_file_that_no_browser_has_sent_is_not_taken(page, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "incoming"))
     assert "no file that this page was sent" in page.uploaded(REQUEST, "/etc/passwd")[1]
-    assert "no file that this page was sent" in page.load("/etc/passwd")[-1]
+    assert "no file that this page was sent" in page.load(REQUEST, "/etc/passwd")[-1]
 
 
 def test_settings_and_flags_say_what_is_wrong_at_once(page):
@@ -123,6 +123,15 @@ def test_settings_and_flags_say_what_is_wrong_at_once(page):
     assert page.restore({"model": ["x"], "evil": 1})[0] == EMPTY["model"]
     assert "4 layers" in page.look_at_model(REQUEST, "tiny")[0]
     assert "leads out" in page.look_at_model(REQUEST, "/etc")[0]
+
+
+def test_the_flags_of_a_preset_go_with_it_and_those_of_a_visitor_stay(page):
+    values = {**dict(zip(NAMES, FIELDS, strict=True)), "extra": "seed = 7"}
+    official = page.preset("official", *values.values())
+    place = NAMES.index("extra")
+    assert official[place] == "seed = 7\nprecision = official"
+    assert page.preset("official", *official)[place] == official[place]
+    assert page.preset("tiny", *official)[place] == "seed = 7"
 
 
 def test_rows_are_used_once_their_columns_are_chosen(page):
