@@ -203,7 +203,7 @@ def place_link(link, target):
 def place_file(place, source):
     """Make `place` the file `source` itself, without a second copy of its bytes where both are on one disk."""
     with contextlib.suppress(OSError):
-        if os.path.samefile(place, source):
+        if not os.path.islink(place) and os.path.samefile(place, source):
             return
     new = place.with_name(f".{place.name}.new")
     new.unlink(missing_ok=True)

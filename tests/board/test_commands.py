@@ -103,6 +103,7 @@ def test_a_file_that_is_mixed_in_follows_its_source_on_another_disk_too(rows, tm
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
+    place.symlink_to(file)  # which would lead out of its folder
     for link in (os.link, refuse):
         monkeypatch.setattr("board.files.os.link", link)
         for text in ("one", "another"):
