@@ -39,7 +39,7 @@ from data.sources import FILES, check_columns, check_mixture, scores_answers, so
 from families import SUPPORTED, TEMPLATES
 from training.flags import TrainingArguments
 from training.saving import check_saving
-from training.stages import check_own_flags, check_stage
+from training.stages import SAMPLING, check_own_flags, check_stage
 from tuning.rules import LORA_TARGETS, check_device_map, check_method
 
 
@@ -203,6 +203,8 @@ def parse_flags(argv: list[str]) -> tuple[ModelArguments, DataTrainingArguments,
     model_args.stage = given.get("stage")
     if data_args.train_on_history and model_args.stage not in (None, "sft"):
         notes.append(f"--train_on_history is not read: --stage {model_args.stage} is about the last answers.")
+    if model_args.stage == "ppo" and (unread := [f"--{name}" for name in SAMPLING if name in given]):
+        notes.append(f"{', '.join(unread)} is not read: --stage ppo draws every token as likely as the model says.")
     if model_args.stage and EFFICIENT_TUNING.keys() - given.keys():
         left = ", ".join(f"--{name} {value}" for name, value in EFFICIENT_TUNING.items() if name not in given)
         notes.append(f"--stage {model_args.stage}: where no checkpoint says otherwise, its old defaults hold: {left}.")

@@ -23,7 +23,7 @@ from data.general import look_at_general
 from data.preferences import look_at_pairs
 from data.sources import FILES, source_of
 from families import Family, check_flags_of, check_same_family, local_folder, read_base_settings
-from training.stages import reads_pairs
+from training.stages import check_holds_reference, reads_pairs
 
 NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
 NO_BASE_OF = "{checkpoint} does not say its base model; give --model_name_or_path."
@@ -144,8 +144,11 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     trains = given.get("do_train", False)
     resumes = trains and str(given.get("resume_from_checkpoint")).lower() not in ("none", "false")
     checkpoint = None if resumes else look_at_checkpoint(model_args.ptuning_checkpoint)
-    if given.get("stage") == "rm" and checkpoint and not trains:
+    stage = given.get("stage", "sft")
+    if checkpoint and not trains and stage == "rm":
         check_holds_head(checkpoint, "--ptuning_checkpoint")
+    elif checkpoint and not trains and stage != "sft":
+        check_holds_reference(checkpoint, stage)
     if given.get("reward_model"):
         look_at_reward_model(given["reward_model"])
     base = model_args.model_name_or_path

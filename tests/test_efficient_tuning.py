@@ -101,6 +101,8 @@ def test_its_commands_train_evaluate_predict_answer_and_export_one_after_the_oth
     assert "its old defaults hold: --max_source_length 512" in run("main.py", TRAIN, "--report_to none")
     run("main.py", REWARD, "--report_to none")
     assert list((tmp_path / "path_to_rm_checkpoint").glob("checkpoint-*/value_head.bin"))
+    run("main.py", PPO, "--report_to none --max_target_length 8 --max_source_length 32 --max_steps 1")
+    assert list((tmp_path / "path_to_ppo_checkpoint").glob("checkpoint-1/reference.bin"))
     run("main.py", EVALUATE, short)
     run("main.py", PREDICT, short)
     run("export_model.py", f"{TUNED} --output_dir path_to_export")
@@ -168,6 +170,13 @@ def test_every_flag_of_its_export_is_accepted():
 def test_what_a_demo_cannot_do_as_asked_is_refused(words, message):
     with pytest.raises((ValueError, SystemExit), match=message):
         cli_demo.parse_arguments(shlex.split(f"--model_name_or_path m {words}"))
+
+
+@pytest.mark.parametrize("words", ["--top_p 0.7 --temperature 0.5", "--do_sample false", "--num_beams 4"])
+def test_what_predictions_are_sampled_with_is_named_where_ppo_does_not_read_it(words):
+    notes = " ".join(parse_flags(shlex.split(f"{PPO} {words}"))[3])
+    flags = [word for word in words.split() if word.startswith("--")]
+    assert f"{', '.join(flags)} is not read: --stage ppo draws every token as likely as the model says." in notes
 
 
 # ---- files of flags

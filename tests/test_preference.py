@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_no_reward_model_scores_nothing(runs, files, monkey
     with pytest.raises(FileNotFoundError, match="is no reward model: there is no value_head.bin"):
         run(monkeypatch, settings, ptuning_checkpoint=runs["dpo", "prefix"][0] / "checkpoint-4")
     settings["stage"] = "dpo"
-    with pytest.raises(FileNotFoundError, match="no reference.bin, so --stage dpo has not written it"):
+    with pytest.raises(FileNotFoundError, match="no reference.bin, so --stage dpo has not written it. Without --stage"):
         run(monkeypatch, settings, ptuning_checkpoint=runs["rm", "prefix"][0] / "checkpoint-4")
 
 
@@ -256,6 +256,9 @@ def test_what_needs_no_torch_is_told_before_it_is_loaded(runs, files, tmp_path):
         with pytest.raises(FileNotFoundError, match=message):
             look_at_run(*parse_flags([*words, "--reward_model", str(reward_model)]))
     evaluation = {"stage": "rm", "do_eval": True, "ptuning_checkpoint": folder, "output_dir": tmp_path}
+    other = {**evaluation, "stage": "dpo", "ptuning_checkpoint": runs["rm", "prefix"][0]}
+    with pytest.raises(FileNotFoundError, match="so --stage dpo has not written it. Without --stage it is evaluated"):
+        look_at_run(*parse_flags(flags({**other, "validation_file": files["validation_file"]})))
     with pytest.raises(FileNotFoundError, match="is no reward model"):
         look_at_run(*parse_flags(flags({**evaluation, "validation_file": files["validation_file"]})))
     bad = tmp_path / "bad.json"

@@ -19,7 +19,7 @@ from checkpoints.file_names import REFERENCE_FILE
 from checkpoints.run_folder import verify_checkpoint
 from checkpoints.weight_files import read_tensors
 from common.ranks import gather
-from training.stages import FIGURES
+from training.stages import FIGURES, check_holds_reference
 from tuning.swapping import fill_values, swapped
 
 
@@ -91,9 +91,7 @@ def save_reference(reference, folder):
 
 def load_reference(reference, folder, stage):
     """Fill a reference from a checkpoint of `stage`. FileNotFoundError and ValueError where it has none that fits."""
-    file = Path(folder) / REFERENCE_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {REFERENCE_FILE}, so --stage {stage} has not written it.")
+    file = check_holds_reference(folder, stage)
     verify_checkpoint(folder, [REFERENCE_FILE])
     try:
         fill_values(reference, dict(read_tensors(file)))

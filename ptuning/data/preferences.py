@@ -106,7 +106,7 @@ def _generate_pairs(path, columns, query_separator, place, max_samples, single, 
     for number, row in enumerate(rows[:max_samples], start=1):
         prompt, chosen, rejected, history = _pair_of(row, number, path, columns, flags, taken, single, query_separator)
         answers = [answer.strip() for answer in (chosen, rejected) if answer is not None]
-        equal = chosen == rejected and all(answers)
+        equal = len(answers) == 2 and answers[0] == answers[1] != ""
         skipped = not prompt.strip() or not all(answers) or equal
         pair = {"prompt": prompt, CHOSEN: chosen, REJECTED: rejected, "history": history, "row": number}
         yield {**pair, "skipped": skipped, "equal": equal}

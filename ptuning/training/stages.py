@@ -6,6 +6,9 @@ prompts, whose answers a reward model scores.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from checkpoints.file_names import REFERENCE_FILE
 from checkpoints.ways import SWAPPED, default_method
 
 OWN_FLAGS = {  # {flag: the stage that reads it}
@@ -18,6 +21,7 @@ FIGURES = {
     "dpo": ("accuracy", "margin", "reward_chosen", "reward_rejected"),
     "ppo": ("reward", "kl", "entropy", "answer_length"),
 }
+SAMPLING = ("do_sample", "num_beams", "top_p", "temperature")  # flags of predictions, which ppo does not read
 WITHOUT = {  # flags of answers, {name: its value that changes nothing}
     "eval_with_generate": False,
     "label_smoothing_factor": 0.0,
@@ -83,6 +87,17 @@ def check_stage(model_args, data_args, training_args) -> None:
         raise ValueError(
             f"--stage {stage} without --do_train evaluates what was trained: give --ptuning_checkpoint, a checkpoint of it."
         )
+
+
+def check_holds_reference(folder: Path | str, stage: str) -> Path:
+    """The file of the reference in a checkpoint of dpo or ppo. FileNotFoundError where `stage` has not written it."""
+    file = Path(folder) / REFERENCE_FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {REFERENCE_FILE}, so --stage {stage} has not written it. Without --stage it is evaluated as "
+            "one that was tuned on answers."
+        )
+    return file
 
 
 def check_stage_of_run(session, stage: str) -> None:

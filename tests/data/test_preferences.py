@@ -48,11 +48,12 @@ def test_empty_and_equal_answers_are_left_out_and_counted(write):
         {**GOOD, "rejected": "好的答"},
         {**GOOD, "q": " "},
         {**GOOD, "chosen": None},
+        {**GOOD, "rejected": " 好的答\n"},
     ]
     said = []
     dataset, skipped = load_pairs(write(rows), **COLUMNS, say=said.append)
-    assert dataset["row"][:] == [1] and skipped == 4
-    assert len(said) == 1 and said[0].endswith("train.json: 1 pairs of two equal answers are left out, row 3.")
+    assert dataset["row"][:] == [1] and skipped == 5
+    assert len(said) == 1 and said[0].endswith("train.json: 2 pairs of two equal answers are left out, row 3, 6.")
 
 
 REFUSALS = {
