@@ -7,8 +7,8 @@
 #   a   versions, tests, rates of products and attention, quantized layers
 #   b   profiles of training and decoding steps, speed beside the official recipe
 #   c   speed in int4, the full-size folder, NCCL, a small run from end to end
-#   d   what measuring and keeping what is forgotten costs; with MODEL=THUDM/chatglm2-6b, what it brings, on ADGEN; time
-#       and memory of a step on preferences
+#   d   what measuring and keeping what is forgotten costs; time and memory of a step on preferences; who answers under
+#       auto, on the small model; with MODEL=THUDM/chatglm2-6b, what keeping and auto bring, on ADGEN
 #
 # What each step prints goes to FOLDER/PART as well, beside its JSON. Without names all steps run, each at most as many
 # seconds as it says below. A step that fails or runs out of its time does not stop the others; endings.json and the last
@@ -91,11 +91,12 @@ case $part in
     step evaluate 60 env MODEL=tiny CHECKPOINT=on-gpu bash evaluate.sh
     ;;
   d)
-    step drift 140 "$python" -m benchmarks.gpu_steps drift --size "$size" --out "$out"
-    step preference 120 "$python" -m benchmarks.gpu_steps preference --size "$size" --pairs "$pairs" --out "$out"
-    [ -z "${MODEL:-}" ] || step forgetting 280 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
-      --general ptuning/forgetting/general.jsonl --general_dev none --lines official,keep --steps 100 --keep 0.8:1 \
-      --output_dir "$out/forgetting" --more pre_seq_len=128
+    step drift 110 "$python" -m benchmarks.gpu_steps drift --size "$size" --out "$out"
+    step preference 110 "$python" -m benchmarks.gpu_steps preference --size "$size" --pairs "$pairs" --out "$out"
+    step auto 60 "$python" -m benchmarks.forgetting --lines official,auto --steps 40 --dev_rows 60 --output_dir "$out/auto"
+    [ -z "${MODEL:-}" ] || step forgetting 260 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
+      --general ptuning/forgetting/general.jsonl --general_dev none --dev_rows 64 --lines official,keep,auto \
+      --steps 100 --keep 0.8:1 --output_dir "$out/forgetting" --more pre_seq_len=128
     ;;
 esac
 if [ ${#endings[@]} = 0 ]; then
