@@ -164,7 +164,7 @@ WORDS = {  # name -> English, Chinese
     "loss": ("Loss", "loss"),
     "eval_loss": ("Dev loss", "验证 loss"),
     "learning_rate": ("Learning rate", "学习率"),
-    "drift": ("Drift", "漂移"),
+    "drift": ("Drift", "偏移"),
     "at_step": ("{name} {value} at step {step}", "第 {step} 步 {name} {value}"),
     # evaluate
     "checkpoint": ("Checkpoint", "检查点"),
