@@ -1,6 +1,6 @@
 """Rows -> pairs: a prompt with its history, and two answers to it, of which one is preferred.
 
-Answers to the pairwise data of ChatGLM-Efficient-Tuning, whose response column holds [better, worse], and to the
+Answers to the pairwise data of ChatGLM-Efficient-Tuning, whose response column holds [better, worse, …], and to the
 `chosen` and `rejected` of LLaMA-Factory's rankings. It differs in that two answers that are equal, or are so once they
 are cut, are left out and counted: they teach nothing.
 """
@@ -26,6 +26,7 @@ from data.mixture import shown_rows
 from data.rows import glance, kind_of_value, read_rows
 
 CHOSEN, REJECTED = "chosen", "rejected"
+NOTED = ("equal", "more")  # of a row: that its two answers are equal, that it has more than two
 
 
 def _answer(name, number, column, row, flag):
@@ -64,12 +65,12 @@ def _pair_of(row, number, path, columns, flags, taken, single, query_separator="
     response = columns["response"]
     if isinstance(row.get(response), list):
         answers = row[response]
-        if len(answers) != 2:
+        if len(answers) < 2:
             raise ValueError(
                 f"{path} row {number}: column {response!r} ({flags['response']}) holds a list of {len(answers)}, expected "
                 "[the better answer, the worse answer]"
             )
-        both = {f"{response}[{place}]": answer for place, answer in enumerate(answers)}
+        both = {f"{response}[{place}]": answer for place, answer in enumerate(answers[:2])}
         chosen, rejected = (_answer(path, number, column, both, flags["response"]) for column in both)
     elif columns[CHOSEN] in row or columns[REJECTED] in row:
         for name in (CHOSEN, REJECTED):
@@ -109,7 +110,8 @@ def _generate_pairs(path, columns, query_separator, place, max_samples, single, 
         equal = len(answers) == 2 and answers[0] == answers[1] != ""
         skipped = not prompt.strip() or not all(answers) or equal
         pair = {"prompt": prompt, CHOSEN: chosen, REJECTED: rejected, "history": history, "row": number}
-        yield {**pair, "skipped": skipped, "equal": equal}
+        ranked = row.get(columns["response"])
+        yield {**pair, "skipped": skipped, "equal": equal, "more": isinstance(ranked, list) and len(ranked) > 2}
 
 
 def look_at_pairs(path: str | os.PathLike, columns: dict, single: bool = False) -> int | None:
@@ -155,13 +157,21 @@ def load_pairs(
         "single": keep_unlabelled,
     }
     features = dict.fromkeys(("prompt", CHOSEN, REJECTED), "string") | {"row": "int64"}
-    features |= dict.fromkeys(("skipped", "equal"), "bool")
+    features |= dict.fromkeys(("skipped", *NOTED), "bool")
     dataset = read_once(path, _generate_pairs, features, settings, overwrite_cache, say)
     if names["history"] and not any(dataset["history"][:]):
         say(f"{path}: no row has earlier turns in a column {names['history']!r}.")
-    if equal := [row for row, same in zip(dataset["row"][:], dataset["equal"][:], strict=True) if same]:
+    equal, more = (
+        [row for row, holds in zip(dataset["row"][:], dataset[name][:], strict=True) if holds] for name in NOTED
+    )
+    if equal:
         say(f"{path}: {len(equal)} pairs of two equal answers are left out, row {shown_rows(equal, 8)}.")
-    dataset, skipped = without_skipped(dataset.remove_columns("equal"))
+    if more:
+        say(
+            f"{path}: {len(more)} rows have more than two answers, row {shown_rows(more, 8)}. The first two are read, as in "
+            "ChatGLM-Efficient-Tuning."
+        )
+    dataset, skipped = without_skipped(dataset.remove_columns(list(NOTED)))
     if not len(dataset):
         raise ValueError(
             f"{path} holds no pair to learn from: of its {skipped} rows {len(equal)} have two equal answers, and the others "

@@ -56,12 +56,27 @@ def test_empty_and_equal_answers_are_left_out_and_counted(write):
     assert len(said) == 1 and said[0].endswith("train.json: 2 pairs of two equal answers are left out, row 3, 6.")
 
 
+def test_of_a_ranking_of_more_answers_the_first_two_are_read_and_it_is_said(write):
+    rows = [
+        GOOD,
+        {"q": "问", "a": ["一", "二", "三", "四"]},
+        {"q": "问", "a": ["一", "二"]},
+        {"q": "问", "a": ["一", "二", ""]},
+    ]
+    said = []
+    dataset, skipped = load_pairs(write(rows), **COLUMNS, say=said.append)
+    assert skipped == 0 and [(row["chosen"], row["rejected"]) for row in dataset][1:] == [("一", "二")] * 3
+    assert len(said) == 1 and said[0].endswith(
+        "train.json: 2 rows have more than two answers, row 2, 4. The first two are read, as in ChatGLM-Efficient-Tuning."
+    )
+
+
 REFUSALS = {
     "no answers": ({"q": "问", "b": "答"}, "row 1 has no two answers: expected columns 'chosen' and 'rejected'"),
     "one text": ({"q": "问", "a": "答"}, "row 1 has no two answers"),
     "one of two": ({"q": "问", "chosen": "答"}, "row 1 has a 'chosen' answer, but no 'rejected' one"),
     "a number": ({**GOOD, "rejected": 3}, r"column 'rejected' \(the worse answer\) holds a number \(3\), expected"),
-    "three in a list": ({"q": "问", "a": ["一", "二", "三"]}, r"column 'a' \(--response_column\) holds a list of 3"),
+    "one in a list": ({"q": "问", "a": ["一"]}, r"column 'a' \(--response_column\) holds a list of 1"),
     "a list of numbers": ({"q": "问", "a": ["一", 2]}, r"column 'a\[1\]' .* holds a number \(2\)"),
     "the wrong role": ({**GOOD, "chosen": {"role": "user", "content": "x"}}, "a message of role 'user'"),
     "no prompt": ({"chosen": "一", "rejected": "二"}, "row 1 has no column 'q'"),
