@@ -372,6 +372,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inner_states = (
             [] if (config.output_hidden_states if output_hidden_states is None else output_hidden_states) else None
         )
+        if past_key_values is not None and self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "A cache stays empty while gradient checkpointing computes the blocks again. Call model.eval() before "
+                "generate(), or give it use_cache=False."
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:

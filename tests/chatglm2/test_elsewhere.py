@@ -113,6 +113,16 @@ def test_gradient_checkpointing_of_either_kind_gives_the_gradient_of_the_prefix(
     assert relative_difference(gradient_of(model), expected) < 1e-6
 
 
+def test_an_answer_between_steps_with_gradient_checkpointing_is_right_or_refused():
+    model, input_ids = synthetic_model(prefix_dropout=0.0), torch.arange(5, 12)[None]
+    expected = model.generate(input_ids, **ENDLESS)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing.*model.eval"):
+        model.generate(input_ids, **ENDLESS)
+    assert torch.equal(model.generate(input_ids, use_cache=False, **ENDLESS), expected)
+    assert torch.equal(model.eval().generate(input_ids, **ENDLESS), expected)
+
+
 @pytest.mark.parametrize("prefix", [False, True])
 def test_adapters_train_over_a_frozen_model_whose_blocks_are_computed_again(prefix):
     model = synthetic_model(**({} if prefix else {"pre_seq_len": None}))
