@@ -49,6 +49,7 @@ from checkpoints.placing import (
     device_of,
     infer_devices,
     own_memory,
+    parts_on,
     spread_model,
     wanted_devices,
     wanted_dtype,
@@ -210,6 +211,8 @@ def load_model(
         prepare_output_layer_(model)
     if isinstance(device, str) and device in MAPS:
         device = infer_devices(model, device, dtype) if torch.cuda.is_available() else choose_device()
+    if isinstance(device, dict):
+        device = parts_on(model, device)
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     integers = {f"{name}.weight": module.bits for name, module in quantized.items()}
     choose = cache(partial(choose_backend, quantization_backend, dtype=dtype))

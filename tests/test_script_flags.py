@@ -241,6 +241,12 @@ def test_further_words_reach_the_program_last_and_as_they_are(script, scripts):
     assert words[-len(further) :] == further
 
 
+@pytest.mark.parametrize("words", [["--device_map", "auto"], ["--device_map=auto"]], ids=str)
+def test_a_model_that_is_spread_over_the_gpus_is_evaluated_by_one_process(words, scripts):
+    said = started(scripts, "evaluate.sh", {"MODEL": "hub/glm", "NUM_GPUS": "4"}, words)
+    assert said["words"][-len(words) :] == words and said["threads"] is None
+
+
 @pytest.mark.parametrize("script", DEFAULTS)
 def test_a_script_may_be_started_from_another_folder(script, scripts):
     words = started(scripts, script, {"MODEL": "hub/glm"}, folder=scripts)["words"]

@@ -8,6 +8,7 @@ import gc
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import get_balanced_memory
 
 from chatglm2.configuration_chatglm import DEFAULTS
@@ -114,15 +115,29 @@ def infer_devices(model, wanted, dtype):
     places = read_places(infer_auto_device_map(model, max_memory=memory, **options))
     if len(set(places.values())) == 1:
         return next(iter(places.values()))
-    if model.transformer.prefix_encoder is not None:
-        places[PREFIX_KEY.removesuffix(".")] = device_of("", places)
-    return places
+    first = device_of("", places)
+    return {name: first if f"{name}.".startswith(PREFIX_KEY) else place for name, place in places.items()}
+
+
+def parts_on(model, devices):
+    """{each part of a model that computes in one piece: its device} of {module: device}.
+
+    ValueError for a part that lies on two devices, or on none.
+    """
+    layers = [f"transformer.encoder.layers.{layer}" for layer in range(model.config.num_layers)]
+    others = ["transformer.embedding", "transformer.encoder.final_layernorm", "transformer.output_layer"]
+    parts = {part: {} for part in (others[0], *layers, *others[1:], PREFIX_KEY.removesuffix("."))}
+    for name in model.state_dict():
+        part = next(part for part in parts if name.startswith(f"{part}."))
+        parts[part][torch.device(device_of(name, devices))] = name
+    for part, found in parts.items():
+        if len(found) > 1:
+            raise ValueError(f"device_map puts {part} on {' and '.join(map(str, found))}; give it one device.")
+    return {part: next(iter(found)) for part, found in parts.items() if found}
 
 
 def spread_model(model, devices):
-    """Let each part of a model compute where it lies by {module: device}: accelerate brings there what it is given."""
-    parts = {name for name, _ in model.named_modules()}
-    devices = {name: device for name, device in devices.items() if name in parts}  # not all have a prefix
+    """Let each part of a model compute where it lies by parts_on(): accelerate brings there what it is given."""
     model.first_device = device_of("", devices)
     dispatch_model(
         model,
@@ -130,11 +145,14 @@ def spread_model(model, devices):
         main_device=model.first_device,
         skip_keys=["past_key_values", "attentions"],  # which the layers fill
     )
-    layers = range(model.config.num_layers)
-    model.layer_devices = [device_of(f"transformer.encoder.layers.{layer}", devices) for layer in layers]
+    model.layer_devices = [device for part, device in devices.items() if ".layers." in part]
     for name, device in devices.items():
+        part = model.get_submodule(name)
+        _, *inside = part.modules()
+        for module in inside:  # what comes into a part is on its device: to look again inside takes time
+            remove_hook_from_module(module)
         if device.type == "cuda":
-            compute_on(model.get_submodule(name), device)
+            compute_on(part, device)
 
 
 def compute_on(module, device):

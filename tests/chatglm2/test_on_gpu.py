@@ -4,10 +4,12 @@ import threading
 
 import pytest
 import torch
-from conftest import relative_difference, synthetic_model
+from conftest import TINY, relative_difference, synthetic_model
+from support.pretended_gpu import halves
 
 from chatglm2 import kernels
 from chatglm2.generation import Batch
+from checkpoint import load_model, read_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 PROMPTS = [[5, 6, 7], [8], list(range(20, 60)), [7] * 9, [9, 10], [11, 12, 13, 14], [15], [16, 17]]
@@ -51,6 +53,20 @@ def test_another_threads_calls_break_no_recording(model):
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize("second", ["cpu", "cuda:1"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_spread_model_decodes_as_on_one_device(second, bits):
+    if second == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    found = []
+    for device in ("cuda", halves(4, second)):
+        torch.manual_seed(0)  # of the prefix
+        how = {"dtype": torch.bfloat16, "device": device, "quantization_bit": bits}
+        model = load_model(TINY, config=read_config(TINY, pre_seq_len=4), **how)
+        found.append(logits_of_steps(model, 8, graphs=False))
+    assert relative_difference(found[1], found[0]) < 2e-2
 
 
 @pytest.mark.parametrize("settings", [{}, {"pre_seq_len": None}], ids=["prefix", "base"])

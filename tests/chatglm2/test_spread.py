@@ -8,7 +8,7 @@ from support.pretended_gpu import GPU, PretendedGPU, as_a_gpu_launches, halves, 
 from support.small_chatglm1 import write_folder
 
 from chatglm2.generation import answer_prompts
-from checkpoint import family_of, load_model, load_tokenizer, read_config
+from checkpoint import ChatGLMForConditionalGeneration, family_of, load_model, load_tokenizer, read_config
 from checkpoints.placing import describe_places, device_of, infer_devices
 
 PREFIX = 6
@@ -75,6 +75,24 @@ def test_logits_loss_and_answers_are_those_of_one_device(narrow, monkeypatch, se
         assert answers(spread, TINY, temperature=0.9) == told
         assert gpus.current == 0
     assert describe_places(spread).startswith(f" Layers 0 to 1 on cuda:0, 2 to 3 on {second}.")
+
+
+def test_a_part_may_lie_elsewhere_than_what_it_is_a_part_of(narrow, monkeypatch):
+    expected = logits_and_loss(load(TINY, prefix=None))
+    places = {"": "cuda:0", "transformer.encoder.layers.1": "cuda:1"}
+    with PretendedGPU(monkeypatch):
+        spread = ChatGLMForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32, device_map=places)
+        assert spread.layer_devices == [GPU, torch.device("cuda", 1), GPU, GPU]
+        assert close(logits_and_loss(spread), expected)
+        alone = answers(load(TINY, "cuda:0", prefix=None), TINY)
+        spread.config.eos_token_id = -1
+        assert answers(spread.eval(), TINY) == alone
+
+
+def test_a_layer_that_is_torn_apart_is_an_error_that_names_it():
+    places = {"": "cuda:0", "transformer.encoder.layers.2.mlp": "cuda:1"}
+    with pytest.raises(ValueError, match=r"puts transformer\.encoder\.layers\.2 on cuda:0 and cuda:1; give it one"):
+        load_model(TINY, device=places)
 
 
 def test_chatglm_6b_answers_from_two_devices(narrow, monkeypatch, first_generation):
