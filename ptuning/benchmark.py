@@ -86,7 +86,7 @@ def open_session(args):
     return session
 
 
-def load(folder, session, device_map, config=None):
+def load(folder, session, config=None, device_map=None):
     """A base model in evaluation's dtype."""
     device = choose_device()
     dtype, reason = choose_dtype(device)
@@ -104,7 +104,7 @@ def sides(session, device_map):
     One model in memory is both with a prefix or an adapter; where the weights were tuned, one is loaded after the other.
     """
     tuned_before = session.data_fields["source_prefix"]
-    own = session.folder, session, device_map, session.config
+    own = session.folder, session, session.config, device_map
     if session.checkpoint is None:
         yield BASE, load(*own), ""
     elif RULES[session.method.name].swaps:
@@ -118,7 +118,7 @@ def sides(session, device_map):
     else:
         base = session.saved.get("base_model") if session.method.is_complete else session.base
         if base:
-            yield BASE, load(resolve_folder(base), session, device_map), ""
+            yield BASE, load(resolve_folder(base), session, None, device_map), ""
         else:
             print(f"{session.checkpoint} does not say its base model: it is scored alone.")
         model = load(*own)
