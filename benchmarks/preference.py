@@ -1,14 +1,16 @@
 """Teach a preference that can be measured, answers that name the colour, and put what it took into one table.
 
     python -m benchmarks.preference                              tiny and the sample, prefix and LoRA, float and int4
-    python -m benchmarks.preference --model ../shared/chatglm2-mini --data ../shared/AdvertiseGen
+    python -m benchmarks.preference --model ../shared/chatglm2-mini --data ../shared/AdvertiseGen --methods lora \
+        --bits 0 --length 32 --steps 300 --reward_steps 300 --rounds 40 --ppo_rate 1e-3 --ppo_epochs 2
     python -m benchmarks.preference --only_write                 the rows alone: 500 pairs, 100 dev pairs
 
 A pair is a row of ADGEN that asks for a colour: its chosen answer is the row's own text, which names it, the rejected one
 the same text without the sentences that do. Every line begins with a model that was tuned on answers, of which one in
-five names the colour. `rate` is the share of sampled answers to the dev prompts that name it. `KL` is the mean over
+five names the colour. `rate` is the share of sampled answers to the dev prompts that name it, `any` that of those that
+name any of the pairs' colours: a model too small to copy the right one learns no more than this. `KL` is the mean over
 these answers of log p(answer) - log p_reference(answer), in nats, `dev loss` that of answers that are held out, before
-and after. A step of PPO answers --answers prompts. Each stage is a run of main.py; its peak memory is that of its
+and after. A step of PPO answers --answers prompts. A stage that has ended is not run again: what was stopped goes on. Each stage is a run of main.py; its peak memory is that of its
 process, its samples/s count rows, pairs or answered prompts in training alone.
 """
 
@@ -29,9 +31,8 @@ RATES = {
     "prefix": {"sft": "2e-2", "rm": "2e-2", "dpo": "5e-3", "ppo": "2e-2"},
     "lora": {"sft": "3e-3", "rm": "3e-3", "dpo": "1e-3", "ppo": "3e-3"},
 }
-LENGTHS = ["--max_source_length", "64", "--max_target_length", "64"]
+MAX_LENGTH = 64  # of a prompt, and of an answer without --length
 PAIRS, DEV_PAIRS, ANSWERS = 500, 100, 3000
-PPO = ["--ppo_epochs", 4]
 NAMES_COLOUR = 0.2  # of the answers that the model is tuned on before
 
 
@@ -44,15 +45,15 @@ def colour_of(content):
     return found[1] if found else None
 
 
-def make_pairs(file):
-    """The pairs that the rows of a file give."""
+def make_pairs(file, length=None):
+    """The pairs that the rows of a file give; with `length` those that name the colour in so many characters."""
     pairs = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         colour = colour_of(row["content"])
         sentences = re.findall(r"[^。！；，]+[。！；，]?", row["summary"])
         without = "".join(sentence for sentence in sentences if colour is None or colour not in sentence)
-        if colour and colour in row["summary"] and len(without) >= 10:
+        if colour and colour in row["summary"][:length] and len(without) >= 10:
             pairs.append({"prompt": row["content"], "history": [], "chosen": row["summary"], "rejected": without})
     return pairs
 
@@ -62,10 +63,10 @@ def write(file, rows):
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_rows(data, folder):
-    """Write train.json and dev.json of pairs/ and of answers/ into a folder, from a folder of ADGEN."""
+def write_rows(data, folder, length=None):
+    """Write train.json and dev.json of pairs/ and of answers/ into a folder, from a folder of ADGEN; see make_pairs."""
     rng = random.Random(0)
-    train, dev = make_pairs(data / "train.json"), make_pairs(data / "dev.json")
+    train, dev = make_pairs(data / "train.json", length), make_pairs(data / "dev.json", length)
     rng.shuffle(train)
     dev = (dev + train[PAIRS:])[:DEV_PAIRS]  # the sample has fewer dev rows that ask for a colour
     held = {pair["prompt"] for pair in dev}
@@ -92,24 +93,35 @@ def run_main(words):
         sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
 
 
+def run_once(folder, words):
+    """run_main of a training run in a folder, unless it has ended there with these words."""
+    words, note = [str(word) for word in words], folder / "command.json"
+    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != words:
+        run_main(words)
+        note.write_text(json.dumps(words), encoding="utf-8")
+
+
 def train(stage, method, bits, rows, folder, args, *more):
     """Train a stage; its results: peak memory, samples a second of training alone, last dev figures."""
     kind = "answers" if stage == "sft" else "pairs"
-    steps = {"sft": args.steps, "ppo": args.rounds}.get(stage, args.pair_steps)
+    steps = {"sft": args.steps, "rm": args.reward_steps, "dpo": args.pair_steps, "ppo": args.rounds}[stage]
     batch = args.answers if stage == "ppo" else args.batch
     evaluates = ("--eval_strategy", "steps", "--validation_file", rows / kind / "dev.json", "--eval_steps", steps)
-    run_main(
+    lengths = ("--max_source_length", MAX_LENGTH, "--max_target_length", args.length or MAX_LENGTH)
+    run_once(
+        folder,
         [
             *("--stage", stage, "--do_train", "--train_file", rows / kind / "train.json", "--prompt_column", "prompt"),
             *(() if stage == "ppo" else evaluates),
             *(("--response_column", "response") if stage == "sft" else ()),
-            *("--model_name_or_path", args.model, "--output_dir", folder, "--overwrite_output_dir", *LENGTHS),
+            *("--model_name_or_path", args.model, "--output_dir", folder, "--overwrite_output_dir", *lengths),
             *("--per_device_train_batch_size", batch, "--max_steps", steps, "--save_steps", steps),
-            *("--learning_rate", RATES[method][stage], "--logging_steps", 10, "--report_to", "none"),
+            *("--learning_rate", args.ppo_rate if stage == "ppo" and args.ppo_rate else RATES[method][stage]),
+            *("--logging_steps", 10, "--report_to", "none"),
             *("--disable_tqdm", "true", "--plot_loss", "false", *(("--quantization_bit", bits) if bits else ())),
             *METHODS[method],
             *more,
-        ]
+        ],
     )
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     results = json.loads((folder / "train_results.json").read_text())
@@ -120,7 +132,7 @@ def train(stage, method, bits, rows, folder, args, *more):
 
 
 def sample(checkpoint, rows, folder):
-    """(share of the sampled answers to the dev prompts that name the colour, these answers as rows)."""
+    """(share of the sampled answers to the dev prompts that name the colour, that name any, these answers as rows)."""
     run_main(
         [
             *("--do_predict", "--test_file", rows / "answers/dev.json", "--ptuning_checkpoint", checkpoint),
@@ -130,14 +142,20 @@ def sample(checkpoint, rows, folder):
     prompts = [json.loads(line)["prompt"] for line in (rows / "answers/dev.json").read_text("utf-8").splitlines()]
     lines = (folder / "generated_predictions.txt").read_text("utf-8").splitlines()
     answers = [json.loads(line)["predict"] for line in lines]
+    colours = {
+        colour_of(json.loads(line)["prompt"]) for line in (rows / "pairs/train.json").read_text("utf-8").splitlines()
+    }
     named = sum(colour_of(prompt) in answer for prompt, answer in zip(prompts, answers, strict=True))
-    return named / len(prompts), [
-        {"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True) if answer
-    ]
+    named_any = sum(any(colour in answer for colour in colours) for answer in answers)
+    return (
+        named / len(prompts),
+        named_any / len(prompts),
+        [{"prompt": prompt, "response": answer} for prompt, answer in zip(prompts, answers, strict=True) if answer],
+    )
 
 
-def log_probs(checkpoint, files):
-    """{name: (log-probabilities of the answers in a file, tokens)} with what a checkpoint holds."""
+def log_probs(checkpoint, files, length):
+    """{name: (log-probabilities of the answers in a file, cut at `length` tokens, tokens)} with what a checkpoint holds."""
     import torch
 
     from alignment.dpo import answer_log_probs
@@ -155,7 +173,7 @@ def log_probs(checkpoint, files):
     tokenizer, found = load_tokenizer(settings["base_model"], config), {}
     for name, file in files.items():
         examples, _ = load_examples(file, "prompt", "response")
-        encoded = encode_training(examples, tokenizer, max_source_length=64, max_target_length=64)
+        encoded = encode_training(examples, tokenizer, max_source_length=MAX_LENGTH, max_target_length=length)
         sums = []
         for start in range(0, len(encoded), 20):
             rows = encoded.select(range(start, min(start + 20, len(encoded))))
@@ -166,18 +184,18 @@ def log_probs(checkpoint, files):
     return found
 
 
-def cost(policy, reference, sampled, rows):
+def cost(policy, reference, sampled, rows, length):
     """(KL in nats an answer, dev loss of the reference, of the policy)."""
     write(sampled_file := rows / "sampled.json", sampled)
     files = {"sampled": sampled_file, "dev": rows / "answers/dev.json"}
-    now, before = log_probs(policy, files), log_probs(reference, files)
+    now, before = log_probs(policy, files, length), log_probs(reference, files, length)
     kl = sum(p - q for p, q in zip(now["sampled"][0], before["sampled"][0], strict=True)) / len(sampled)
     return kl, *(-sum(found["dev"][0]) / found["dev"][1] for found in (before, now))
 
 
 # ---- the table
 
-HEADER = "| method | weights | rm accuracy | stage | rate before | after | KL | dev loss before | after |"
+HEADER = "| method | weights | rm accuracy | stage | rate before | after | any before | after | KL | dev loss before | after |"
 MEMORY = "| method | weights | stage | peak memory | beside sft | samples/s |"
 
 
@@ -187,17 +205,20 @@ def lines_of(method, bits, args, rows):
     sft = train("sft", method, bits, rows, folder / "sft", args)
     begin = ["--ptuning_checkpoint", sft["checkpoint"]]
     rm = train("rm", method, bits, rows, folder / "rm", args, *begin)
+    judge = ("--reward_model", rm["checkpoint"], "--ppo_epochs", args.ppo_epochs)
+    ppo = train("ppo", method, bits, rows, folder / "ppo", args, *begin, *judge)
     dpo = train("dpo", method, bits, rows, folder / "dpo", args, *begin)
     cached = train("dpo", method, bits, rows, folder / "dpo-cache", args, *begin, "--dpo_cache")
-    ppo = train("ppo", method, bits, rows, folder / "ppo", args, *begin, "--reward_model", rm["checkpoint"], *PPO)
-    before, _ = sample(sft["checkpoint"], rows, folder / "sampled-before")
+    before, any_before, _ = sample(sft["checkpoint"], rows, folder / "sampled-before")
     name, figures = f"| {method} | {f'int{bits}' if bits else 'float'} |", []
     for stage, found in (("dpo", dpo), ("ppo", ppo)):
-        after, answers = sample(found["checkpoint"], rows, folder / f"sampled-after-{stage}")
-        kl, dev_before, dev_after = cost(found["checkpoint"], sft["checkpoint"], answers, rows)
+        after, any_after, answers = sample(found["checkpoint"], rows, folder / f"sampled-after-{stage}")
+        kl, dev_before, dev_after = cost(
+            found["checkpoint"], sft["checkpoint"], answers, rows, args.length or MAX_LENGTH
+        )
         figures.append(
-            f"{name} {rm['eval_accuracy']:.0%} | {stage} | {before:.0%} | {after:.0%} | {kl:.2f} | {dev_before:.3f} | "
-            f"{dev_after:.3f} |"
+            f"{name} {rm['eval_accuracy']:.0%} | {stage} | {before:.0%} | {after:.0%} | {any_before:.0%} | "
+            f"{any_after:.0%} | {kl:.2f} | {dev_before:.3f} | {dev_after:.3f} |"
         )
     stages = {"sft": sft, "rm": rm, "dpo": dpo, "dpo --dpo_cache": cached, "ppo": ppo}
     memory = [
@@ -215,20 +236,28 @@ def main():
     )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output/preference")
     parser.add_argument("--steps", type=int, default=200, help="of tuning on answers")
-    parser.add_argument("--pair_steps", type=int, default=120, help="of each stage on pairs")
+    parser.add_argument("--pair_steps", type=int, default=120, help="of dpo")
+    parser.add_argument("--reward_steps", type=int, default=120, help="of rm")
+    parser.add_argument(
+        "--length",
+        type=int,
+        help="take pairs that name the colour in so many characters, and cut answers at so many tokens [all pairs, 64]",
+    )
     parser.add_argument("--batch", type=int, default=16, help="rows, or pairs, of a step")
     parser.add_argument("--rounds", type=int, default=30, help="steps of ppo")
     parser.add_argument("--answers", type=int, default=32, help="of such a step")
+    parser.add_argument("--ppo_rate", help="its learning rate [that of tuning on answers]")
+    parser.add_argument("--ppo_epochs", type=int, default=4, help="optimizer steps with the answers of such a step")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--bits", default="0,4", help="0: float weights")
     parser.add_argument("--only_write", action="store_true")
     args = parser.parse_args()
     rows = args.output_dir
-    write_rows(args.data, rows)
+    write_rows(args.data, rows, args.length)
     if args.only_write:
         return
     sys.path.insert(0, str(ROOT / "ptuning"))
-    print(f"{HEADER}\n|{'---|' * 9}", flush=True)
+    print(f"{HEADER}\n|{'---|' * 11}", flush=True)
     memory = []
     for method in args.methods.split(","):
         for bits in map(int, args.bits.split(",")):
