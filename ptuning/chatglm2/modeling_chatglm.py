@@ -414,13 +414,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     f"attention_mask has {attention_mask.dim()} dimensions, expected the two of (rows, tokens), with 1 for "
                     "tokens and 0 for padding: what a token sees is decided here."
                 )
-            if attention_mask.shape[1] != first_slot - prefix_length + query_length:
+            missing = first_slot + query_length - attention_mask.shape[1]
+            if missing != prefix_length and (missing or not past_length):  # PEFT's prefix takes the place of this one
                 raise ValueError(
                     f"attention_mask has {attention_mask.shape[1]} columns, expected "
                     f"{first_slot - prefix_length + query_length}: one for each token that is fed or in the cache, none for "
                     "the prefix."
                 )
-            padding_mask = F.pad(attention_mask.bool(), (prefix_length, 0), value=True)
+            padding_mask = F.pad(attention_mask.bool(), (missing, 0), value=True)
         repeats = self.config.num_attention_heads // self.config.num_key_value_heads
         dropout = self.config.attention_dropout if self.training else 0.0
         shape = query_length, key_length, first_slot, padding_mask, repeats
