@@ -110,7 +110,7 @@ def test_the_harness_gets_texts_and_whole_texts_scored(tasks):
 def test_integer_weights_are_scored_by_exact_products(bits):
     words = ["--model_name_or_path", str(TINY), "--quantization_bit", str(bits), "--official_ceval", "."]
     session = benchmark.open_session(benchmark.parse_arguments(words))
-    scored = benchmark.load(session.folder, session, None, session.config)
+    scored = benchmark.load(session.folder, session, session.config)
     exact = load_model(TINY, quantization_bit=bits, quantization_backend="torch")
     tokenizer = load_tokenizer(TINY, exact.config)
     texts = [("类型#裙", "*颜色#黑色"), ("你好", "，很高兴见到你。")]
