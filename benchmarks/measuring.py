@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -196,6 +197,9 @@ def alternate(runs, count, repeats):
     return {name: count / statistics.median(times) for name, times in seconds.items()}
 
 
+FIRST_STEP = re.compile(r"step 1/\d+ .*\bloss ")  # as ShownProgress of training/progress.py writes it
+
+
 def start_seconds():
     """(seconds of main.py --help, seconds from the command to the loss of the first step of the tiny model)."""
     main = [sys.executable, str(ROOT / "ptuning" / "main.py")]
@@ -218,7 +222,7 @@ def start_seconds():
             [*main, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
-        first_step = next((time.perf_counter() - started for line in process.stdout if "'loss'" in line), None)
+        first_step = next(time.perf_counter() - started for line in process.stdout if FIRST_STEP.match(line))
         process.stdout.read()
         process.wait()
     return statistics.median(help_times), first_step

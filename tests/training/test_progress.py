@@ -4,8 +4,10 @@ import json
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+from benchmarks.measuring import FIRST_STEP
 from conftest import SAMPLE
 from support.runs import TRAIN_SETTINGS, flags, run
 from support.terminal import run_in_terminal, screen
@@ -50,6 +52,16 @@ def test_a_pipe_gets_plain_lines_and_no_carriage_return(tmp_path, monkeypatch, c
     assert [bool(re.fullmatch(STEP.format(n), line)) for n, line in zip(expected, steps, strict=True)] == [True] * 6
     assert "  dev " in steps[2] and "  dev " not in steps[0]
     assert re.search(r"^predict row 3/3  \d+ s gone, 0 s left$", out, re.MULTILINE)
+
+
+def test_the_benchmark_knows_the_line_of_the_first_step():
+    said, state = [], SimpleNamespace(global_step=0, max_steps=1)
+    shown = ShownProgress(shown=True, bar=False, say=said.append)
+    shown.on_train_begin(None, state, None)
+    shown.on_log(None, state, None, {"eval_loss": 1.0})
+    state.global_step = 1
+    shown.on_log(None, state, None, {"loss": 0.9})
+    assert [bool(FIRST_STEP.match(line)) for line in said] == [False, True]
 
 
 def test_each_line_is_written_at_once_and_whole(monkeypatch):
