@@ -93,8 +93,8 @@ case $part in
   d)
     step drift 110 "$python" -m benchmarks.gpu_steps drift --size "$size" --out "$out"
     step preference 110 "$python" -m benchmarks.gpu_steps preference --size "$size" --pairs "$pairs" --out "$out"
-    step auto 60 "$python" -m benchmarks.forgetting --lines official,auto --steps 40 --dev_rows 60 --output_dir "$out/auto"
-    [ -z "${MODEL:-}" ] || step forgetting 260 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
+    step auto 80 "$python" -m benchmarks.forgetting --lines official,auto --steps 40 --dev_rows 60 --output_dir "$out/auto"
+    [ -z "${MODEL:-}" ] || step forgetting 240 "$python" -m benchmarks.forgetting --model "$MODEL" --data AdvertiseGen \
       --general ptuning/forgetting/general.jsonl --general_dev none --dev_rows 64 --lines official,keep,auto \
       --steps 100 --keep 0.8:1 --output_dir "$out/forgetting" --more pre_seq_len=128
     ;;
