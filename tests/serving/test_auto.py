@@ -6,17 +6,15 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY
 from support.api_server import client, port  # noqa: F401, fixtures
-from support.chat_server import GREEDY, QUERIES, finish, make_run, open_server, remember, sign
+from support.chat_server import GREEDY, QUERIES, finish, make_adapter, make_run, open_server, remember, sign
 from support.over_http import call, wait_for
 
 import cli_demo
-from checkpoint import load_model
 from first_look import look_at_demo
 from serving.auto import AUTO, Prompt, decide
 from serving.page_events import Page, first_mode, modes_of
 from serving.page_kept import empty
 from serving.server import BASE
-from tuning.methods import prepare_model, save_trained
 
 PREFIX = "checkpoint-20"
 ADVERTS = QUERIES[:2]
@@ -40,15 +38,7 @@ def server(run):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """A LoRA adapter that changes answers, with a signature."""
-    folder = tmp_path_factory.mktemp("lora") / "checkpoint-5"
-    model = load_model(TINY)
-    prepare_model(model, "lora", do_train=True)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.uniform_(-0.3, 0.3)
-    save_trained(model, folder, {"base_model": str(TINY), "finetuning_type": "lora"})
-    return sign(folder)
+    return make_adapter(tmp_path_factory.mktemp("lora") / "checkpoint-5")
 
 
 def finish_together(server, *asked):

@@ -3,18 +3,16 @@
 import json
 
 import pytest
-from conftest import SAMPLE, TINY
-from support.chat_server import QUERIES, finish, make_run, open_server, sign
+from conftest import SAMPLE
+from support.chat_server import QUERIES, finish, make_adapter, make_run, open_server, sign
 from support.pretended_gpu import PretendedGPU, ThreadOnGPUs, halves
 from support.runs import PREDICT_SETTINGS, predictions
 from support.runs import run as run_main
 
 import export_model
-from checkpoint import load_model
 from common.files import file_sha256
 from serving.auto import AUTO
 from serving.server import BASE, ChatServer, Sampling
-from tuning.methods import prepare_model, save_trained
 
 SHORT = Sampling(max_new_tokens=6, temperature=0)
 
@@ -44,14 +42,7 @@ def prefixes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora") / "checkpoint-5"
-    model = load_model(TINY)
-    prepare_model(model, "lora", do_train=True)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data.uniform_(-0.3, 0.3)
-    save_trained(model, folder, {"base_model": str(TINY), "finetuning_type": "lora"})
-    return sign(folder)
+    return make_adapter(tmp_path_factory.mktemp("lora") / "checkpoint-5")
 
 
 def told(words, models):

@@ -11,6 +11,7 @@ from arguments import add_model_arguments
 from checkpoint import load_model, load_tokenizer, read_config, save_prefix
 from serving.loading import load_server
 from serving.server import ChatServer, Sampling
+from tuning.methods import prepare_model, save_trained
 from tuning.signature import fit_signature, prompt_means, write_signature
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
@@ -43,6 +44,17 @@ def make_run(folder, lengths=(4, 4, 6)):
         model = load_model(TINY, config=read_config(TINY, pre_seq_len=length))
         save_prefix(model, folder / f"checkpoint-{10 * number}", {"base_model": str(TINY)})
     return folder
+
+
+def make_adapter(folder):
+    """A LoRA adapter that changes answers, with a signature."""
+    model = load_model(TINY)
+    prepare_model(model, "lora", do_train=True)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.uniform_(-0.3, 0.3)
+    save_trained(model, folder, {"base_model": str(TINY), "finetuning_type": "lora"})
+    return sign(folder)
 
 
 def open_server(*words, server_class=None):
