@@ -12,7 +12,7 @@ from arguments import check_complete, parse_arguments, parse_flags
 from checkpoints.file_names import SIGNATURE_FILE
 from checkpoints.run_folder import names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
-from checkpoints.ways import DEFAULT_METHOD, RULES, SWAPPED
+from checkpoints.ways import DEFAULT_METHOD, RULES, SWAPPED, has_signature
 from common.start import look_first, work
 from first_look import family_of_base, has_roles, look_at_base, look_at_checkpoint, look_at_data
 
@@ -22,7 +22,7 @@ NEEDED = ["--do_train", "--output_dir", "nowhere"]  # by main.py; nothing is tra
 def check_unsigned(checkpoint):
     """ValueError for a checkpoint that needs no signature, or has one."""
     kind = finetuning_type(checkpoint) or DEFAULT_METHOD
-    if not RULES[kind].swaps or read_sidecar(checkpoint).get("stage") == "rm":
+    if not has_signature(kind, read_sidecar(checkpoint).get("stage")):
         raise ValueError(
             f"{checkpoint} needs no signature: auto chooses a base model or what answers beside it "
             f"({' or '.join(SWAPPED)}), and this is {'a reward model' if RULES[kind].swaps else kind}."

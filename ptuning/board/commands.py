@@ -12,6 +12,7 @@ from pathlib import Path
 
 from arguments import flags_of_main, parse_flags
 from board.files import MAX_SOURCES, OUTPUT, PROJECT, Roots, files_in, link_rows, plain_text, run_name, shown_path
+from chatglm2.bits import SUPPORTED_BITS
 from checkpoints.sidecar import finetuning_type
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json, write_json
@@ -90,7 +91,7 @@ OWNED = {
     *("num_train_epochs resume_from_checkpoint model_family").split(),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-BITS = ("", "8", "4")
+BITS = ("", *map(str, reversed(SUPPORTED_BITS)))
 
 
 @dataclass

@@ -55,6 +55,11 @@ TRAINED = [name for name, rules in RULES.items() if rules.trains]  # those that 
 EFFICIENT_TUNING = {"finetuning_type": "lora", "max_source_length": 512, "max_target_length": 512}
 
 
+def has_signature(kind: str, stage: str | None) -> bool:
+    """True for a way and stage whose base is left to answer what is unlike the training prompts."""
+    return RULES[kind].swaps and stage != "rm"
+
+
 def default_method(stage: str | None) -> str:
     """The way of tuning where neither a flag nor a checkpoint names one."""
     return EFFICIENT_TUNING["finetuning_type"] if stage else DEFAULT_METHOD

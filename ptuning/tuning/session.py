@@ -156,8 +156,9 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
     resume_adapter = given.get("resume_lora_training", True) or resumes
     flags = method.normalized({**given, "model_name_or_path": given.get("model_name_or_path") or None})
     bound = {name: saved[name] for name in method.bound_flags(resume_adapter) if name in saved}
-    if resumes or (resume_adapter and not method.is_complete):  # else what was trained is a base of its own
-        bound |= {name: saved[name] for name in ("prompt_template",) if saved.get(name)}
+    # Else what was trained is a base of its own.
+    if saved.get("prompt_template") and (resumes or (resume_adapter and not method.is_complete)):
+        bound["prompt_template"] = saved["prompt_template"]
     for name, value in bound.items():
         if flags.get(name) not in (None, value):
             raise contradiction(name, flags[name], value, checkpoint)

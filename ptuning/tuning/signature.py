@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from chatglm2.reading import hidden_states
 from checkpoints.file_names import SIGNATURE_FILE
 from checkpoints.run_folder import check_holds_signature, verify_checkpoint
-from checkpoints.ways import RULES
+from checkpoints.ways import has_signature
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import write_bytes
 from tuning.swapping import untouched
@@ -111,11 +111,6 @@ def prompts_of(dataset, tokenizer, sidecar: dict, most: int) -> list[list[int]]:
     return [tokenizer.last_turn(list(ids[:-answer]), before) for ids, answer in prompts]
 
 
-def has_signature(sidecar: dict) -> bool:
-    """True for a run whose base is left to answer what is unlike its training prompts."""
-    return RULES[sidecar.get("finetuning_type", "none")].swaps and sidecar.get("stage") != "rm"
-
-
 def sign_run(model: nn.Module, dataset, tokenizer, sidecar: dict, args) -> Signature | None:
     """The signature of a run's training prompts, before its first step; None where a server could not use one.
 
@@ -133,7 +128,8 @@ def sign_prompts(model: nn.Module, dataset, tokenizer, sidecar: dict, most: int 
 
     It draws no random number and leaves the model as it is.
     """
-    prompts = prompts_of(dataset, tokenizer, sidecar, most) if has_signature(sidecar) else []
+    signed = has_signature(sidecar.get("finetuning_type", "none"), sidecar.get("stage"))
+    prompts = prompts_of(dataset, tokenizer, sidecar, most) if signed else []
     if len(prompts) < FEWEST_PROMPTS:
         return None
     with untouched(model):
