@@ -60,7 +60,7 @@ class Batch:
         self._graph_logits = None  # (rows, V): all graphs write here
         self._failures = 0  # of recordings, in a row
         self.width = 0
-        self._devices = list(dict.fromkeys(model.layer_devices)) or [model.device]
+        self._devices = model.devices
         # Of each layer, which of the devices it is on.
         self._places = list(map(self._devices.index, model.layer_devices)) or [0] * model.config.num_layers
         self._stores = []  # for each device, (layers on it, 2, rows, G, slots, D)

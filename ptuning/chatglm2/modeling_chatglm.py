@@ -507,6 +507,11 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         """Where the model takes its inputs."""
         return self.first_device or super().device
 
+    @property
+    def devices(self):
+        """The devices that the layers compute on, each once."""
+        return list(dict.fromkeys(self.layer_devices)) or [self.device]
+
     def get_output_embeddings(self):
         return self.transformer.output_layer
 
@@ -544,7 +549,8 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         shift_labels = kwargs.pop("shift_labels", None)
         targets = next_tokens(labels) if shift_labels is None and labels is not None else shift_labels
         only_loss = self.training and targets is not None
-        if targets is not None and position_ids is not None and past_key_values is None:
+        unchecked = not self.transformer.training  # which looks at them itself while it trains
+        if unchecked and targets is not None and position_ids is not None and past_key_values is None:
             check_positions(position_ids, attention_mask)
         config = self.config
         return_dict = config.return_dict if return_dict is None else return_dict

@@ -266,7 +266,7 @@ class ChatServer(Prompts):
             "model": name,
             "pre_seq_len": self.prefix_length(name),
             "weights": f"int{bits}" if bits else dtype_name(self.model.transformer.dtype_of_blocks),
-            "device": ", ".join(dict.fromkeys(map(str, self.model.layer_devices))) or str(self.model.device),
+            "device": ", ".join(map(str, self.model.devices)),
             **({"drift": self._drifts[name]} if name in self._drifts else {}),
             **slow_because(),
         }

@@ -284,7 +284,7 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
     sizes = [
         sum(estimate_peak_bytes(model, batch_size=rows, length=length, num_supervised=0).values()) for rows in (1, 2)
     ]
-    devices = dict.fromkeys(model.layer_devices or [model.device])  # the cache is shared by them
+    devices = model.devices  # they share the cache
     room = len(devices) * min(map(free_bytes, devices)) // 2 // max(1, sizes[1] - sizes[0])
     return min(1 << max(0, room.bit_length() - 1), MOST_ROWS[model.device.type])
 
