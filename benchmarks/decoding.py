@@ -12,11 +12,14 @@ has been done: its q4_0 and q8_0 quantize embedding and head, too, which are flo
 import argparse
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+from common.environment import KEEP_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 INT8_HEAD = ", int8 head"
@@ -26,18 +29,18 @@ BLOCK = 2**24  # random numbers drawn, and used again and again
 
 
 def random_model(layers):
-    """A model of the 6B's shapes with so many layers, float32."""
+    """A model of the 6B's shapes with so many layers, float16, as published: 28 layers of it fit into 16 GB."""
     import torch
     from benchmarks.full_size import CONFIG
 
     from chatglm2.configuration_chatglm import ChatGLMConfig
     from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
 
-    config = ChatGLMConfig(**{**CONFIG, "num_layers": layers, "torch_dtype": "float32"})
+    config = ChatGLMConfig(**{**CONFIG, "num_layers": layers})
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
+        model = ChatGLMForConditionalGeneration(config).half()
     model = model.to_empty(device="cpu").requires_grad_(False).eval()
-    block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
+    block = (torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).half()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_("layernorm" in name)
@@ -57,6 +60,7 @@ def build_ours(name, layers):
     model = random_model(layers)
     if bits := OURS[name]:
         quantize_model_(model, bits)
+    model.float()
     if name.endswith(INT8_HEAD):
         model.transformer.output_layer = QuantizedLinear.from_linear(model.transformer.output_layer, 8).eval()
     for bits in (4, 8):
@@ -134,6 +138,7 @@ def main():
         names += [name for name in settings.contenders if name in CHATGLM_CPP]
     else:
         print("Without chatglm.cpp: it needs pip install chatglm-cpp tabulate.")
+    os.environ.update(KEEP_MEMORY)  # as the scripts
     context = multiprocessing.get_context("spawn")
     children = {}
     for name in names:

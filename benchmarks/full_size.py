@@ -3,8 +3,10 @@
     PYTHONPATH=ptuning python -m benchmarks.full_size
 
 Writes a folder of random float16 weights in the official layout (12.5 GB, seven shards) and removes it afterwards. For
-each setting a process of its own loads it, takes two prefix-tuning steps on rows of ADGEN's form and generates a few
-tokens. Random weights cost the same time and memory as trained ones; what they write is noise.
+each setting a process of its own loads it, takes two prefix-tuning steps on rows of ADGEN's form and answers twice, with
+the products that the programs take here (`--quantization_backend auto`): the first answer brings int4 weights into the
+layout of the CPU's kernels, the second is timed, its prompt with the first token and its further tokens apart. Random
+weights cost the same time and memory as trained ones; what they write is noise.
 
 Memory is what Linux counts for the process: `peak` is VmHWM, all resident pages. Part of them, `file`, are pages of the
 memory-mapped shards, which the kernel takes back whenever memory is short; `own` is the memory the program asked for
@@ -13,9 +15,11 @@ memory-mapped shards, which the kernel takes back whenever memory is short; `own
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,11 +30,13 @@ from pathlib import Path
 import torch
 
 from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.generation import Batch, choose
 from chatglm2.modeling_chatglm import ChatGLMForConditionalGeneration
+from chatglm2.quantization import choose_backend, use_backend_
 from chatglm2.weight_names import ROTARY_TENSOR
-from checkpoint import choose_dtype, generation_config, load_model, load_tokenizer, read_config
+from checkpoint import choose_dtype, load_model, load_tokenizer, read_config
 from common.environment import KEEP_MEMORY
-from data.batches import collate_prediction, collate_training
+from data.batches import collate_training
 from data.encoding import encode_prediction, encode_training
 from data.examples import load_examples
 
@@ -194,20 +200,33 @@ def measure(folder, data_file, bits, num_rows, new_tokens):
     result["train"] = watch.restart()
 
     model.eval()
-    batch = collate_prediction([prompts[0]], pad_token_id=tokenizer.pad_token_id)
-    batch.pop("labels")
-    length = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    started = time.monotonic()
-    answer = model.generate(
-        **{name: tensor.to(device) for name, tensor in batch.items()},
-        generation_config=generation_config(tokenizer, config, **length),
-    )
-    result["generated"] = answer.shape[1] - batch["input_ids"].shape[1]
-    result["token_seconds"] = (time.monotonic() - started) / result["generated"]
+    if bits:
+        backend = choose_backend("auto", device, bits, dtype)
+        use_backend_(model, backend)
+        result["backend"] = backend.name
+    prompt = prompts[0]["input_ids"]
+    result["prompt_tokens"] = len(prompt)
+    for _ in range(2):
+        result["prompt_seconds"], result["token_seconds"] = answer(model, prompt, new_tokens)
     result["generate"] = watch.restart()
     if device.type == "cuda":
         result["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
+
+
+def answer(model, prompt, new_tokens):
+    """Seconds that a prompt takes with its first token, and the median of those that each of `new_tokens` more takes."""
+    seconds = [time.monotonic()]
+    with torch.inference_mode():
+        prefix = model.transformer.prefix_encoder(1, model.transformer.dtype_of_blocks)
+    batch = Batch(model, 1, PREFIX_TOKENS + len(prompt) + new_tokens)
+    chosen = choose(batch.admit([prompt], prefix), [0.0], [0.0], [0.0])
+    for _ in range(new_tokens):
+        seconds.append(time.monotonic())
+        chosen = choose(batch.step(chosen), [0.0], [0.0], [0.0])
+    seconds.append(time.monotonic())
+    first, *further = (end - start for start, end in itertools.pairwise(seconds))
+    return first, statistics.median(further)
 
 
 # ---- the table
@@ -215,7 +234,17 @@ def measure(folder, data_file, bits, num_rows, new_tokens):
 
 def table(results):
     """Markdown: one row a setting."""
-    head = ["weights", "device", "weights, GB", "load, s", "own memory, GB", "peak, GB", "step, s", "s per token"]
+    head = [
+        "weights",
+        "device",
+        "weights, GB",
+        "load, s",
+        "own memory, GB",
+        "peak, GB",
+        "step, s",
+        "prompt, s",
+        "s per token",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in results:
         own = max(result[phase]["own"] for phase in ("load", "train", "generate"))
@@ -228,7 +257,8 @@ def table(results):
             f"{own / 1e9:.2f}",
             f"{result['generate']['peak'] / 1e9:.2f}",
             ", ".join(f"{seconds:.1f}" for seconds in result["step_seconds"]),
-            f"{result['token_seconds']:.1f}",
+            f"{result['prompt_seconds']:.1f}",
+            f"{result['token_seconds']:.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -240,7 +270,7 @@ def main():
     parser.add_argument("--tokenizer", default=ROOT / "ptuning/tiny", help="folder with tokenizer.model")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], help="0: float weights, for GPUs")
     parser.add_argument("--rows", type=int, default=1, help="rows in a training batch")
-    parser.add_argument("--new_tokens", type=int, default=4, help="tokens to generate")
+    parser.add_argument("--new_tokens", type=int, default=16, help="tokens of an answer after the first")
     parser.add_argument("--workdir", help="where the 12.5 GB go for a while [the system's temporary folder]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the folder, in the process that measures one setting
     args = parser.parse_args()

@@ -278,14 +278,18 @@ def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.d
     """Ranges of output rows and their float weights, a few MB at a time, all in one buffer that the next overwrites."""
     num_rows, in_features = weight.shape[0], weight.shape[1] * 8 // bits
     step = min(num_rows, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // in_features))
-    if quantization_cpu.is_packed(weight):  # in whole blocks, whose columns lie contiguous
+    packed = quantization_cpu.is_packed(weight)  # in whole blocks, whose columns lie contiguous
+    if packed:
         step = max(step - step % quantization_cpu.BLOCK, quantization_cpu.BLOCK)
-        buffer = torch.empty(in_features, step, dtype=dtype).t()
-    else:
-        buffer = torch.empty(step, in_features, dtype=dtype)
+    buffer = torch.empty(step * in_features, dtype=dtype)
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
-        yield rows, dequantize_weight(weight[rows], scale[rows], bits, dtype, out=buffer[: rows.stop - start])
+        count = rows.stop - start
+        block = buffer[
+            : count * in_features
+        ]  # dense: with gaps between its columns oneDNN computes by a slow reference
+        block = block.view(in_features, count).t() if packed else block.view(count, in_features)
+        yield rows, dequantize_weight(weight[rows], scale[rows], bits, dtype, out=block)
 
 
 class _FrozenQuantizedProduct(OwnGradient):

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, relative_difference, synthetic_model
 from support.integer_layers import both_bits
 
-from chatglm2 import quantization_cpu
+from chatglm2 import quantization, quantization_cpu
 from chatglm2.quantization import (
     PACKED,
     TORCH,
@@ -40,6 +40,19 @@ def test_packed_int4_weights_stand_for_the_same_floats(shape):
     assert packed.shape == weight.shape and packed.dtype == torch.uint8
     expected = dequantize_weight(weight, scale, 4, torch.float32)
     assert torch.equal(dequantize_weight(packed, scale, 4, torch.float32), expected)
+
+
+@needs_packed
+def test_a_last_block_of_fewer_rows_is_as_dense_as_the_others(monkeypatch):
+    monkeypatch.setattr(quantization, "CPU_BLOCK_ROWS", 128)
+    monkeypatch.setattr(quantization, "CPU_BLOCK_ELEMENTS", 0)
+    weight, scale = quantize_weight(torch.randn(192, 96), 4)
+    expected = dequantize_weight(weight, scale, 4, torch.float32)
+    packed, sizes = pack_for_cpu(weight, 4), []
+    for rows, block in quantization._dequantized_blocks(packed, scale, 4, torch.float32):
+        sizes.append(len(block))
+        assert block.t().is_contiguous() and torch.equal(block, expected[rows])
+    assert sizes == [128, 64]
 
 
 @needs_packed
