@@ -5,26 +5,25 @@
 The model has the layers of ChatGLM2-6B, --layers of them, with the full vocabulary and random weights. A turn feeds a
 prompt of --prompt tokens and then decodes --new_tokens greedily. The contenders are processes of their own that take
 turns; the figures are medians over --repeats turns. chatglm.cpp takes part where `pip install chatglm-cpp tabulate`
-has been done: its q4_0 and q8_0 quantize embedding and head, too, which are float here; "int8 head" stands for
+has been done (with CMAKE_POLICY_VERSION_MINIMUM=3.5 set): its q4_0 and q8_0 quantize embedding and head, too, which are float here; "int8 head" stands for
 --quantize_output_layer.
 """
 
 import argparse
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from common.environment import KEEP_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 INT8_HEAD = ", int8 head"
 OURS = {"int4": 4, f"int4{INT8_HEAD}": 4, "int8": 8, f"int8{INT8_HEAD}": 8, "float32": 0}
-CHATGLM_CPP = {"chatglm.cpp q4_0": "q4_0", "chatglm.cpp q8_0": "q8_0"}
+CHATGLM_CPP = {"chatglm.cpp q4_0": "Q4_0", "chatglm.cpp q8_0": "Q8_0"}
 BLOCK = 2**24  # random numbers drawn, and used again and again
 
 
@@ -84,36 +83,16 @@ def build_ours(name, layers):
 
 def build_chatglm_cpp(name, layers):
     """As build_ours; one conversation at a time, which is all that chatglm.cpp takes."""
-    import chatglm_cpp
-    from chatglm_cpp._C import GenerationConfig, Pipeline
-    from chatglm_cpp.convert import ChatGLM2Converter, GGMLType
+    from benchmarks.contenders.chatglmcpp import next_tokens, open_in_chatglm_cpp
 
-    model = random_model(layers)
-    model.config.pre_seq_len = None
-    proto = (ROOT / "ptuning" / "tiny" / "tokenizer.model").read_bytes()
-    sentencepiece = SimpleNamespace(serialized_model_proto=lambda: proto)
-    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(sp_model=sentencepiece))
-    with tempfile.NamedTemporaryFile(suffix=".ggml") as file:
-        ChatGLM2Converter.convert(file, model, tokenizer, GGMLType[CHATGLM_CPP[name].upper()])
-        file.flush()
-        pipeline = Pipeline(file.name)
-        assert chatglm_cpp
-    del model
-    settings = GenerationConfig(do_sample=False)
+    pipeline = open_in_chatglm_cpp(random_model(layers), CHATGLM_CPP[name])
 
     def turn(prompts, new_tokens):
-        (ids,) = prompts
-        ids, seconds = list(ids), []
-        context = len(ids) + new_tokens + 1
-        for step in range(new_tokens + 1):
-            start = time.perf_counter()
-            ids.append(
-                pipeline.model.generate_next_token(
-                    ids, None, settings, len(prompts[0]) + step - 1 if step else 0, context
-                )
-            )
-            seconds.append(time.perf_counter() - start)
-        return seconds[0], seconds[1:]
+        seconds = [time.perf_counter()]
+        for _ in next_tokens(pipeline, prompts[0], new_tokens + 1):
+            seconds.append(time.perf_counter())
+        first, *further = (end - start for start, end in itertools.pairwise(seconds))
+        return first, further
 
     return turn
 
@@ -137,7 +116,7 @@ def main():
     if all(importlib.util.find_spec(package) for package in ("chatglm_cpp", "tabulate")):
         names += [name for name in settings.contenders if name in CHATGLM_CPP]
     else:
-        print("Without chatglm.cpp: it needs pip install chatglm-cpp tabulate.")
+        print("Without chatglm.cpp: it needs CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install chatglm-cpp tabulate.")
     os.environ.update(KEEP_MEMORY)  # as the scripts
     context = multiprocessing.get_context("spawn")
     children = {}

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.contenders import FLOAT, make_contender, taking_part
+from benchmarks.contenders import FLOAT, make_contender, only_answers, taking_part
 from benchmarks.contenders.base import (
     COMMON,
     MAX_SOURCE,
@@ -262,10 +262,11 @@ def alternate_workers(workers, repeats):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     figures, rates = {}, []
     for part in ("train", "answer"):
-        seconds = {name: [] for name in workers}
+        takers = {name: worker for name, worker in workers.items() if part == "answer" or not only_answers(name)}
+        seconds = {name: [] for name in takers}
         for turn in range(repeats + 1):
             rates.append(measure_floor(device, dtype))
-            for name, worker in workers.items():
+            for name, worker in takers.items():
                 took = worker.ask(part)["seconds"]
                 if turn:  # the first turn warms up
                     seconds[name].append(took)
@@ -290,7 +291,11 @@ def measure_growth(worker, repeats):
 def measure(settings):
     """Everything, as a dictionary of figures."""
     workers = start_workers(settings)
-    figures = {"memory": {name: worker.ask("memory")["extra_bytes"] for name, worker in workers.items()}}
+    figures = {
+        "memory": {
+            name: worker.ask("memory")["extra_bytes"] for name, worker in workers.items() if not only_answers(name)
+        }
+    }
     figures.update(alternate_workers(workers, settings.repeats))
     if settings.growth:
         figures["growth"] = measure_growth(workers["ours"], settings.repeats)

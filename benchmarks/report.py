@@ -4,7 +4,7 @@ import datetime
 import platform
 from pathlib import Path
 
-from benchmarks.contenders import titles
+from benchmarks.contenders import only_answers, titles
 from benchmarks.contenders.base import (
     ROOT,
     SIZES,
@@ -83,7 +83,8 @@ def print_prediction(settings, figures):
     element = 2 if settings.device == "cuda" else 4
 
     def bytes_read(name):
-        size = figures["automatic_batch_size"] if name == "automatic" else settings.batch_size
+        sizes = {"automatic": figures["automatic_batch_size"]}
+        size = 1 if only_answers(name) else sizes.get(name, settings.batch_size)
         steps, num_rows = -(-len(prompts) // size), min(size, len(prompts))
         return steps * decode_bytes(
             SIZES[settings.size], settings.pre_seq_len, len(prompts[0]), settings.new_tokens, num_rows, element

@@ -12,6 +12,8 @@ Contenders, each a process of its own with random weights of the same sizes, tha
   grown by concatenation. It is generous: it runs in this environment, and generates without generate()'s overhead.
 - `peft`: transformers' GlmForCausalLM with PEFT's PrefixTuningConfig, as one would write it today: rows padded to the
   longest of the batch, no checkpointing, generate(). Needs `pip install peft`.
+- `chatglmcpp`: li-plus/chatglm.cpp in float32, which answers one prompt at a time, here without a prefix, and does not
+  train. It takes part on a CPU after `CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install chatglm-cpp tabulate`.
 
 Prediction is measured twice for ours: in batches like the others', and in the batches that it takes on its own.
 They take turns, and the figures are medians of --repeats turns. A turn is one pass over --rows rows in training, and

@@ -3,28 +3,39 @@
 A further contender needs nothing else: its process, its turns, its lines in the tables and its bars follow from the line.
 """
 
-import importlib
+import importlib.util
 from typing import NamedTuple
 
 
 class Entry(NamedTuple):
     title: str  # in the tables
     takes_bits: bool = False  # --quantization_bit means something to it
+    only_answers: bool = False  # one prompt at a time
+    package: str | None = None  # without which it does not take part
 
 
 CONTENDERS = {
     "ours": Entry("ours", takes_bits=True),
     "official": Entry("official recipe, restated", takes_bits=True),
     "peft": Entry("GlmForCausalLM + PEFT"),
+    "chatglmcpp": Entry("chatglm.cpp, one prompt at a time", only_answers=True, package="chatglm_cpp"),
 }
 FLOAT = "float"  # ours without --quantization_bit, beside those that take it
 
 
 def taking_part(settings):
     """The names of those that --quantization_bit, or its absence, lets take part."""
+    at_hand = [
+        name for name, entry in CONTENDERS.items() if not entry.package or importlib.util.find_spec(entry.package)
+    ]
     if not settings.quantization_bit:
-        return list(CONTENDERS)
-    return [*(name for name, entry in CONTENDERS.items() if entry.takes_bits), FLOAT]
+        return at_hand
+    return [*(name for name in at_hand if CONTENDERS[name].takes_bits), FLOAT]
+
+
+def only_answers(name):
+    """True for a contender that does not train, and takes one prompt at a time."""
+    return name in CONTENDERS and CONTENDERS[name].only_answers
 
 
 def titles(settings):
