@@ -15,11 +15,10 @@ from board.files import MAX_SOURCES, OUTPUT, PROJECT, Roots, files_in, link_rows
 from chatglm2.bits import SUPPORTED_BITS
 from checkpoints.sidecar import finetuning_type
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
-from common.files import read_json, write_json
+from common.files import read_json
 from common.messages import cut_short
 from common.quoting import NEEDS_EQUALS, as_typed
 from families import FAMILY_KEY, SUPPORTED, Family, local_folder, read_base_settings, told_families
-from training.stages import reads_pairs
 
 TINY = "ptuning/tiny"
 STAGES = ("sft", "rm", "dpo", "ppo")
@@ -175,11 +174,6 @@ def load_settings(file: Path) -> dict:
     if Path(file).stat().st_size > MAX_SETTINGS_BYTES:
         raise ValueError(f"{Path(file).name} is no settings.json of this page: it is too long.")
     return checked_settings(read_json(file))
-
-
-def save_settings(file: Path, settings: dict) -> None:
-    """Write settings for load_settings. OSError on a full disk."""
-    write_json(file, {name: value for name, value in settings.items() if value != EMPTY[name]})
 
 
 def known_flags() -> dict:
@@ -356,11 +350,6 @@ def check_flags(settings, variables, words):
         argv.append("--pre_seq_len=128")  # the scripts' own
     # parse_flags tells a check of the words apart from a run only by what it reads, which is nothing here.
     parse_flags([*argv, *(word for word in words if word != "--debug")])
-
-
-def is_pairs(settings: dict) -> bool:
-    """True where the rows of a run hold two answers."""
-    return reads_pairs(settings["stage"])
 
 
 def model_of(folder: Path, variables: dict) -> str:

@@ -17,7 +17,6 @@ from board.commands import (
     export_command,
     extra_words,
     load_settings,
-    save_settings,
     script_variables,
     training_command,
 )
@@ -130,7 +129,7 @@ def test_method_and_stage_choose_the_script(settings, program, variables):
 
 def test_settings_come_back_from_their_file(tmp_path):
     settings = checked_settings({"model": "tiny", "lr": "1e-3", "extra": "seed = 7"})
-    save_settings(tmp_path / "settings.json", settings)
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
     assert load_settings(tmp_path / "settings.json") == settings
 
 
