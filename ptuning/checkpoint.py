@@ -54,7 +54,7 @@ from checkpoints.placing import (
     wanted_devices,
     wanted_dtype,
 )
-from checkpoints.run_folder import check_holds_prefix, verify_checkpoint
+from checkpoints.run_folder import check_holds, verify_checkpoint
 from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, read_sidecar
 from checkpoints.weight_files import (
     COPIED,
@@ -404,8 +404,7 @@ def read_prefix(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     a file that holds no prefix or is not as it was written.
     """
     checkpoint = Path(checkpoint)
-    check_holds_prefix(checkpoint)
-    file = checkpoint / TENSORS_FILE
+    file = check_holds(checkpoint, TENSORS_FILE)
     verify_checkpoint(checkpoint, [TENSORS_FILE])
     tensors = {
         name.removeprefix(PREFIX_KEY): tensor for name, tensor in read_tensors(file) if name.startswith(PREFIX_KEY)

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from arguments import EXAMPLES
-from checkpoints.file_names import VALUE_HEAD_FILE
-from checkpoints.run_folder import check_holds_prefix, check_holds_signature, find_checkpoints, names_in
+from checkpoints.file_names import REFERENCE_FILE, SIGNATURE_FILE, TENSORS_FILE, VALUE_HEAD_FILE
+from checkpoints.run_folder import check_holds, find_checkpoints, names_in
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES
 from common.files import read_json
@@ -23,7 +23,7 @@ from data.general import look_at_general
 from data.preferences import look_at_pairs
 from data.sources import FILES, source_of
 from families import Family, check_flags_of, check_same_family, local_folder, read_base_settings
-from training.stages import check_holds_reference, reads_pairs
+from training.stages import reads_pairs
 
 NO_BASE = "--model_name_or_path is missing: the base model, such as THUDM/chatglm2-6b or ptuning/tiny."
 NO_BASE_OF = "{checkpoint} does not say its base model; give --model_name_or_path."
@@ -34,7 +34,7 @@ def look_at_checkpoints(text: str | None) -> list[Path]:
     folders = [find_checkpoints(name, verified=False)[0][-1] for name in (names_in(text) if text else ())]
     for folder in folders:
         if finetuning_type(folder) in (None, DEFAULT_METHOD):
-            check_holds_prefix(folder)
+            check_holds(folder, TENSORS_FILE)
     return folders
 
 
@@ -47,16 +47,7 @@ def look_at_reward_model(text: str) -> Path:
     """The checkpoint folder that `--reward_model` means. FileNotFoundError where it is none of a reward model."""
     if not Path(text).is_dir():
         raise FileNotFoundError(f"--reward_model {text}: there is no such folder. Train one with --stage rm.")
-    return check_holds_head(find_checkpoints(text, verified=False)[0][-1], "--reward_model")
-
-
-def check_holds_head(folder: Path, flag: str) -> Path:
-    """`folder` itself; FileNotFoundError where it has no value head."""
-    if not (folder / VALUE_HEAD_FILE).is_file():
-        raise FileNotFoundError(
-            f"{flag} {folder} is no reward model: there is no {VALUE_HEAD_FILE} in it. Train one with --stage rm."
-        )
-    return folder
+    return check_holds(find_checkpoints(text, verified=False)[0][-1], VALUE_HEAD_FILE, flag="--reward_model").parent
 
 
 def look_at_base(
@@ -133,7 +124,7 @@ def check_auto(checkpoints: list) -> None:
                 f"--auto: {checkpoint} was trained with --finetuning_type {kind}, which changes the weights of the base "
                 "model itself, so nothing is left to answer other prompts. Leave --auto out."
             )
-        check_holds_signature(checkpoint)
+        check_holds(checkpoint, SIGNATURE_FILE)
 
 
 def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
@@ -146,9 +137,9 @@ def look_at_run(model_args, data_args, given: dict, notes: list) -> None:
     checkpoint = None if resumes else look_at_checkpoint(model_args.ptuning_checkpoint)
     stage = given.get("stage", "sft")
     if checkpoint and not trains and stage == "rm":
-        check_holds_head(checkpoint, "--ptuning_checkpoint")
+        check_holds(checkpoint, VALUE_HEAD_FILE, flag="--ptuning_checkpoint")
     elif checkpoint and not trains and stage != "sft":
-        check_holds_reference(checkpoint, stage)
+        check_holds(checkpoint, REFERENCE_FILE, stage=stage)
     if given.get("reward_model"):
         look_at_reward_model(given["reward_model"])
     base = model_args.model_name_or_path

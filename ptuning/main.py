@@ -108,7 +108,7 @@ def main():
         quantization_backend=choose_products(training_args, model_args.quantization_backend),
         quantize_output_layer=model_args.quantize_output_layer,
     )
-    say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s.{describe_places(model)}")
+    say(f"Loaded {session.folder} in {time.time() - phases['loading']:.1f} s. {describe_places(model)}".rstrip())
     described = session.prepare(model)
     if resume_from and engine:
         session.method.load(model, resume_from)  # before it is divided

@@ -181,7 +181,7 @@ def describe_places(model):
         return ""
     parts = [f"{min(found)} to {max(found)} on {device}" for device, found in layers.items()]
     slow = " The CPU is slow; --quantization_bit 4 takes less memory." if "cpu" in layers else ""
-    return f" Layers {', '.join(parts)}.{slow}"
+    return f"Layers {', '.join(parts)}.{slow}"
 
 
 def own_memory(model, stored):

@@ -13,7 +13,15 @@ import math
 import shutil
 from pathlib import Path
 
-from checkpoints.file_names import FINETUNING_FILE, INDEX_FILES, SIGNATURE_FILE, TENSORS_FILE, weight_files
+from checkpoints.file_names import (
+    FINETUNING_FILE,
+    INDEX_FILES,
+    REFERENCE_FILE,
+    SIGNATURE_FILE,
+    TENSORS_FILE,
+    VALUE_HEAD_FILE,
+    weight_files,
+)
 from checkpoints.sidecar import SIDECAR_FILE
 from checkpoints.trainer_state import check_state
 from checkpoints.ways import ADAPTER_FILES
@@ -120,31 +128,37 @@ def find_checkpoints(path: Path | str, verified: bool = True) -> tuple[list[Path
     raise FileNotFoundError(" ".join([f"--ptuning_checkpoint {path}: {run} has no complete checkpoint.", *damaged]))
 
 
-def check_holds_prefix(checkpoint: Path | str) -> None:
-    """FileNotFoundError for a folder without the file of a prefix, naming the checkpoints or runs beside it."""
-    checkpoint = Path(checkpoint)
-    if (checkpoint / TENSORS_FILE).is_file():
-        return
+# What is said where a checkpoint lacks a file; {asked} is how the user named the checkpoint.
+LACKS = {
+    TENSORS_FILE: "--ptuning_checkpoint {asked}: there is no {file} in it. {beside}",
+    VALUE_HEAD_FILE: "{flag} {asked} is no reward model: there is no {file} in it. Train one with --stage rm.",
+    REFERENCE_FILE: "{asked} has no {file}, so --stage {stage} has not written it. Without --stage it is evaluated as one "
+    "that was tuned on answers.",
+    SIGNATURE_FILE: "{asked} has no {file}, which says what its training prompts look like, so it cannot be chosen "
+    "automatically. Ask for it by its name, or make the file of its training rows: python ptuning/sign.py "
+    "--ptuning_checkpoint {asked} --train_file …",
+}
+
+
+def check_holds(checkpoint: Path | str, file: str, asked: str | None = None, **words) -> Path:
+    """The file of that name in a checkpoint's folder. FileNotFoundError in the words of LACKS where it is not there.
+
+    `asked` is what the checkpoint is called instead of its folder, where a stranger may read it.
+    """
+    place = Path(checkpoint) / file
+    if not place.is_file():
+        said = {"asked": asked or checkpoint, "file": file, "beside": beside(Path(checkpoint)), **words}
+        raise FileNotFoundError(LACKS[file].format(**said))
+    return place
+
+
+def beside(checkpoint):
+    """One sentence on the checkpoints, or else the runs, that are where a checkpoint was looked for."""
     parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
     others = list_checkpoints(parent)
     runs = sorted({found.parent.parent.name for found in parent.glob(f"*/checkpoint-*/{TENSORS_FILE}")})
-    hint = "Give a folder that training wrote."
-    if others or runs:
-        hint = f"{parent} has {', '.join(others) or 'the runs ' + ', '.join(runs)}."
-    raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it. {hint}")
-
-
-def check_holds_signature(checkpoint: Path | str, name: str | None = None) -> None:
-    """FileNotFoundError for a checkpoint without the file that tells what its training prompts look like.
-
-    `name` is what it is called instead of its folder, where a stranger may read it.
-    """
-    if not (Path(checkpoint) / SIGNATURE_FILE).is_file():
-        raise FileNotFoundError(
-            f"{name or checkpoint} has no {SIGNATURE_FILE}, which says what its training prompts look like, so it cannot be chosen "
-            "automatically. Ask for it by its name, or make the file of its training rows: python ptuning/sign.py "
-            f"--ptuning_checkpoint {name or checkpoint} --train_file …"
-        )
+    found = ", ".join(others) or ("the runs " + ", ".join(runs) if runs else "")
+    return f"{parent} has {found}." if found else "Give a folder that training wrote."
 
 
 def dev_loss_of(checkpoint: Path | str) -> float | None:

@@ -59,7 +59,7 @@ def load_server(args, say=print):
         quantize_output_layer=args.quantize_output_layer,
     )
     if places := describe_places(model):
-        say(places.strip())
+        say(places)
     model.requires_grad_(False)
     tuned, beside = None, names_of(found[::-1] if several else found[-1:])
     if not keeps_base:

@@ -28,7 +28,8 @@ import torch
 from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
 from checkpoint import fill_prefix_encoder, read_prefix_settings
-from checkpoints.run_folder import check_holds_signature, list_checkpoints
+from checkpoints.file_names import SIGNATURE_FILE
+from checkpoints.run_folder import check_holds, list_checkpoints
 from checkpoints.sidecar import read_sidecar
 from common.messages import dtype_name
 from common.slowness import slow_because
@@ -164,7 +165,7 @@ class ChatServer(Prompts):
             for name in names:
                 if name not in self._signatures:
                     checkpoint = self.checkpoints()[name]
-                    check_holds_signature(checkpoint, name)
+                    check_holds(checkpoint, SIGNATURE_FILE, name)
                     self._signatures[name] = read_signature(checkpoint, self.model.config.hidden_size)
             return {name: self._signatures[name] for name in names}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from checkpoints.file_names import REFERENCE_FILE
+from checkpoints.run_folder import check_holds
 from checkpoints.ways import SWAPPED, default_method
 
 OWN_FLAGS = {  # {flag: the stage that reads it}
@@ -91,13 +92,7 @@ def check_stage(model_args, data_args, training_args) -> None:
 
 def check_holds_reference(folder: Path | str, stage: str) -> Path:
     """The file of the reference in a checkpoint of dpo or ppo. FileNotFoundError where `stage` has not written it."""
-    file = Path(folder) / REFERENCE_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {REFERENCE_FILE}, so --stage {stage} has not written it. Without --stage it is evaluated as "
-            "one that was tuned on answers."
-        )
-    return file
+    return check_holds(folder, REFERENCE_FILE, stage=stage)
 
 
 def check_stage_of_run(session, stage: str) -> None:

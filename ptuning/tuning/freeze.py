@@ -7,6 +7,7 @@ import torch
 
 from checkpoint import family_of, warn_of_other_base
 from checkpoints.file_names import FINETUNING_FILE, TENSORS_FILE
+from checkpoints.run_folder import check_holds
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import read_json
 from tuning.method import Method, named
@@ -25,9 +26,7 @@ def freeze_pattern(num_layers, num_layer_trainable, name_module_trainable):
 
 def load_tensors(model, checkpoint):
     """Write a freeze checkpoint's tensors over the model's, all or ValueError."""
-    file = Path(checkpoint) / TENSORS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"--ptuning_checkpoint {checkpoint}: there is no {TENSORS_FILE} in it.")
+    file = check_holds(checkpoint, TENSORS_FILE)
     parameters = dict(model.named_parameters())
     own_name = family_of(model.config).names.own_name
     tensors = {own_name(name) or name: tensor for name, tensor in read_tensors(file)}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from chatglm2.reading import hidden_states
 from checkpoints.file_names import SIGNATURE_FILE
-from checkpoints.run_folder import check_holds_signature, verify_checkpoint
+from checkpoints.run_folder import check_holds, verify_checkpoint
 from checkpoints.ways import has_signature
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import write_bytes
@@ -151,8 +151,7 @@ def read_signature(checkpoint: Path | str, hidden_size: int) -> Signature:
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of a model of another hidden size.
     """
-    file = Path(checkpoint) / SIGNATURE_FILE
-    check_holds_signature(checkpoint)
+    file = check_holds(checkpoint, SIGNATURE_FILE)
     verify_checkpoint(checkpoint, [SIGNATURE_FILE])
     tensors = dict(read_tensors(file))
     kept = tensors["directions"].shape[0] if "directions" in tensors and tensors["directions"].ndim == 2 else 0

@@ -74,7 +74,7 @@ def test_logits_loss_and_answers_are_those_of_one_device(narrow, monkeypatch, se
         assert close(logits_and_loss(spread), expected)
         assert answers(spread, TINY, temperature=0.9) == told
         assert gpus.current == 0
-    assert describe_places(spread).startswith(f" Layers 0 to 1 on cuda:0, 2 to 3 on {second}.")
+    assert describe_places(spread).startswith(f"Layers 0 to 1 on cuda:0, 2 to 3 on {second}.")
 
 
 def test_a_part_may_lie_elsewhere_than_what_it_is_a_part_of(narrow, monkeypatch):
