@@ -1,12 +1,13 @@
 """The training page as gr.Blocks: seven tabs over the programs that exist, and a strip on what runs above them.
 
-Answers to nothing in the official scripts. What its parts do is in events.py.
+Answers to nothing in the official scripts. What its parts do is in choosing.py and events.py.
 """
 
 import gradio as gr
 
+from board.choosing import NAMES
 from board.commands import EMPTY, PRESETS, STAGES, known_flags
-from board.events import NAMES, Page
+from board.events import Page
 from board.words import TEXTS
 from checkpoints.ways import DEFAULT_METHOD, TRAINED
 from common.messages import cut_short

@@ -10,9 +10,10 @@ from support.over_http import call, serve
 
 from board import show
 from board.chat import Chat, Refused, check_room, outstanding_bytes
+from board.choosing import NAMES
 from board.commands import EMPTY, PRESETS
 from board.doors import Bodies, ChatDoor, OwnSiteOnly
-from board.events import NAMES, Page
+from board.events import Page
 from board.files import Roots
 from board.runs import Run
 from board.starting import Starter
