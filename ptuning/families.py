@@ -188,6 +188,11 @@ def read_base_settings(folder: Path, asked: str | None = None, remembered: str |
     FileNotFoundError without config.json; ValueError where it is no base model of a supported family.
     """
     settings = read_json(folder / "config.json")
+    return settings, base_family(settings, folder, asked, remembered)
+
+
+def base_family(settings: dict, folder: Path, asked: str | None = None, remembered: str | None = None) -> Family:
+    """The Family of read_base_settings, of a folder whose config.json has been read."""
     family = find_family(settings, folder, asked, remembered)
     trained = finetuning_type(folder)
     if trained and RULES[trained].needs_base:
@@ -195,7 +200,7 @@ def read_base_settings(folder: Path, asked: str | None = None, remembered: str |
             f"{folder} holds only what --finetuning_type {trained} trained, not a base model. "
             f"Use --model_name_or_path <base model> --ptuning_checkpoint {folder}"
         )
-    return settings, family
+    return family
 
 
 def find_family(settings: dict, folder: Path | str, asked: str | None = None, remembered: str | None = None) -> Family:

@@ -5,8 +5,8 @@ Answers to nothing in the official scripts. events.py has what happens to runs.
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from board import show
 from board.commands import (
     EMPTY,
     PRESETS,
-    TINY,
-    check_model,
+    base_of,
     checked_settings,
     extra_words,
-    families_of,
     known_flags,
     load_settings,
+    rows_by_default,
     training_command,
 )
 from board.estimate import ask, free_memory
@@ -30,9 +29,10 @@ from board.files import PROJECT, columns_of, files_in, guessed, keep_upload, pla
 from board.runs import message_in
 from board.starting import output_of
 from board.words import words_for
-from common.failure import describe
+from common.failure import WrongFlags, describe
+from common.files import read_json
 from common.messages import in_words
-from families import BY_NAME, SUPPORTED, read_base_settings
+from families import BY_NAME, SUPPORTED, base_family, told_families
 
 NAMES = tuple(EMPTY)  # the order in which every handler gets the settings; `sources` are a list
 
@@ -43,8 +43,21 @@ def said_in(request) -> dict:
 
 
 def told(error: Exception) -> str:
-    """A line on what was wrong, in the programs' words."""
-    return show.said(re.sub(r" See python \S+ --help\.$", "", describe(error)[0]), "bad")
+    """A line on what was wrong, in the programs' words; where flags are listed, a visitor of a page need not know."""
+    return show.said(error.args[0] if isinstance(error, WrongFlags) else describe(error)[0], "bad")
+
+
+def telling(handler):
+    """A handler that answers with told() where settings, files or programs cannot be used as a visitor wants."""
+
+    @functools.wraps(handler)
+    def answer(*values):
+        try:
+            return handler(*values)
+        except (ValueError, OSError, subprocess.TimeoutExpired) as error:
+            return told(error)
+
+    return answer
 
 
 def planned(source: dict) -> str:
@@ -70,20 +83,21 @@ class Choices:
         """(a tick with what the folder says, or the program's own message; the question which model it is)."""
         words, asked = said_in(request), gr.update(visible=False, value="")
         try:
-            if found := families_of(model, self.roots):
+            model, folder = base_of(model, self.roots)
+            if folder is None:
+                choices = [(words["family_told"], ""), *((BY_NAME[name].title, name) for name in SUPPORTED)]
+                asked = gr.update(visible=True, choices=choices)
+                return show.said(words["model_hub"].format(model=model), "plain"), asked
+            settings = read_json(folder / "config.json")
+            found = told_families(settings, folder)
+            if len(found) > 1:
                 family = family if family in [each.name for each in found] else ""
                 choices = [(each.title, each.name) for each in found]
                 asked = gr.update(visible=True, value=family or None, choices=choices)
                 if not family:
                     names = words["or"].join(each.title for each in found)
                     return show.said(words["model_which"].format(model=model, names=names), "bad"), asked
-            model = check_model(model, self.roots, family if found else "")
-            if model != "tiny" and not (PROJECT / model).is_dir():
-                choices = [(words["family_told"], ""), *((BY_NAME[name].title, name) for name in SUPPORTED)]
-                asked = gr.update(visible=True, choices=choices)
-                return show.said(words["model_hub"].format(model=model), "plain"), asked
-            folder = PROJECT / (TINY if model == "tiny" else model)
-            settings, family = read_base_settings(folder, family if found else None)
+            family = base_family(settings, folder, family if len(found) > 1 else None)
         except (ValueError, OSError) as error:
             return told(error), asked
         bits = settings.get("quantization_bit")
@@ -96,34 +110,29 @@ class Choices:
         )
         return show.said(line), asked
 
+    @telling
     def estimate(self, request: gr.Request, *values):
         """The memory that the settings take, beside what is free."""
-        words, settings = said_in(request), settings_of(values)
-        try:
-            settings = checked_settings(settings)
-            model = check_model(settings["model"], self.roots, settings["family"])
-            folder = PROJECT / (TINY if model == "tiny" else model)
-            if not folder.is_dir():
-                return show.said(words["memory_hub"], "plain")
-            training_command(settings, self.roots, self.output)
-            defaults = {"batch": 1, "prefix": 128, "source": 64, "target": 128}
-            numbers = {
-                name: int(settings[name]) if settings[name].isdecimal() else default
-                for name, default in defaults.items()
-            }
-            found = ask(
-                model=str(folder),
-                family=settings["family"] or None,
-                method=settings["method"],
-                bits=int(settings["bits"]) if settings["bits"] else None,
-                prefix=numbers["prefix"],
-                rows=numbers["batch"],
-                source=numbers["source"],
-                target=numbers["target"],
-                trains=True,
-            )
-        except (ValueError, OSError, subprocess.TimeoutExpired) as error:
-            return told(error)
+        words, settings = said_in(request), checked_settings(settings_of(values))
+        _, folder = base_of(settings["model"], self.roots)
+        if not folder:
+            return show.said(words["memory_hub"], "plain")
+        training_command(settings, self.roots, self.output)
+        defaults = {"batch": 1, "prefix": 128, "source": 64, "target": 128}
+        numbers = {
+            name: int(settings[name]) if settings[name].isdecimal() else default for name, default in defaults.items()
+        }
+        found = ask(
+            model=str(folder),
+            family=settings["family"] or None,
+            method=settings["method"],
+            bits=int(settings["bits"]) if settings["bits"] else None,
+            prefix=numbers["prefix"],
+            rows=numbers["batch"],
+            source=numbers["source"],
+            target=numbers["target"],
+            trains=True,
+        )
         parts = ", ".join(
             f"{words.get(f'part {name}', name)} {in_words(size)}" for name, size in found["parts"].items()
         )
@@ -217,15 +226,13 @@ class Choices:
         titles = [words["file"], *(words[key] for key in keys[1:])]
         return show.said(words["chosen"], "plain") + show.table(titles, rows, words["chosen"])
 
+    @telling
     def check_rows(self, request: gr.Request, *values):
         """What --check_data says of the rows, with the part that is learned highlighted."""
         words = said_in(request)
-        try:
-            _, command = training_command(settings_of(values), self.roots, self.output)
-            command.variables["NUM_GPUS"] = "1"
-            printed = output_of(command.extended("--check_data"))
-        except (ValueError, OSError) as error:
-            return told(error)
+        _, command = training_command(settings_of(values), self.roots, self.output)
+        command.variables["NUM_GPUS"] = "1"
+        printed = output_of(command.extended("--check_data"))
         if message := message_in(printed):
             return show.said(message, "bad") + show.pre(printed, words["check"])
         return show.marked(printed, words["check"])
@@ -240,8 +247,8 @@ class Choices:
         except (ValueError, OSError) as error:
             return "", told(error), settings, ""
         model, rows = command.variables["MODEL"], ", ".join(map(planned, settings["sources"])) or settings["data"]
-        default = "AdvertiseGen/sample" if model == "tiny" else "AdvertiseGen"
-        line = words["planned" if rows else "planned_default"].format(model=model, rows=rows or default)
+        line = words["planned" if rows else "planned_default"]
+        line = line.format(model=model, rows=rows or rows_by_default(command))
         return command.text, "", settings, show.said(line, "plain")
 
     def preset(self, name, *values):

@@ -13,12 +13,12 @@ from pathlib import Path
 from arguments import flags_of_main, parse_flags
 from board.files import MAX_SOURCES, OUTPUT, PROJECT, Roots, files_in, link_rows, plain_text, run_name, shown_path
 from chatglm2.bits import SUPPORTED_BITS
-from checkpoints.sidecar import finetuning_type
+from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import cut_short
 from common.quoting import NEEDS_EQUALS, as_typed
-from families import FAMILY_KEY, SUPPORTED, Family, local_folder, read_base_settings, told_families
+from families import SUPPORTED, local_folder, read_base_settings
 
 TINY = "ptuning/tiny"
 STAGES = ("sft", "rm", "dpo", "ppo")
@@ -117,29 +117,32 @@ def script_variables() -> set[str]:
     return set(re.findall(r"\b([A-Za-z_]+)=\$\{\1:?-", text)) | {"typed_flags"}
 
 
+def rows_by_default(command: Command) -> str:
+    """The folder of rows that the script of a command takes where DATA is not set; with tiny its settings decide."""
+    script = "ptuning/tiny/settings.sh" if command.variables["MODEL"] == "tiny" else command.program[-1]
+    return re.search(r"^DATA=\$\{DATA:-(.*?)\}", (PROJECT / script).read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
 # ---- what a visitor chose
+
+
+def base_of(text, roots: Roots) -> tuple[str, Path | None]:
+    """(the base model as MODEL takes it, its folder; None for one on a hub). ValueError and FileNotFoundError."""
+    text = plain_text(text, "The model")
+    if text in ("", "tiny", TINY):
+        return "tiny", PROJECT / TINY
+    if HUB_ID.fullmatch(text) and not (PROJECT / text).exists():
+        return text, None
+    folder = roots.checked(text, "The model")
+    return shown_path(folder), local_folder(str(folder))
 
 
 def check_model(text, roots: Roots, family: str = "") -> str:
     """The base model as MODEL takes it; `family` is as --model_family. ValueError and FileNotFoundError in the programs' words."""
-    text = plain_text(text, "The model")
-    if text in ("", "tiny", TINY):
-        return "tiny"
-    if HUB_ID.fullmatch(text) and not (PROJECT / text).exists():
-        return text
-    folder = roots.checked(text, "The model")
-    found = local_folder(str(folder))
-    read_base_settings(found, family or None)
-    return shown_path(folder)
-
-
-def families_of(text, roots: Roots) -> list[Family]:
-    """The families that a folder could be of, where its files do not tell; else none."""
-    text = plain_text(text, "The model")
-    if text in ("", "tiny", TINY) or not (folder := roots.checked(text, "The model")).is_dir():
-        return []
-    told = told_families(read_json(folder / "config.json"), folder)
-    return list(told) if len(told) > 1 else []
+    model, folder = base_of(text, roots)
+    if folder and model != "tiny":
+        read_base_settings(folder, family or None)
+    return model
 
 
 def checked_settings(values: dict) -> dict:
@@ -352,24 +355,18 @@ def check_flags(settings, variables, words):
     parse_flags([*argv, *(word for word in words if word != "--debug")])
 
 
+def remembered_by(folder: Path, key: str) -> str | None:
+    """A text that a checkpoint of a run in output/ remembers, None where none has it."""
+    found = (read_sidecar(checkpoint).get(key) for checkpoint in sorted(Path(folder).glob("checkpoint-*")))
+    return next((text for text in found if isinstance(text, str) and text), None)
+
+
 def model_of(folder: Path, variables: dict) -> str:
     """MODEL for a run in output/: that of its command, else that of its checkpoints."""
     if "MODEL" in variables:
         return variables["MODEL"]
-    for sidecar in sorted(Path(folder).glob("checkpoint-*/ptuning.json")):
-        base = read_json(sidecar).get("base_model")
-        if isinstance(base, str) and base:
-            return "tiny" if Path(base).name == "tiny" and (PROJECT / TINY).samefile(base) else base
-    return "tiny"
-
-
-def remembered_family(folder: Path) -> str | None:
-    """The family that the checkpoints of a run remember, None where they say none."""
-    for sidecar in sorted(Path(folder).glob("checkpoint-*/ptuning.json")):
-        family = read_json(sidecar).get(FAMILY_KEY)
-        if isinstance(family, str):
-            return family
-    return None
+    base = remembered_by(folder, "base_model")
+    return "tiny" if not base or (Path(base).name == "tiny" and (PROJECT / TINY).samefile(base)) else base
 
 
 def method_of(folder: Path) -> str:

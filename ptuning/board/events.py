@@ -6,14 +6,13 @@ Answers to nothing in the official scripts. Nothing here remembers a run: every 
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from pathlib import Path
 
 import gradio as gr
 
 from board import show
 from board.chat import Refused, check_room, outstanding_bytes
-from board.choosing import Choices, said_in, settings_of, told
+from board.choosing import Choices, said_in, settings_of, telling, told
 from board.commands import (
     TINY,
     Command,
@@ -23,7 +22,7 @@ from board.commands import (
     export_command,
     method_of,
     model_of,
-    remembered_family,
+    remembered_by,
     script_variables,
     training_command,
 )
@@ -32,6 +31,7 @@ from board.files import PROJECT, free_name, run_name, shown_path
 from board.runs import MOST_RUNS, RUNNING, answers_of, log_tail, message_in, read_run, results_of, tail_of
 from board.starting import is_alive, log_file, output_of, read_record, runs_in, stop, writing_process
 from common.messages import cut_short, in_words
+from families import FAMILY_KEY
 
 MOST_PAGE_BYTES = 16 * 2**20  # of a comparison
 MOST_COMPARED = 8
@@ -133,30 +133,25 @@ class Page(Choices):
         hidden = gr.update(visible=False, value=None)
         return show.said(words["started"].format(name=name)), hidden, gr.update(value=name), name
 
+    @telling
     def stop(self, request: gr.Request, name):
         """Tell the run that is shown to finish its step, save and end."""
-        try:
-            stop(self.folder(name), "train")
-        except (ValueError, OSError) as error:
-            return told(error)
+        stop(self.folder(name), "train")
         return show.said(said_in(request)["stopping"].format(name=name))
 
+    @telling
     def go_on(self, request: gr.Request, name, *values):
         """Resume the run that is shown from its last checkpoint, with the command it had, else with the fields'."""
-        words = said_in(request)
-        try:
-            folder = self.folder(name)
-            record = read_record(folder)
-            if record.get("words") is not None and record.get("program") and not record.get("adopted"):
-                command = self.remembered(record)
-            else:
-                _, command = training_command({**settings_of(values), "name": name}, self.roots, self.output)
-            if "--resume_from_checkpoint" not in command.words:
-                command = command.extended("--resume_from_checkpoint", "last")
-            self.starter.start(folder, "train", command)
-        except (ValueError, OSError) as error:
-            return told(error)
-        return show.said(words["started"].format(name=name))
+        folder = self.folder(name)
+        record = read_record(folder)
+        if record.get("words") is not None and record.get("program") and not record.get("adopted"):
+            command = self.remembered(record)
+        else:
+            _, command = training_command({**settings_of(values), "name": name}, self.roots, self.output)
+        if "--resume_from_checkpoint" not in command.words:
+            command = command.extended("--resume_from_checkpoint", "last")
+        self.starter.start(folder, "train", command)
+        return show.said(said_in(request)["started"].format(name=name))
 
     def remembered(self, record):
         """The command in a record, whose file anybody who writes to output/ could have changed: only scripts of this project."""
@@ -169,35 +164,29 @@ class Page(Choices):
             raise ValueError("web.json is damaged; start the run from the settings.")
         return Command(program, variables, words)
 
+    @telling
     def adopt(self, request: gr.Request, name):
         """Let the run of a terminal be stopped here."""
-        try:
-            self.starter.adopt(self.folder(name))
-        except (ValueError, OSError) as error:
-            return told(error)
+        self.starter.adopt(self.folder(name))
         return show.said(said_in(request)["adopted"].format(name=name))
 
     # ---- evaluating
 
+    @telling
     def evaluate(self, request: gr.Request, name, step, data, rows):
         """Start evaluate.sh for the run that is shown."""
-        try:
-            folder = self.folder(name)
-            variables = read_run(folder).variables
-            if variables.get("DEV_RATIO") and not data:
-                return show.said(said_in(request)["held_out"].format(name=name), "bad")
-            command = evaluation_command(folder, step or "", data, rows, variables, self.roots)
-            self.starter.start(folder, "evaluate", command)
-        except (ValueError, OSError) as error:
-            return told(error)
+        folder = self.folder(name)
+        variables = read_run(folder).variables
+        if variables.get("DEV_RATIO") and not data:
+            return show.said(said_in(request)["held_out"].format(name=name), "bad")
+        command = evaluation_command(folder, step or "", data, rows, variables, self.roots)
+        self.starter.start(folder, "evaluate", command)
         return ""
 
+    @telling
     def stop_job(self, name, kind):
         """Stop the evaluation or the export of the run that is shown."""
-        try:
-            stop(self.folder(name), kind)
-        except (ValueError, OSError) as error:
-            return told(error)
+        stop(self.folder(name), kind)
         return ""
 
     def evaluated(self, run, words):
@@ -216,38 +205,34 @@ class Page(Choices):
         parts += [show.pre(table, words["all"]), show.metrics(results_of(run.folder), words)]
         return "".join([*parts, show.answers(answers_of(run.folder, ROWS_SHOWN), words)])
 
+    @telling
     def compare(self, request: gr.Request, names):
         """compare.py's page on some runs."""
         words = said_in(request)
-        try:
-            folders = [self.folder(name) for name in (names if isinstance(names, list) else [])[:MOST_COMPARED]]
-            if not folders:
-                raise ValueError(words["no_run_chosen"])
-            place = self.output / "_comparison"
-            printed = output_of(compare_command(folders, place))
-            if message := message_in(printed):
-                return show.said(message, "bad")
-            page = place / "comparison.html"
-            if page.stat().st_size > MOST_PAGE_BYTES:
-                raise ValueError(f"{page} is too long to be shown here; open it itself.")
-            return show.framed(page.read_text(encoding="utf-8"), words["comparison"])
-        except (ValueError, OSError) as error:
-            return told(error)
+        folders = [self.folder(name) for name in (names if isinstance(names, list) else [])[:MOST_COMPARED]]
+        if not folders:
+            raise ValueError(words["no_run_chosen"])
+        place = self.output / "_comparison"
+        printed = output_of(compare_command(folders, place))
+        if message := message_in(printed):
+            return show.said(message, "bad")
+        page = place / "comparison.html"
+        if page.stat().st_size > MOST_PAGE_BYTES:
+            raise ValueError(f"{page} is too long to be shown here; open it itself.")
+        return show.framed(page.read_text(encoding="utf-8"), words["comparison"])
 
     # ---- chat
 
+    @telling
     def open_chat(self, request: gr.Request, name, step):
         """Open the chat with a checkpoint, unless a run needs the memory."""
-        words = said_in(request)
+        words, folder = said_in(request), self.folder(name)
+        checkpoint = checkpoint_of(folder, step or "")
         try:
-            folder = self.folder(name)
-            checkpoint = checkpoint_of(folder, step or "")
             self.check_chat_room(folder)
         except Refused as refusal:
             more = {key: in_words(value) if isinstance(value, int) else value for key, value in refusal.more.items()}
             return show.said(words[refusal.name].format(**more), "bad")
-        except (ValueError, OSError, subprocess.TimeoutExpired) as error:
-            return told(error)
         self.chat.shown(request.session_hash, True)
         self.chat.open(name, ["--ptuning_checkpoint", shown_path(checkpoint)])
         return ""
@@ -261,7 +246,7 @@ class Page(Choices):
         place = PROJECT / (TINY if model == "tiny" else model)
         found = ask(
             model=str(place),
-            family=remembered_family(folder),
+            family=remembered_by(folder, FAMILY_KEY),
             method=method_of(folder),
             bits=None,
             prefix=128,
@@ -275,10 +260,8 @@ class Page(Choices):
             pids = {read_record(run.folder).get("pid") if run.ours else writing_process(run.folder)}
             held = held_by(with_children(pids), found["device"])
             outstanding = outstanding_bytes(tail_of(log_file(run.folder, "train")), held)
-            if (
-                outstanding is None and run.state == RUNNING
-            ):  # a terminal has its estimate; it holds what it takes by now
-                outstanding = 0
+            if outstanding is None and run.state == RUNNING:  # a terminal has its estimate
+                outstanding = 0  # it holds what it takes by now
             check_room(run.name, sum(found["parts"].values()), free, outstanding)
 
     def end_chat(self):
@@ -299,15 +282,13 @@ class Page(Choices):
 
     # ---- export
 
+    @telling
     def export(self, name, step, bits):
         """Start export_model.py for a checkpoint of the run that is shown."""
-        try:
-            folder = self.folder(name)
-            target = free_name(self.output / "_exports", f"{folder.name}-{step or 'best'}")
-            command = export_command(folder, step or "", bits, self.output / "_exports" / target)
-            self.starter.start(folder, "export", command)
-        except (ValueError, OSError) as error:
-            return told(error)
+        folder = self.folder(name)
+        target = free_name(self.output / "_exports", f"{folder.name}-{step or 'best'}")
+        command = export_command(folder, step or "", bits, self.output / "_exports" / target)
+        self.starter.start(folder, "export", command)
         return ""
 
     def exported(self, run, words):

@@ -41,9 +41,16 @@ REMEDIES = {
 }
 
 
+class WrongFlags(ValueError):
+    """A mistake in flags; its two arguments are what is wrong, and where the flags are listed."""
+
+    def __str__(self):
+        return " ".join(self.args)
+
+
 def refuse(message: str) -> None:
-    """Raise ValueError with a message of argparse, which would print a page of usage: set as a parser's `error`."""
-    raise ValueError(f"{message[0].upper()}{message[1:]}. See python {sys.argv[0]} --help.")
+    """Raise WrongFlags with a message of argparse, which would print a page of usage: set as a parser's `error`."""
+    raise WrongFlags(f"{message[0].upper()}{message[1:]}.", f"See python {sys.argv[0]} --help.")
 
 
 # How libraries that are no Python say that the system gives them no memory, or no addresses.

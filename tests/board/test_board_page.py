@@ -152,6 +152,7 @@ def test_what_start_would_train_on_is_said_before_it_is_pressed(page):
     for changed, line in (
         ({}, "AdvertiseGen/sample, because no rows are chosen"),
         ({"model": "THUDM/chatglm2-6b"}, "AdvertiseGen, because no rows are chosen"),
+        ({"model": "THUDM/chatglm2-6b", "stage": "dpo"}, "on data, because no rows are chosen"),
         ({"data": "AdvertiseGen/sample"}, "tiny on AdvertiseGen/sample."),
         ({"sources": [source]}, "train.json (content → summary)."),
     ):
