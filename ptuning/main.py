@@ -14,7 +14,7 @@ import time
 from functools import partial
 
 from arguments import check_complete, parse_arguments, parse_flags
-from common.failure import catch_signals, end_with_launcher, leave, leave_on_signal
+from common.failure import catch_signals, end_with_launcher, leave_on_signal
 from common.start import look_first, work
 from first_look import look_at_run
 from tuning.rules import engine_of
@@ -30,26 +30,22 @@ from transformers.utils import logging
 
 import preference
 from chatglm2.chat import TOP_K
-from checkpoint import generation_config, load_model, load_tokenizer
+from checkpoint import generation_config, load_model
 from checkpoints.placing import describe_places
 from common.messages import silent
 from common.reports import close_reports, prepare_reports
 from data.batches import collate_prediction, collate_training
-from data.description import describe_training
 from data.splits import check_data, check_fits, read_splits
 from evaluation.prediction import describe_prompts, dev_scores, predict, predict_with_each
 from forgetting.trainer import GeneralTrainer, open_general
+from training.course import train_to_end
 from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
 from training.progress import say_above_bar
-from training.results import describe_end, describe_trainable, write_missing_results, write_training_results
-from training.resume import begin_run, describe_differences, prepare_run, release_run
+from training.resume import begin_run, prepare_run
 from training.run_log import keep_printing
-from training.schedule import describe_steps
-from training.signals import describe_stop
 from training.stages import check_stage_of_run
-from tuning.methods import find_trained
-from tuning.session import check_base, check_engine, open_base, resolve_session
+from tuning.session import check_engine, open_run, session_of
 
 
 def main():
@@ -67,22 +63,14 @@ def main():
     set_seed(training_args.seed)
 
     # ------------------------------------------------------------------ 2. Session: what flags and checkpoint mean
-    found, damaged = find_trained(model_args.ptuning_checkpoint)
-    for problem in damaged:
-        say(f"{problem} It is passed over.")
-    session = resolve_session(vars(model_args) | vars(data_args), found, do_train=trains, resumes=bool(resume_from))
-    session.fill_flags(model_args, data_args)
+    session = session_of(model_args, data_args, say, do_train=trains, resumes=bool(resume_from))
     check_complete(model_args, data_args, training_args)
     check_engine(session, engine)
     check_stage_of_run(session, training_args.stage)
 
     # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
-    source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
-    source["weights"] = not data_args.check_data
     shape = {**session.prefix_shape, "prefix_dropout": model_args.prefix_dropout}
-    config = open_base(session, data_args, training_args, **source, **shape)
-    check_base(session)
-    tokenizer = load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
+    config, tokenizer = open_run(session, model_args, data_args, training_args, **shape)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids and labels
     phases = {"encoding": time.time()}
@@ -139,24 +127,8 @@ def main():
         trainer.score_dev_rows = partial(dev_scores, trainer, tokenizer, data.dev_prompts)
 
     # ------------------------------------------------------------------ 7. Train
-    if resume_from and (differences := describe_differences(session.saved.get("training") or {}, record)):
-        say(differences)
-    if resume_from and (reason := trainer.why_finished(resume_from)):
-        say(reason)
-        write_missing_results(trainer, model, resume_from, len(data.train))
-    elif trains:
-        say(describe_training(data.train, tokenizer, skipped=data.train_skipped, **session.limits))
-        say(describe_steps(training_args, len(data.train)))
-        say(describe_trainable(model))
-        result = trainer.train(resume_from_checkpoint=resume_from)
-        if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
-            write_training_results(trainer, model, result.metrics, len(data.train))
-            trainer.show_forgetting()
-            say(describe_end(trainer.state, training_args, data_args.validation_file))
-        if trainer.stop.agreed:
-            close_reports(trainer)
-            leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
-        release_run(training_args.output_dir)
+    if trains:
+        train_to_end(trainer, model, data, data_args, session, record, resume_from, trainer.show_forgetting)
 
     # ------------------------------------------------------------------ 8. Evaluate and predict
     for split, (rows, skipped) in data.prompts.items():

@@ -23,26 +23,21 @@ from alignment.rollouts import collate_prompts
 from alignment.trainer import PairTrainer
 from alignment.value_head import ValueHead, has_value_head, read_value_head
 from arguments import check_complete
-from checkpoint import generation_config, load_model, load_tokenizer
-from common.failure import leave
+from checkpoint import generation_config, load_model
 from common.messages import silent
 from common.reports import close_reports, prepare_reports
 from data.batches import collate_pairs
-from data.description import describe_training
 from data.encoding import encode_prompts
 from data.examples import load_examples
 from data.preferences import encode_pairs, load_pairs
 from data.splits import check_data, check_fits, read_stage_splits
+from training.course import train_to_end
 from training.memory import largest_batch, memory_table, settle_batch
 from training.precision import choose_products, describe_precision, set_precision
 from training.progress import say_above_bar
-from training.results import describe_end, describe_trainable, write_missing_results, write_training_results
-from training.resume import begin_run, describe_differences, prepare_run, release_run
-from training.schedule import describe_steps
-from training.signals import describe_stop
+from training.resume import begin_run, prepare_run
 from training.stages import check_stage_of_run
-from tuning.methods import find_trained
-from tuning.session import check_base, open_base, resolve_session
+from tuning.session import open_run, session_of
 from tuning.swapping import start_of, turn_dropout_off
 
 
@@ -60,24 +55,16 @@ def main(model_args, data_args, training_args, notes):
     set_seed(training_args.seed)
 
     # ------------------------------------------------------------------ 2. Session: what flags and checkpoint mean
-    found, damaged = find_trained(model_args.ptuning_checkpoint)
-    for problem in damaged:
-        say(f"{problem} It is passed over.")
-    flags = {**vars(model_args), **vars(data_args)}
-    session = resolve_session(flags, found, do_train=True, resumes=bool(resume_from))  # an adapter is never merged
-    session.fill_flags(model_args, data_args)
+    resumes = bool(resume_from)
+    session = session_of(model_args, data_args, say, do_train=True, resumes=resumes)  # an adapter is never merged
     check_complete(model_args, data_args, training_args)
     check_stage_of_run(session, training_args.stage)
 
     # ------------------------------------------------------------------ 3. Base model: configuration and tokenizer
-    source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
-    source["weights"] = not data_args.check_data
     shape = {**session.prefix_shape, "prefix_dropout": model_args.prefix_dropout}
-    config = open_base(session, data_args, training_args, **source, **shape)
-    check_base(session)
+    config, tokenizer = open_run(session, model_args, data_args, training_args, **shape)
     if training_args.reward_model and not data_args.check_data:
         check_reward_base(training_args.reward_model, session)
-    tokenizer = load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
 
     # ------------------------------------------------------------------ 4. Data: file -> rows -> ids of pairs or prompts
     phases = {"encoding": time.time()}
@@ -134,23 +121,8 @@ def main(model_args, data_args, training_args, notes):
     trainer.run_log.phases = phases
 
     # ------------------------------------------------------------------ 7. Train
-    if resume_from and (differences := describe_differences(session.saved.get("training") or {}, record)):
-        say(differences)
-    if resume_from and (reason := trainer.why_finished(resume_from)):
-        say(reason)
-        write_missing_results(trainer, model, resume_from, len(data.train))
-    elif trains:
-        say(describe_training(data.train, tokenizer, skipped=data.train_skipped, **session.limits))
-        say(describe_steps(training_args, len(data.train)))
-        say(describe_trainable(model))
-        result = trainer.train(resume_from_checkpoint=resume_from)
-        if not trainer.stop.agreed or trainer.state.global_step >= trainer.state.max_steps:
-            write_training_results(trainer, model, result.metrics, len(data.train))
-            say(describe_end(trainer.state, training_args, data_args.validation_file))
-        if trainer.stop.agreed:
-            close_reports(trainer)
-            leave(128 + trainer.stop.agreed, describe_stop(trainer.stop.agreed, trainer.state, training_args))
-        release_run(training_args.output_dir)
+    if trains:
+        train_to_end(trainer, model, data, data_args, session, record, resume_from)
 
     # ------------------------------------------------------------------ 8. Evaluate and score
     if training_args.do_eval:

@@ -51,29 +51,21 @@ if __name__ == "__main__":  # --help and mistakes are answered now: torch and tr
 
 from transformers.utils import logging
 
-from checkpoint import choose_device, choose_dtype, load_model, load_tokenizer
+from checkpoint import choose_device, choose_dtype, load_model
 from data.encoding import encode_training
 from data.splits import read_split
-from tuning.methods import find_trained
-from tuning.session import check_base, open_base, resolve_session
+from tuning.session import open_run, session_of
 from tuning.signature import FEWEST_PROMPTS, sign_prompts, write_signature
 
 
 def main(argv):
     model_args, data_args, training_args, _ = parse_arguments([*NEEDED, *argv])
     logging.set_verbosity_error()
-    found, damaged = find_trained(model_args.ptuning_checkpoint)
-    for problem in damaged:
-        print(f"{problem} It is passed over.")
-    for checkpoint in found:
+    session = session_of(model_args, data_args, print)
+    for checkpoint in session.found:
         check_unsigned(checkpoint)
-    session = resolve_session(vars(model_args) | vars(data_args), found)
-    session.fill_flags(model_args, data_args)
     check_complete(model_args, data_args, training_args)
-    source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
-    config = open_base(session, data_args, training_args, **source, pre_seq_len=None)
-    check_base(session)
-    tokenizer = load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
+    config, tokenizer = open_run(session, model_args, data_args, training_args, pre_seq_len=None)
     rows, _ = read_split("train", data_args, training_args, tokenizer, encode_training, print)
     if len(rows) < FEWEST_PROMPTS:
         raise ValueError(f"There are {len(rows)} training rows, and a signature needs at least {FEWEST_PROMPTS}.")
@@ -85,9 +77,9 @@ def main(argv):
         session.do_train = True
         session.prepare(model)
     signature = sign_prompts(model.eval(), rows, tokenizer, session.sidecar(model.fingerprint))
-    for checkpoint in found:
+    for checkpoint in session.found:
         write_signature(signature, checkpoint)
-    print(f"Wrote {SIGNATURE_FILE} into {', '.join(map(str, found))}: --auto can choose it now.")
+    print(f"Wrote {SIGNATURE_FILE} into {', '.join(map(str, session.found))}: --auto can choose it now.")
 
 
 if __name__ == "__main__":

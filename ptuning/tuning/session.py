@@ -3,8 +3,8 @@
 Answers to the lines of the official `main.py` that read a configuration and set pre_seq_len and quantization_bit in
 it. Two steps, because a mistake in the flags is told before a model is looked for:
 
-    session = resolve_session(given, found)    flags that were given, and what the checkpoints say
-    open_base(session); check_base(session)    the folder of the base model, its configuration and bits
+    session = resolve_session(given, found)    flags that were given, and what the checkpoints say; of a run: session_of
+    open_base(session); check_base(session)    the folder of the base model, its configuration and bits; of a run: open_run
 
 The rules: a flag that was given counts, then the checkpoint, then the default. A flag that contradicts what the
 checkpoint has trained, or how its prompts were written, is an error. A complete checkpoint is its own base. Several prefixes take turns, several
@@ -18,11 +18,11 @@ from pathlib import Path
 
 from chatglm2.bits import check_quantization_bit
 from chatglm2.configuration_chatglm import ChatGLMConfig
-from checkpoint import family_of, read_config, resolve_folder
+from checkpoint import family_of, load_tokenizer, read_config, resolve_folder
 from checkpoints.ways import EFFICIENT_TUNING, METHOD_FLAGS, default_method
 from families import check_flags_of, check_same_family, check_template
 from tuning.method import Method
-from tuning.methods import METHODS, read_settings
+from tuning.methods import METHODS, find_trained, read_settings
 
 # What a checkpoint's sidecar remembers of the data, and what holds where neither a flag nor a sidecar says.
 DATA_FIELDS = {
@@ -48,7 +48,7 @@ class Session:
     quantization_bit: int | None  # 4 or 8 where a flag or the checkpoint asks for it; see `bits`
     settings: dict  # {flag of any method: value, or None where nothing decides it}
     data_fields: dict  # {name in DATA_FIELDS: value}
-    checkpoint: Path | None  # the last of those given
+    found: list  # checkpoint folders that were given
     checkpoints: list  # folders to load onto the base, one after the other
     saved: dict  # all that the last checkpoint says of itself
     do_train: bool = False
@@ -60,6 +60,11 @@ class Session:
     config: ChatGLMConfig | None = None
     model_family: str | None = None  # the flag; then the name of the one it is
     bits: int | None = None  # of the weights that will be used, the folder's own included
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last of the checkpoint folders that were given."""
+        return self.found[-1] if self.found else None
 
     @property
     def own_settings(self) -> dict:
@@ -172,7 +177,7 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
         quantization_bit=holds["quantization_bit"],
         settings={name: holds[name] for name in METHOD_FLAGS},
         data_fields={name: default if holds[name] is None else holds[name] for name, default in defaults.items()},
-        checkpoint=checkpoint,
+        found=found,
         checkpoints=method.to_load(saved.get("checkpoints", [])),
         saved=saved,
         do_train=do_train,
@@ -181,6 +186,29 @@ def resolve_session(given: dict, found: list, *, do_train=False, resumes=False) 
         model_family=given.get("model_family"),
         decided_by={name: decider(flags.get(name), told.get(name)) for name in ("finetuning_type", *holds)},
     )
+
+
+def session_of(model_args, data_args, say, *, do_train=False, resumes=False) -> Session:
+    """The Session of the flags of a run, which hold from now on what it says.
+
+    `say` is told of checkpoints that are passed over. Raises as find_trained and resolve_session.
+    """
+    found, damaged = find_trained(model_args.ptuning_checkpoint)
+    for problem in damaged:
+        say(f"{problem} It is passed over.")
+    session = resolve_session(vars(model_args) | vars(data_args), found, do_train=do_train, resumes=resumes)
+    session.fill_flags(model_args, data_args)
+    return session
+
+
+def open_run(session: Session, model_args, data_args, training_args, **shape):
+    """(configuration, tokenizer) of a run's base model; `shape` is that of its prefix. Raises as open_base and
+    check_base."""
+    source = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+    source["weights"] = not data_args.check_data
+    config = open_base(session, data_args, training_args, **source, **shape)
+    check_base(session)
+    return config, load_tokenizer(session.folder, config, prompt_template=data_args.prompt_template)
 
 
 def open_base(session: Session, *groups, revision=None, cache_dir=None, weights=True, **overrides) -> ChatGLMConfig:

@@ -367,7 +367,7 @@ def test_one_ctrl_c_that_arrives_twice_counts_once(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_before_training_leaves_without_a_trace(run, tmp_path):
-    before = "import main, os\nmain.load_tokenizer = lambda *args, **more: os.kill(os.getpid(), 15)"
+    before = "import main, os\nmain.open_run = lambda *args, **more: os.kill(os.getpid(), 15)"
     statuses, output = run(tmp_path / "run", before=before)
     assert statuses == [143]
     assert output.splitlines()[-1] == "Stopped by SIGTERM." and "Traceback" not in output
