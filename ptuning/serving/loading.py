@@ -4,8 +4,9 @@ import contextlib
 import gc
 from pathlib import Path
 
-from checkpoint import choose_device, choose_dtype, load_model, load_tokenizer, warn_of_other_base
+from checkpoint import choose_device, choose_dtype, load_model, load_tokenizer
 from checkpoints.placing import describe_places
+from checkpoints.prefix import warn_of_other_base
 from checkpoints.run_folder import list_checkpoints, names_in
 from common.flags import check_ranges
 from common.messages import dtype_name

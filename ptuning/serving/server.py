@@ -27,8 +27,8 @@ import torch
 
 from chatglm2.generation import Batch, choose
 from chatglm2.prefix_encoder import PrefixEncoder
-from checkpoint import fill_prefix_encoder, read_prefix_settings
 from checkpoints.file_names import SIGNATURE_FILE
+from checkpoints.prefix import fill_prefix_encoder, read_prefix_settings
 from checkpoints.run_folder import check_holds, list_checkpoints
 from checkpoints.sidecar import read_sidecar
 from common.messages import dtype_name

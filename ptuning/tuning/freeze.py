@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import family_of, warn_of_other_base
+from checkpoint import family_of
 from checkpoints.file_names import FINETUNING_FILE, TENSORS_FILE
+from checkpoints.prefix import warn_of_other_base
 from checkpoints.run_folder import check_holds
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import read_json

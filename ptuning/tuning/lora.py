@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from chatglm2.quantization import QuantizedLinear
-from checkpoint import warn_of_other_base
+from checkpoints.prefix import warn_of_other_base
 from checkpoints.ways import ADAPTER_FILES
 from checkpoints.weight_files import check_trained, read_tensors
 from common.files import read_json

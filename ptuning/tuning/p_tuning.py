@@ -1,6 +1,6 @@
 """p_tuning: a prefix of trained keys and values in front of every layer. The prefix itself is chatglm2/prefix_encoder.py."""
 
-from checkpoint import load_prefix, read_prefix_settings, save_prefix
+from checkpoints.prefix import load_prefix, read_prefix_settings, save_prefix
 from tuning.method import Method, named
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from chatglm2.prefix_encoder import PrefixEncoder
-from checkpoint import fill_prefix_encoder
+from checkpoints.prefix import fill_prefix_encoder
 from checkpoints.sidecar import read_sidecar
 from checkpoints.ways import SWAPPED
 from tuning.lora import adapter_layers, add_adapter, read_adapter
