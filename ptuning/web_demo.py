@@ -210,7 +210,7 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
         i18n,
         FILES,
         TEXTS,
-        middleware=[Middleware(BodyLimit), Middleware(OwnPartsOnly), *login],
+        middleware=[Middleware(BodyLimit, whole_text=True), Middleware(OwnPartsOnly), *login],
         server_name=server_name,
         server_port=server_port,
         share=share,

@@ -124,7 +124,7 @@ class Bodies:
     """ASGI middleware: bodies of at most 1 MiB, but uploads as long as the disk has room for them."""
 
     def __init__(self, app, output: Path):
-        self.app, self.bounded, self.output = app, BodyLimit(app), output
+        self.app, self.bounded, self.output = app, BodyLimit(app, whole_text=True), output
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or path_in(scope) != "gradio_api/upload":

@@ -8,6 +8,8 @@ environment variable; without it everybody behind a proxy is one client.
 import asyncio
 import contextlib
 import ipaddress
+import json
+import re
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -27,6 +29,7 @@ FREE_TRIES = 5  # wrong passwords or keys before the first wait
 LONGEST_WAIT = 900.0  # seconds
 MAX_REMEMBERED = 10_000  # clients whose wrong tries are counted
 CLOSE = {"Connection": "close"}  # header
+HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\0")  # what half a surrogate pair may be spelled with in JSON
 
 
 # ---- shares
@@ -112,11 +115,22 @@ def error_response(status, message, headers=None, code=None):
     return JSONResponse(body, status, headers=headers)
 
 
-class BodyLimit:
-    """ASGI middleware: reads the body whole first; 413 for one over 1 MiB, 408 after BODY_SECONDS."""
+def holds_half_characters(body: bytes) -> bool:
+    """True for JSON with half a surrogate pair in it, which no browser sends: no text in UTF-8 can hold that."""
+    try:
+        return bool(HALF.search(body)) and not json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # other faults are for those who read it
+        return isinstance(error, UnicodeEncodeError)
 
-    def __init__(self, app):
-        self.app = app
+
+class BodyLimit:
+    """ASGI middleware: reads the body whole first; 413 for one over 1 MiB, 408 after BODY_SECONDS.
+
+    With `whole_text` 400 for JSON whose text could not be answered: gradio sends back what it was sent.
+    """
+
+    def __init__(self, app, whole_text=False):
+        self.app, self.whole_text = app, whole_text
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -131,6 +145,8 @@ class BodyLimit:
         if size > MAX_BODY_BYTES:
             message = f"The request is longer than {MAX_BODY_BYTES:,} bytes."
             return await error_response(413, message, CLOSE)(scope, receive, send)
+        if self.whole_text and holds_half_characters(body):
+            return await error_response(400, "The text holds half a surrogate pair.")(scope, receive, send)
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay():

@@ -290,6 +290,30 @@ def test_a_body_is_bounded_and_an_upload_must_say_its_length(door):
     assert status(door, "POST", "/gradio_api/upload", body=b"x" * 2**21) == 200
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'"\\ud800"',
+        b'"\\uDC00\\uD83D"',
+        b'{"\\udfff": 1}',
+        b'"\xed\xa0\x80"',
+        '"\ud800"'.encode("utf-16", "surrogatepass"),
+    ],
+)
+def test_half_a_character_is_refused_before_anything_answers_with_it(door, text):
+    code, answer = call(
+        door[0], "POST", "/gradio_api/run/predict", b'{"data": [' + text + b"]}" if text[:1] in b'"{' else text
+    )
+    assert code == 400 and answer["error"]["message"] == "The text holds half a surrogate pair."
+
+
+@pytest.mark.parametrize(
+    "text", [b'"\\ud83d\\ude00"', '"\U0001f600"'.encode(), rb'"\\ud800"', b"\\ud800", b"\0"], ids=repr
+)
+def test_whole_characters_and_what_is_no_json_come_through(door, text):
+    assert status(door, "POST", "/gradio_api/run/predict", body=text) == 200
+
+
 def test_an_upload_that_would_fill_the_disk_is_refused(door, monkeypatch):
     monkeypatch.setattr("board.doors.shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
     assert status(door, "POST", "/gradio_api/upload", body=b"x") == 507
