@@ -25,7 +25,7 @@ from board.commands import (
     training_command,
 )
 from board.estimate import ask, free_memory
-from board.files import PROJECT, columns_of, files_in, guessed, keep_upload, plain_text, shown_path
+from board.files import COLUMNS, PROJECT, columns_of, files_in, guessed, keep_upload, plain_text, shown_path
 from board.runs import message_in
 from board.starting import output_of
 from board.words import words_for
@@ -164,9 +164,7 @@ class Choices:
         counted = words["row" if count == 1 else "rows"].format(count="?" if count is None else f"{count:,}")
         text = show.said(counted) + show.table(columns[:8], rows, words["file"])
         choices = [(words["none"], ""), *((column, column) for column in columns)]
-        dropdowns = [
-            gr.update(choices=choices, value=likely[kind]) for kind in ("prompt", "response", "history", "messages")
-        ]
+        dropdowns = [gr.update(choices=choices, value=likely[kind]) for kind in COLUMNS]
         looked = {
             "file": shown_path(found["train"]),
             "dev": shown_path(found["dev"]) if "dev" in found else "",
@@ -202,15 +200,10 @@ class Choices:
         """(what is missing, the sources now, the folder of rows, the dev file, the share of dev rows)."""
         if not isinstance(looked, dict) or not looked.get("file"):
             return [show.said(words["look_first"], "bad"), *[gr.skip()] * 4]
-        columns = {
-            "prompt": prompt or "",
-            "response": response or "",
-            "history": history or "",
-            "messages": messages or "",
-        }
         if not prompt and not messages:
             return [show.said(words["columns_missing"], "bad"), *[gr.skip()] * 4]
-        source = {"path": looked["file"], **columns, "share": str(share or "")}
+        columns = [column or "" for column in (prompt, response, history, messages)]
+        source = {"path": looked["file"], **dict(zip(COLUMNS, columns, strict=True)), "share": str(share or "")}
         if adds:
             return ["", [*(sources or []), source][:8], "", gr.skip(), gr.skip()]
         dev = looked["dev"]
@@ -221,7 +214,7 @@ class Choices:
         words = said_in(request)
         if not sources:
             return show.said(words["chosen_none"], "plain")
-        keys = ("path", "prompt", "response", "history", "messages", "share")
+        keys = ("path", *COLUMNS, "share")
         rows = [[source.get(key, "") for key in keys] for source in sources if isinstance(source, dict)]
         titles = [words["file"], *(words[key] for key in keys[1:])]
         return show.said(words["chosen"], "plain") + show.table(titles, rows, words["chosen"])

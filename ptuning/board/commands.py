@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arguments import flags_of_main, parse_flags
-from board.files import MAX_SOURCES, OUTPUT, PROJECT, Roots, files_in, link_rows, plain_text, run_name, shown_path
+from board.files import (
+    COLUMNS,
+    MAX_SOURCES,
+    OUTPUT,
+    PROJECT,
+    Roots,
+    files_in,
+    link_rows,
+    plain_text,
+    run_name,
+    shown_path,
+)
 from chatglm2.bits import SUPPORTED_BITS
 from checkpoints.sidecar import finetuning_type, read_sidecar
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
@@ -52,6 +63,8 @@ EMPTY = {
     "name": "",
     "extra": "",
 }
+
+
 OFFICIAL = {
     "steps": "3000",
     "batch": "1",
@@ -156,7 +169,7 @@ def checked_settings(values: dict) -> dict:
     sources = settings["sources"]
     if not isinstance(sources, list) or len(sources) > MAX_SOURCES:
         raise ValueError(f"sources: expected a list of at most {MAX_SOURCES} files of rows.")
-    keys = ("path", "prompt", "response", "history", "messages", "share")
+    keys = ("path", *COLUMNS, "share")
     checked = []
     for source in sources:
         if not isinstance(source, dict) or not source.get("path"):
@@ -298,24 +311,30 @@ def data_words(settings, variables, roots, output):
         if not path.is_file():
             raise FileNotFoundError(f"{source['path']} does not exist; choose the file of rows again.")
         source["path"] = str(path)
-        for kind in ("prompt", "response", "history", "messages"):
-            if source[kind].startswith("-"):
-                raise ValueError(f"The column {source[kind]!r} begins with -, as flags do. Rename it in the file.")
+        check_columns(source)
     if not folder or len(sources) > 1 or not holds(folder, Path(sources[0]["path"]), dev):
         folder = link_rows([{key: source[key] for key in source if key != "share"} for source in sources], dev, output)
     variables["DATA"] = shown_path(folder)
-    first = sources[0]
-    for kind in ("prompt", "response", "history"):
-        if first[kind]:
-            variables[f"{kind.upper()}_COLUMN"] = first[kind]
-    words = []
-    if len(sources) > 1:
-        words += ["--dataset", ",".join("abcdefgh"[: len(sources)]), "--dataset_dir", shown_path(folder)]
-        if any(source["share"] for source in sources):
-            words += ["--mix_ratios", ",".join(source["share"] or "1" for source in sources)]
-    elif first["messages"]:
-        words += ["--messages_column", first["messages"]]
+    words = name_columns(sources[0], variables)
+    if len(sources) == 1:
+        return words
+    words = ["--dataset", ",".join("abcdefgh"[: len(sources)]), "--dataset_dir", shown_path(folder)]
+    if any(source["share"] for source in sources):
+        words += ["--mix_ratios", ",".join(source["share"] or "1" for source in sources)]
     return words
+
+
+def check_columns(columns: dict) -> None:
+    """ValueError for a name of a column that a script would take for a flag."""
+    for kind in COLUMNS:
+        if columns[kind].startswith("-"):
+            raise ValueError(f"The column {columns[kind]!r} begins with -, as flags do. Rename it in the file.")
+
+
+def name_columns(columns: dict, variables: dict) -> list[str]:
+    """The words that name the column of dialogues; `variables` get those of the others."""
+    variables |= {f"{kind.upper()}_COLUMN": columns[kind] for kind in COLUMNS[:3] if columns[kind]}
+    return ["--messages_column", columns["messages"]] if columns["messages"] else []
 
 
 def holds(folder, train, dev):
@@ -377,10 +396,11 @@ def method_of(folder: Path) -> str:
     return DEFAULT_METHOD
 
 
-def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: Roots) -> Command:
+def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: Roots, columns=("",) * 4) -> Command:
     """The command that answers dev rows with a checkpoint of the run in a folder, or with all.
 
-    `data` is a file of rows, or a folder with dev.json; empty means the rows of the run.
+    `data` is a file of rows, or a folder with dev.json; empty means the rows of the run. `columns` are what COLUMNS are
+    called there; an empty one is called as in training.
     """
     step = plain_text(step, "The checkpoint", 20)
     if not re.fullmatch(r"|\d{1,9}|best|last|all", step):
@@ -395,11 +415,13 @@ def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: R
         chosen["DATA"] = variables["DATA"]
     if "NUM_GPUS" in variables:
         chosen["NUM_GPUS"] = variables["NUM_GPUS"]
-    words = []
+    named = {kind: plain_text(column, "The column") for kind, column in zip(COLUMNS, columns, strict=True)}
+    check_columns(named)
+    words = name_columns(named, chosen)
     if rows := plain_text(rows, "The number of rows", 9):
         if not re.fullmatch(r"[1-9]\d*", rows):
             raise ValueError(f"The number of rows is {rows!r}; expected a whole number above 0.")
-        words = ["--max_predict_samples", rows]
+        words += ["--max_predict_samples", rows]
     return Command(["bash", script], chosen, words)
 
 

@@ -173,13 +173,15 @@ class Page(Choices):
     # ---- evaluating
 
     @telling
-    def evaluate(self, request: gr.Request, name, step, data, rows):
-        """Start evaluate.sh for the run that is shown."""
+    def evaluate(self, request: gr.Request, name, step, data, rows, prompt="", response="", history="", messages=""):
+        """Start evaluate.sh for the run that is shown; the last four are the names of columns."""
         folder = self.folder(name)
         variables = read_run(folder).variables
         if variables.get("DEV_RATIO") and not data:
             return show.said(said_in(request)["held_out"].format(name=name), "bad")
-        command = evaluation_command(folder, step or "", data, rows, variables, self.roots)
+        command = evaluation_command(
+            folder, step or "", data, rows, variables, self.roots, (prompt, response, history, messages)
+        )
         self.starter.start(folder, "evaluate", command)
         return ""
 

@@ -26,6 +26,7 @@ MAX_UPLOAD_BYTES = 2**30
 MOST_READ_BYTES = 2**26  # of a file, to show its rows
 MAX_SOURCES = 8  # files of rows in one run
 MAX_COLUMNS = 100
+COLUMNS = ("prompt", "response", "history", "messages")  # that a visitor names; the scripts' are these and query
 FIRST_ROWS = 20  # whose columns are offered
 ENDINGS = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz")  # that the scripts look for
 RUN_NAME = re.compile(r"[A-Za-z0-9\u4e00-\u9fff][\w.+\u4e00-\u9fff-]{0,99}")
@@ -178,12 +179,7 @@ def link_rows(sources: list[dict], dev: Path | None, output: Path | None = None)
         for letter, source in zip("abcdefgh", sources, strict=False):
             name = f"{letter}{ending_of(Path(source['path']))}"
             place_file(folder / name, source["path"])
-            entries[letter] = {
-                "file_name": name,
-                "columns": {
-                    kind: source[kind] for kind in ("prompt", "response", "history", "messages") if source[kind]
-                },
-            }
+            entries[letter] = {"file_name": name, "columns": {kind: source[kind] for kind in COLUMNS if source[kind]}}
         write_json(folder / DATASET_INFO_FILE, entries)
     for name, target in links.items():
         place_link(folder / name, Path(target).resolve())

@@ -8,6 +8,7 @@ import gradio as gr
 from board.choosing import NAMES
 from board.commands import EMPTY, PRESETS, STAGES, known_flags
 from board.events import Page
+from board.files import COLUMNS
 from board.words import TEXTS
 from checkpoints.ways import DEFAULT_METHOD, TRAINED
 from common.messages import cut_short
@@ -90,7 +91,7 @@ def build(page: Page):
                     upload = gr.UploadButton(i18n("upload"), size="md", scale=0, min_width=110, elem_id="upload")
                 found = html("found")
                 with gr.Row():
-                    columns = [choose(name, []) for name in ("prompt", "response", "history", "messages")]
+                    columns = [choose(name, []) for name in COLUMNS]
                 with gr.Row():
                     use, add = button("use", variant="primary"), button("add")
                     share = gr.Textbox(label=i18n("share"), max_lines=1, max_length=20, elem_id="share", min_width=150)
@@ -162,6 +163,18 @@ def build(page: Page):
                     data = gr.Textbox(
                         label=i18n("eval_data"), max_lines=1, max_length=500, elem_id="eval-data", min_width=150
                     )
+                with gr.Row():
+                    called = [
+                        gr.Textbox(
+                            label=i18n(name),
+                            placeholder=i18n("as_trained"),
+                            max_lines=1,
+                            max_length=500,
+                            elem_id=f"eval-{name}",
+                            min_width=150,
+                        )
+                        for name in COLUMNS
+                    ]
                 with gr.Row():
                     evaluate = button("evaluate", variant="primary")
                     end_evaluation = gr.Button(
@@ -259,7 +272,7 @@ def build(page: Page):
         go_on.click(page.go_on, [run, *fields], [run_said], **QUICK).then(**looking)
         adopt.click(page.adopt, [run], [run_said], **QUICK).then(**looking)
 
-        evaluate.click(page.evaluate, [run, step, data, rows], [evaluate_said], **QUICK).then(**looking)
+        evaluate.click(page.evaluate, [run, step, data, rows, *called], [evaluate_said], **QUICK).then(**looking)
         end_evaluation.click(lambda name: page.stop_job(name, "evaluate"), [run], [evaluate_said], **QUICK)
         compare.click(page.compare, [compared], [comparison], **LONG)
         open_chat.click(page.open_chat, [run, chat_step], [chat_said], **LONG).then(**looking)

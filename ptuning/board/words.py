@@ -177,6 +177,7 @@ WORDS = {  # name -> English, Chinese
         "File of rows, or folder with dev.json (empty: as in training)",
         "数据文件或含 dev.json 的文件夹（空：与训练相同）",
     ),
+    "as_trained": ("as in training", "与训练相同"),
     "evaluate": ("Evaluate", "评估"),
     "evaluating": ("Evaluating {name} …", "正在评估 {name}……"),
     "held_out": (

@@ -234,6 +234,11 @@ def test_an_evaluation_and_an_export_name_the_run_and_its_checkpoint(tmp_path):
         "MODEL=tiny CHECKPOINT=mine STEP=3 QUANTIZATION_BIT= DATA=AdvertiseGen/sample bash evaluate.sh "
         "--max_predict_samples 8"
     )
+    other = evaluation_command(run, "3", str(SAMPLE), "8", {}, ROOTS, ("问", "答", None, "对话"))
+    assert (other.variables["PROMPT_COLUMN"], other.variables["RESPONSE_COLUMN"]) == ("问", "答")
+    assert other.words == ["--messages_column", "对话", "--max_predict_samples", "8"]
+    with pytest.raises(ValueError, match="begins with -"):
+        evaluation_command(run, "3", "", "", {}, ROOTS, ("--help", "", "", ""))
     words = export_command(run, "3", "", tmp_path / "out").words
     assert words == ["--ptuning_checkpoint", f"{run}/checkpoint-3", "--output_dir", f"{tmp_path}/out"]
     (tmp_path / "new").mkdir()
