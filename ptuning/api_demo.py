@@ -114,6 +114,19 @@ class JsonWithoutAType:
 # ---- waiting for answers without blocking
 
 
+@contextlib.contextmanager
+def refusing():
+    """Around what a server may refuse: HTTPException 429 or 400 in place of its own errors."""
+    try:
+        yield
+    except Busy as error:
+        raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
+    except TooLong as error:
+        raise PromptTooLong(error) from error
+    except (ValueError, OSError) as error:
+        raise HTTPException(400, str(error)) from error
+
+
 class Pending:
     """The answers of one request: submitted together, cancelled together."""
 
@@ -136,30 +149,20 @@ class Pending:
             with self.server.preparing(self.client):
                 return encode()
 
-        try:
+        with refusing():
             return await run_sync(tokenize, limiter=limiter)
-        except Busy as error:
-            raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
-        except TooLong as error:
-            raise PromptTooLong(error) from error
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
 
     async def submit(self, token_ids, model, samplings):
-        """HTTPException 404, 400 or 429 where the request cannot be taken."""
+        """HTTPException 400 or 429 where the request cannot be taken."""
         how = {"model": model, "notify": self.notify, "client": self.client}
         try:
-            for sampling in samplings:  # on a thread: a prefix may have to be read first
-                self.answers.append(await run_in_threadpool(self.server.submit, token_ids, sampling=sampling, **how))
-        except Busy as error:
+            with refusing():
+                for sampling in samplings:  # on a thread: a prefix may have to be read first
+                    answer = await run_in_threadpool(self.server.submit, token_ids, sampling=sampling, **how)
+                    self.answers.append(answer)
+        except HTTPException:
             self.cancel()
-            raise HTTPException(429, str(error), {"Retry-After": "5"}) from error
-        except TooLong as error:
-            self.cancel()
-            raise PromptTooLong(error) from error
-        except (ValueError, OSError) as error:
-            self.cancel()
-            raise HTTPException(400, str(error)) from error
+            raise
 
     async def changes(self):
         """Yield after every change until all have ended; ends early, and cancels, when the client has gone."""
