@@ -83,7 +83,6 @@ def is_loopback(name):
 if __name__ == "__main__":  # --help and mistakes are answered now: gradio takes seconds to load
     look_first(parse_arguments, sys.argv[1:])
 
-import gradio as gr
 from starlette.middleware import Middleware
 
 from board.chat import Chat
@@ -93,9 +92,8 @@ from board.files import MAX_UPLOAD_BYTES, OUTPUT, UPLOADS, Roots
 from board.page import build
 from board.starting import Starter
 from board.words import TEXTS
-from common.environment import before_page, before_uploads
-from serving.limits import Attempts, LoginLimit
-from serving.opening import open_page
+from common.environment import before_uploads
+from serving.opening import address_of, open_page, prepare_page
 
 FILES = Path(__file__).parent / "board"  # page.css and page.js
 AT_ONCE = 16  # questions of browsers that are answered at the same time
@@ -107,7 +105,6 @@ def launch(page, *, server_name="127.0.0.1", server_port=7870, auth=None):
     (output / UPLOADS).mkdir(parents=True, exist_ok=True)
     before_uploads(str(output / UPLOADS / ".incoming"))
     blocks, i18n = build(page)
-    login = [Middleware(LoginLimit, Attempts())] if auth else []
     blocks.queue(api_open=False, max_size=64, default_concurrency_limit=AT_ONCE)
     open_page(
         blocks,
@@ -116,7 +113,6 @@ def launch(page, *, server_name="127.0.0.1", server_port=7870, auth=None):
         TEXTS,
         middleware=[
             Middleware(OwnSiteOnly, not auth, output),
-            *login,
             Middleware(ChatDoor, page.chat),
             Middleware(Bodies, output),
         ],
@@ -132,18 +128,11 @@ def launch(page, *, server_name="127.0.0.1", server_port=7870, auth=None):
 
 def main(argv):
     args = parse_arguments(argv)
-    if not gr.__version__.startswith("6."):
-        raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
-    if proxies := before_page():
-        print(f"{', '.join(proxies)} is set; connections to this machine itself go around it.")
+    prepare_page()
     roots = Roots(args.root)
     page = Page(roots, Starter(OUTPUT), Chat(OUTPUT / UPLOADS / "chat.log"))
-    everyone = args.server_name in ("0.0.0.0", "::")
     launch(page, server_name=args.server_name, server_port=args.server_port, auth=args.auth)
-    print(
-        f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends; runs go on)",
-        flush=True,
-    )
+    print(f"Open {address_of(args)}  (Ctrl-C ends; runs go on)", flush=True)
     told = []
     catch_signals(lambda number, frame: told.append(number))
     while not told:

@@ -47,11 +47,19 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from checkpoint import choose_device
-from common.environment import before_page
-from serving.limits import END_SECONDS, Attempts, BodyLimit, LoginLimit
+from serving.limits import END_SECONDS, BodyLimit
 from serving.loading import opened_server
 from serving.markdown import LATEX_DELIMITERS
-from serving.opening import open_page
+from serving.opening import (
+    ALLOWED,
+    address_of,
+    is_for_everyone,
+    keep_theme,
+    open_page,
+    path_in,
+    prepare_page,
+    translations,
+)
 from serving.page_events import SIDES, Page, first_mode, modes_of
 from serving.page_examples import examples_of
 from serving.page_kept import COLUMNS, FeedbackFile, empty
@@ -64,9 +72,7 @@ FILES = Path(__file__).parent / "serving"  # page.css and page.js
 
 def build(server, feedback=None):
     """The page of a ChatServer as gr.Blocks, and its translations; thumbs are written to a FeedbackFile."""
-    chinese = {code: TEXTS["zh-CN"] for code in ("zh", "zh-CN", "zh-TW", "zh-HK")}
-    i18n = gr.I18n(en=TEXTS["en"], **chinese)
-    page = Page(server, feedback)
+    i18n, page = translations(TEXTS), Page(server, feedback)
     has_prefix = server.default != server.base
     longest = min(32768, server.model.config.seq_length)
     chosen = {"max_new_tokens": 8192, "top_p": 0.8, "temperature": 0.95, **server.sampling}
@@ -167,19 +173,11 @@ def build(server, feedback=None):
         checkpoint.input(page.choose, [checkpoint], [status], **quick)
         kept.change(None, [kept], None, js="(kept) => window.onKept?.(kept)", **browser)
         export.click(None, None, None, js="() => window.saveConversation()", **browser)
-        dark = "document.body.classList.toggle('dark'"
-        theme.click(None, None, [look], js=f"() => {dark}) ? 'dark' : 'light'", **browser)
-        blocks.load(None, [look], None, js=f"(look) => {{ if (look) {dark}, look === 'dark') }}", **browser)
+        keep_theme(blocks, theme, look, **browser)
         blocks.load(page.opened, [kept], [checkpoint, mode, *chats, box, status, kept], **quick)
         blocks.unload(page.close)
         gr.api(page.chat, api_name="chat", concurrency_limit=None)
     return blocks, i18n
-
-
-# All that the page itself asks of gradio; the rest, files, uploads and calls by name among it, is not there.
-ALLOWED = (
-    "queue/join queue/data run/predict heartbeat startup-events theme.css user login_check token info app_id".split()
-)
 
 
 class OwnPartsOnly:
@@ -191,7 +189,7 @@ class OwnPartsOnly:
     async def __call__(self, scope, receive, send):
         app = self.app
         if scope["type"] == "http":
-            path = scope["path"].removeprefix(scope.get("root_path", "")).strip("/")  # as gradio's router reads it
+            path = path_in(scope)
             name = path.removeprefix("gradio_api/")
             known = name in ALLOWED or name.startswith("heartbeat/")
             if path.startswith("monitoring") or path != name and not known:
@@ -203,14 +201,13 @@ def launch(server, *, server_name="127.0.0.1", server_port=7860, share=False, au
     """Open the page; returns the gr.Blocks, to close() where `block` is false."""
     blocks, i18n = build(server, feedback)
     at_once = server.max_batch + server.max_queue
-    login = [Middleware(LoginLimit, Attempts())] if auth else []
     blocks.queue(api_open=False, max_size=4 * at_once, default_concurrency_limit=at_once)
     open_page(
         blocks,
         i18n,
         FILES,
         TEXTS,
-        middleware=[Middleware(BodyLimit, whole_text=True), Middleware(OwnPartsOnly), *login],
+        middleware=[Middleware(BodyLimit, whole_text=True), Middleware(OwnPartsOnly)],
         server_name=server_name,
         server_port=server_port,
         share=share,
@@ -247,21 +244,15 @@ def wait_for_the_end(server):
 
 def main(argv):
     args = parse_arguments(argv)
-    if not gr.__version__.startswith("6."):
-        raise ValueError(f"gradio 6 is needed and {gr.__version__} is installed. Run: pip install -r requirements.txt")
-    if proxies := before_page():
-        print(f"{', '.join(proxies)} is set; connections to this machine itself go around it.")
+    prepare_page()
     if choose_device() == "cpu":
         print(
             "No GPU is visible: answers are computed on the CPU, which is slow for a model of this family's full size."
         )
     feedback = FeedbackFile(args.feedback) if args.feedback else None
-    everyone = args.server_name in ("0.0.0.0", "::")
     with opened_server(args) as server:
-        print(
-            f"Open http://{'127.0.0.1' if everyone else args.server_name}:{args.server_port}  (Ctrl-C ends)", flush=True
-        )
-        if (everyone or args.share) and not args.auth:
+        print(f"Open {address_of(args)}  (Ctrl-C ends)", flush=True)
+        if (is_for_everyone(args) or args.share) and not args.auth:
             print(
                 "Everyone who can reach this machine can use the page. To restrict it: --auth user:password, or "
                 "HOST=127.0.0.1",

@@ -1,6 +1,6 @@
 """What happens when a visitor of the training page chooses: model, rows, settings. It says what they mean, and starts no run.
 
-Answers to nothing in the official scripts. events.py has what happens to runs.
+events.py has what happens to runs.
 """
 
 from __future__ import annotations
@@ -28,18 +28,13 @@ from board.estimate import ask, free_memory
 from board.files import COLUMNS, PROJECT, columns_of, files_in, guessed, keep_upload, plain_text, shown_path
 from board.runs import message_in
 from board.starting import output_of
-from board.words import words_for
+from board.words import said_in
 from common.failure import WrongFlags, describe
 from common.files import read_json
 from common.messages import in_words
 from families import BY_NAME, SUPPORTED, base_family, told_families
 
 NAMES = tuple(EMPTY)  # the order in which every handler gets the settings; `sources` are a list
-
-
-def said_in(request) -> dict:
-    """The texts in the language of a visitor's browser."""
-    return words_for(request.headers.get("accept-language", ""))
 
 
 def told(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """What of the page's program a browser may reach: own pages only, from its own site only, in bounded pieces.
 
-Answers to nothing in the official scripts. The page starts processes, so that a page of somebody else, open in the same
-browser, must not be able to press its buttons: neither by a form of its own (its Origin is another one) nor by a name that
-it lets point to this machine (its Host is another one).
+The page starts processes, so that a page of somebody else, open in the same browser, must not be able to press its
+buttons: neither by a form of its own (its Origin is another one) nor by a name that it lets point to this machine (its
+Host is another one).
 """
 
 from __future__ import annotations
@@ -18,27 +18,12 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 
 from board.files import MAX_UPLOAD_BYTES
 from serving.limits import BodyLimit
+from serving.opening import ALLOWED, path_in
 
-# All that the page asks of gradio.
-ALLOWED = "queue/join queue/data run/predict heartbeat startup-events theme.css user login_check token info app_id upload".split()
 CHAT = "chat"  # below this path the chat's own page is shown
 SPARE_BYTES = 2**30  # that an upload leaves free on the disk, for checkpoints
-HOP = {
-    "connection",
-    "keep-alive",
-    "transfer-encoding",
-    "te",
-    "trailer",
-    "upgrade",
-    "proxy-authorization",
-    "content-length",
-}
+HOP = set("connection keep-alive transfer-encoding te trailer upgrade proxy-authorization content-length".split())
 NOT_FOR_CHAT = HOP | {"cookie", "origin", "referer", "authorization", "accept-encoding"}
-
-
-def path_in(scope) -> str:
-    """The path of a request as gradio's router reads it."""
-    return scope["path"].removeprefix(scope.get("root_path", "")).strip("/")
 
 
 def header(scope, name: str) -> str:
@@ -94,7 +79,7 @@ class OwnSiteOnly:
         name = path.removeprefix("gradio_api/")
         if path != name and name.startswith("file="):
             return None if self.may_serve(name.removeprefix("file=")) else PlainTextResponse("No such file.", 404)
-        known = name in ALLOWED or name.startswith("heartbeat/")
+        known = name in (*ALLOWED, "upload") or name.startswith("heartbeat/")
         if path.startswith(("monitoring", "file=", "file/")) or (path != name and not known):
             return PlainTextResponse("This page has no such part.", 404)
         return None

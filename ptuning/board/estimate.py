@@ -1,7 +1,6 @@
 """The memory that a run or a chat would take, before it starts: the programs' own estimate, for a model without storage.
 
-Answers to nothing in the official scripts. The page loads no torch and takes no GPU: memory_of runs in a process of its
-own (`ask`), which ends with its answer.
+The page loads no torch and takes no GPU: memory_of runs in a process of its own (`ask`), which ends with its answer.
 """
 
 import contextlib

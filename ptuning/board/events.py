@@ -1,6 +1,6 @@
 """What happens when a visitor of the training page looks at runs, starts, stops, evaluates or exports one, or opens the chat.
 
-Answers to nothing in the official scripts. Nothing here remembers a run: every answer is read from files anew.
+Nothing here remembers a run: every answer is read from files anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gradio as gr
 
 from board import show
 from board.chat import Refused, check_room, outstanding_bytes
-from board.choosing import Choices, said_in, settings_of, telling, told
+from board.choosing import Choices, settings_of, telling, told
 from board.commands import (
     TINY,
     Command,
@@ -30,16 +30,14 @@ from board.estimate import ask, free_memory, held_by, with_children
 from board.files import PROJECT, free_name, run_name, shown_path
 from board.runs import MOST_RUNS, RUNNING, answers_of, log_tail, message_in, read_run, results_of, tail_of
 from board.starting import is_alive, log_file, output_of, read_record, runs_in, stop, writing_process
+from board.words import said_in
+from common.languages import is_chinese
 from common.messages import cut_short, in_words
 from families import FAMILY_KEY
 
 MOST_PAGE_BYTES = 16 * 2**20  # of a comparison
 MOST_COMPARED = 8
 ROWS_SHOWN = 20
-
-
-def is_chinese(request) -> bool:
-    return request.headers.get("accept-language", "").lower().startswith("zh")
 
 
 class Page(Choices):

@@ -1,7 +1,7 @@
 """Which paths the page may use, and where the rows lie that it trains on.
 
-Answers to nothing in the official scripts. A visitor's text becomes a path in one place, `Roots.checked`. Rows that the
-scripts would not find by their names are linked into a folder of their own, so a command from the page works in a terminal.
+A visitor's text becomes a path in one place, `Roots.checked`. Rows that the scripts would not find by their names are
+linked into a folder of their own, so a command from the page works in a terminal.
 """
 
 import contextlib

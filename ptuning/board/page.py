@@ -12,6 +12,7 @@ from board.files import COLUMNS
 from board.words import TEXTS
 from checkpoints.ways import DEFAULT_METHOD, TRAINED
 from common.messages import cut_short
+from serving.opening import keep_theme, translations
 
 SECONDS = 2  # between two looks at the files
 QUICK = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
@@ -30,8 +31,7 @@ SAVE = """(...values) => {
 
 def build(page: Page):
     """(the page as gr.Blocks, its translations)."""
-    chinese = {code: TEXTS["zh-CN"] for code in ("zh", "zh-CN", "zh-TW", "zh-HK")}
-    i18n = gr.I18n(en=TEXTS["en"], **chinese)
+    i18n = translations(TEXTS)
 
     def field(name, **more):
         """One line of text among the settings."""
@@ -279,9 +279,7 @@ def build(page: Page):
         end_chat.click(page.end_chat, None, [chat_said], **QUICK).then(**looking)
         export.click(page.export, [run, export_step, export_bits], [export_said], **QUICK).then(**looking)
 
-        dark = "document.body.classList.toggle('dark'"
-        theme.click(None, None, [look], js=f"() => {dark}) ? 'dark' : 'light'", **BROWSER)
-        blocks.load(None, [look], None, js=f"(look) => {{ if (look) {dark}, look === 'dark') }}", **BROWSER)
+        keep_theme(blocks, theme, look, **BROWSER)
         blocks.load(page.restore, [kept], fields, **QUICK).then(page.rows_chosen, [sources], [chosen], **QUICK).then(
             **refreshing
         ).then(**modelling)

@@ -1,8 +1,7 @@
 """What a run's folder says about the run: how far it is, its curves, how it ended and why. Files only.
 
-Answers to nothing in the official scripts. trainer_log.jsonl tells while a run goes on, web.json which process it is, and
-what the process has printed why it ended. Each may be damaged, half written or a stranger's: what cannot be read is not
-there.
+trainer_log.jsonl tells while a run goes on, web.json which process it is, and what the process has printed why it
+ended. Each may be damaged, half written or a stranger's: what cannot be read is not there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the page shows of runs, rows and answers, as HTML in which every text of others is escaped.
 
-Answers to nothing in the official scripts. The plots are SVG written here: they follow the page's theme and width, need no
-library of a megabyte in the browser, and are redrawn only when a number has changed.
+The plots are SVG written here: they follow the page's theme and width, need no library of a megabyte in the browser,
+and are redrawn only when a number has changed.
 """
 
 import html

@@ -1,7 +1,6 @@
-"""What the training page says, in English and Chinese.
+"""What the training page says, in English and Chinese."""
 
-Answers to nothing in the official scripts.
-"""
+from common.languages import by_language, in_language_of
 
 WORDS = {  # name -> English, Chinese
     "heading": ("# Train", "# 训练"),
@@ -221,9 +220,9 @@ WORDS = {  # name -> English, Chinese
     "error": ("Error", "出错"),
     "no_run_chosen": ("Choose a run first.", "请先选择任务。"),
 }
-TEXTS = {code: {name: texts[place] for name, texts in WORDS.items()} for place, code in enumerate(("en", "zh-CN"))}
+TEXTS = by_language(WORDS)
 
 
-def words_for(languages: str) -> dict:
-    """The texts in the first language of an Accept-Language header."""
-    return TEXTS["zh-CN" if languages.lower().startswith("zh") else "en"]
+def said_in(request) -> dict[str, str]:
+    """The texts in the language of a visitor's browser."""
+    return in_language_of(request, TEXTS)

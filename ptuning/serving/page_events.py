@@ -15,7 +15,7 @@ from serving.auto import AUTO
 from serving.limits import client_key
 from serving.markdown import as_markdown, literally
 from serving.page_kept import COLUMNS, CONVERSATIONS, bounded, checked, empty, is_turns, preference, to_ask
-from serving.page_words import words_for
+from serving.page_words import said_in
 from serving.prompts import TooLong
 from serving.server import BASE, Busy, Sampling
 
@@ -60,11 +60,6 @@ def modes_of(server):
 def first_mode(server):
     """The mode that a page begins with."""
     return AUTO if server.usual == AUTO else modes_of(server)[0]
-
-
-def said_in(request):
-    """The texts in the language of a visitor's browser."""
-    return words_for(request.headers.get("accept-language", ""))
 
 
 class Page:

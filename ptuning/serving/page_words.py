@@ -3,6 +3,8 @@
 Answers to the texts of the official `web_demo.py`, which are English only.
 """
 
+from common.languages import by_language, in_language_of
+
 WORDS = {  # name -> English, Chinese
     "title": ("Talk to the tuned model", "与微调后的模型对话"),
     "heading": ("# Talk to the tuned model", "# 与微调后的模型对话"),  # in Markdown
@@ -70,9 +72,9 @@ WORDS = {  # name -> English, Chinese
     "feedback_full": ("The preference file is full.", "偏好文件已满。"),
     "feedback_failed": ("The preference could not be written.", "偏好无法写入。"),
 }
-TEXTS = {code: {name: texts[place] for name, texts in WORDS.items()} for place, code in enumerate(("en", "zh-CN"))}
+TEXTS = by_language(WORDS)
 
 
-def words_for(languages: str) -> dict:
-    """The texts in the first language of an Accept-Language header."""
-    return TEXTS["zh-CN" if languages.lower().startswith("zh") else "en"]
+def said_in(request) -> dict[str, str]:
+    """The texts in the language of a visitor's browser."""
+    return in_language_of(request, TEXTS)

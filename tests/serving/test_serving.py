@@ -15,7 +15,7 @@ from checkpoint import load_model, load_prefix, load_tokenizer, read_config, sav
 from data.encoding import encode_prediction
 from data.examples import load_examples
 from serving.page_events import Page
-from serving.page_words import words_for
+from serving.page_words import TEXTS
 from serving.server import BASE, Answer, Busy, Sampling, hold_back
 from tuning.methods import prepare_model, save_trained
 
@@ -319,7 +319,7 @@ def test_the_status_tells_the_drift_that_a_checkpoint_remembers(server, tmp_path
     sidecar = json.loads((checkpoint / "ptuning.json").read_text())
     (checkpoint / "ptuning.json").write_text(json.dumps({**sidecar, "drift": 0.4079}))
     with_drift = open_server("--ptuning_checkpoint", checkpoint)
-    line = Page(with_drift).describe(with_drift.default, words_for("en"))
+    line = Page(with_drift).describe(with_drift.default, TEXTS["en"])
     with_drift.close()
     assert line == "tiny · checkpoint-30 (prefix of 6) · drift 0.41 · float32 · cpu"
 
