@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 
 from board.commands import Command
-from board.files import PROJECT
 from board.runs import tail_of
-from board.starting import argv_of, environment_for
+from board.starting import begin
 
 PATIENCE = 90  # seconds without word of a browser that shows the chat; a hidden one sends it once a minute
 END_SECONDS = 5
@@ -117,16 +116,7 @@ class Chat:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.state = "loading"
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                argv_of(program),
-                cwd=PROJECT,
-                env=environment_for(program),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=lambda: system.prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
-            )
+            self.process = begin(program, log, preexec_fn=lambda: system.prctl(1, signal.SIGKILL))  # PR_SET_PDEATHSIG
 
     def close(self):
         """End the process now; its memory is free when this returns."""

@@ -1,8 +1,8 @@
 """Processes of the page: started in a session of their own, found again by what is on disk, and stopped as Ctrl-C would.
 
-Answers to nothing in the official scripts. The page holds no run: a process writes to a file, its id and the time of its
-start are in web.json, and so a page that was started anew, or another one, knows it as well. An id alone is not enough,
-because the system gives it to another process later.
+The page holds no run: a process writes to a file, its id and the time of its start are in web.json, and so a page that
+was started anew, or another one, knows it as well. An id alone is not enough, because the system gives it to another
+process later.
 """
 
 from __future__ import annotations
@@ -135,6 +135,20 @@ def argv_of(command: Command) -> list[str]:
     return [sys.executable if program == "python" else program, *more, *command.words]
 
 
+def begin(command: Command, printed, **how) -> subprocess.Popen:
+    """The process of a command, in a session of its own; what it prints goes to `printed`. OSError."""
+    return subprocess.Popen(
+        argv_of(command),
+        cwd=PROJECT,
+        env=environment_for(command),
+        stdin=subprocess.DEVNULL,
+        stdout=printed,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **how,
+    )
+
+
 class Starter:
     """Starts processes, a few at once, and takes note of how they end where they do before the page does."""
 
@@ -168,15 +182,7 @@ class Starter:
                 record["log_from"] = log.tell()
                 log.write(f"$ {command.text}\n".encode())
                 log.flush()
-                process = subprocess.Popen(
-                    argv_of(command),
-                    cwd=PROJECT,
-                    env=environment_for(command),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+                process = begin(command, log)
             record |= {"pid": process.pid, "started_ticks": started_at(process.pid), "boot": boot_id()}
             try:
                 write_json(record_file(folder, kind), record)
@@ -222,15 +228,7 @@ class Starter:
 
 def output_of(command: Command) -> str:
     """All that a short command prints, without what steers a terminal. ValueError where it takes too long."""
-    process = subprocess.Popen(
-        argv_of(command),
-        cwd=PROJECT,
-        env=environment_for(command),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    process = begin(command, subprocess.PIPE)
     try:
         printed, _ = process.communicate(timeout=CHECK_SECONDS)
     except subprocess.TimeoutExpired:
