@@ -1,7 +1,7 @@
 """Settings of the page -> the one command that they mean: a script, variables in front of it, words behind it.
 
-Answers to nothing in the official scripts. No shell reads what a visitor typed: the script is started with a list of
-words and an environment. `Command.text` is the same command as one would type it.
+No shell reads what a visitor typed: the script is started with a list of words and an environment. `Command.text` is
+the same command as one would type it.
 """
 
 from __future__ import annotations
@@ -65,31 +65,14 @@ EMPTY = {
 }
 
 
-OFFICIAL = {
-    "steps": "3000",
-    "batch": "1",
-    "accumulation": "16",
-    "lr": "2e-2",
-    "prefix": "128",
-    "source": "64",
-    "target": "128",
-    "save": "1000",
-    "bits": "4",
-}
+def numbers(text):
+    """The values of NUMBERS, in their order."""
+    return dict(zip(NUMBERS, text.split(), strict=True))
+
+
+OFFICIAL = {**numbers("3000 1 16 2e-2 128 64 128 1000"), "bits": "4"}
 PRESETS = {
-    "tiny": {
-        "model": "tiny",
-        "steps": "200",
-        "batch": "16",
-        "accumulation": "1",
-        "lr": "2e-2",
-        "prefix": "32",
-        "source": "64",
-        "target": "64",
-        "save": "100",
-        "bits": "",
-        "gpus": "1",
-    },
+    "tiny": {"model": "tiny", **numbers("200 16 1 2e-2 32 64 64 100"), "bits": "", "gpus": "1"},
     "one_gpu": {**OFFICIAL, "batch": "auto", "gpus": "1"},
     "eight_gpus": {**OFFICIAL, "batch": "2", "accumulation": "1", "gpus": "8"},
     "official": {**OFFICIAL, "gpus": "1", "extra": "precision = official"},
@@ -345,15 +328,8 @@ def holds(folder, train, dev):
 
 def check_flags(settings, variables, words):
     """Let arguments.py say what is wrong with the settings: its own words, without starting anything."""
-    argv = [
-        "--do_train",
-        "--train_file",
-        "train.json",
-        "--model_name_or_path",
-        variables["MODEL"],
-        "--output_dir",
-        "output",
-    ]
+    argv = ["--do_train", "--train_file=train.json", "--output_dir=output"]
+    argv += ["--model_name_or_path", variables["MODEL"]]
     columns = {"prompt_column": "prompt", "response_column": "response"}
     argv += [f"--{flag}={variables.get(flag.upper(), name)}" for flag, name in columns.items()]
     for variable, flag in NUMBERS.values():

@@ -1,6 +1,6 @@
 """The training page as gr.Blocks: seven tabs over the programs that exist, and a strip on what runs above them.
 
-Answers to nothing in the official scripts. What its parts do is in choosing.py and events.py.
+What its parts do is in choosing.py and events.py.
 """
 
 import gradio as gr
@@ -33,11 +33,20 @@ def build(page: Page):
     """(the page as gr.Blocks, its translations)."""
     i18n = translations(TEXTS)
 
-    def field(name, **more):
-        """One line of text among the settings."""
-        return gr.Textbox(
-            EMPTY[name], label=i18n(name), max_lines=1, max_length=500, elem_id=name, **{"min_width": 150, **more}
-        )
+    def field(name, text="", label=None, **more):
+        """One line of text."""
+        how = {"max_lines": 1, "max_length": 500, "min_width": 150, **more}
+        return gr.Textbox(text, label=i18n(label or name), elem_id=name, **how)
+
+    def bits(name):
+        """The choice of weights."""
+        choices = [(i18n("bits_float"), ""), (i18n("bits_8"), "8"), (i18n("bits_4"), "4")]
+        return gr.Radio(choices, value="", label=i18n("bits"), elem_id=name)
+
+    def one_of(name, values, value=None, kind=None, **more):
+        """The choice of one of several values, each with a text of its own."""
+        choices = [(i18n(f"{kind or name}_{each}"), each) for each in values]
+        return gr.Radio(choices, value=value, label=i18n(kind or name), elem_id=name, **more)
 
     def html(name):
         return gr.HTML(elem_id=name)
@@ -75,18 +84,11 @@ def build(page: Page):
                 f["model"] = choose("model", ["tiny", "THUDM/chatglm2-6b"], "tiny")
                 model_said = html("model-said")
                 f["family"] = choose("family", [], "", visible=False)
-                f["bits"] = gr.Radio(
-                    [(i18n("bits_float"), ""), (i18n("bits_8"), "8"), (i18n("bits_4"), "4")],
-                    value="",
-                    label=i18n("bits"),
-                    elem_id="bits",
-                )
+                f["bits"] = bits("bits")
                 estimate, memory = button("estimate"), html("memory")
             with gr.Tab(i18n("tab_data"), id="data", elem_id="tab-data") as tabs["data"]:
                 with gr.Row():
-                    path = gr.Textbox(
-                        "AdvertiseGen/sample", label=i18n("path"), max_lines=1, max_length=500, elem_id="path", scale=4
-                    )
+                    path = field("path", "AdvertiseGen/sample", scale=4)
                     see = button("look")
                     upload = gr.UploadButton(i18n("upload"), size="md", scale=0, min_width=110, elem_id="upload")
                 found = html("found")
@@ -94,7 +96,7 @@ def build(page: Page):
                     columns = [choose(name, []) for name in COLUMNS]
                 with gr.Row():
                     use, add = button("use", variant="primary"), button("add")
-                    share = gr.Textbox(label=i18n("share"), max_lines=1, max_length=20, elem_id="share", min_width=150)
+                    share = field("share", max_length=20)
                     clear = button("clear")
                 unchosen = html("unchosen")
                 chosen = html("chosen")
@@ -103,25 +105,13 @@ def build(page: Page):
                 check, checked = button("check"), html("checked")
                 f["data"] = gr.Textbox("", visible=False, elem_id="data")
             with gr.Tab(i18n("tab_settings"), id="settings", elem_id="tab-settings") as tabs["settings"]:
-                preset = gr.Radio(
-                    [(i18n(f"preset_{name}"), name) for name in PRESETS], label=i18n("preset"), elem_id="preset"
-                )
+                preset = one_of("preset", PRESETS)
                 with gr.Row():
                     for name in ("steps", "epochs", "batch", "lr", "prefix", "source", "target"):
                         f[name] = field(name, min_width=120)
                 with gr.Row():
-                    f["method"] = gr.Radio(
-                        [(i18n(f"method_{name}"), name) for name in TRAINED],
-                        value=DEFAULT_METHOD,
-                        label=i18n("method"),
-                        elem_id="method",
-                    )
-                    f["stage"] = gr.Radio(
-                        [(i18n(f"stage_{name}"), name) for name in STAGES],
-                        value="sft",
-                        label=i18n("stage"),
-                        elem_id="stage",
-                    )
+                    f["method"] = one_of("method", TRAINED, DEFAULT_METHOD)
+                    f["stage"] = one_of("stage", STAGES, "sft")
                 f["name"] = field("name")
                 with gr.Accordion(i18n("more"), open=False, elem_id="more"):
                     with gr.Row():
@@ -130,9 +120,7 @@ def build(page: Page):
                     with gr.Row():
                         helped = [(f"{name}: {cut_short(flag.help, 80)}", name) for name, flag in known_flags().items()]
                         flag = choose("flag", helped)
-                        value = gr.Textbox(
-                            label=i18n("value"), max_lines=1, max_length=500, elem_id="value", min_width=150
-                        )
+                        value = field("value")
                         add_flag = button("add_flag")
                     flag_said = html("flag-said")
                     f["extra"] = gr.Textbox(
@@ -149,32 +137,15 @@ def build(page: Page):
                     start, stop = button("begin", variant="primary"), button("stop", variant="stop", visible=False)
                     go_on, adopt = button("continue", visible=False), button("adopt", visible=False)
                 will_train = html("will-train")
-                choice = gr.Radio(
-                    [(i18n(f"exists_{name}"), name) for name in ("continue", "name", "overwrite")],
-                    label=i18n("exists"),
-                    visible=False,
-                    elem_id="choice",
-                )
+                choice = one_of("choice", ("continue", "name", "overwrite"), kind="exists", visible=False)
                 run_said, card, plots, tail = html("run-said"), html("card"), html("plots"), html("tail")
             with gr.Tab(i18n("tab_evaluate"), id="evaluate", elem_id="tab-evaluate") as tabs["evaluate"]:
                 with gr.Row():
                     step = choose("step", [], "", label="checkpoint")
-                    rows = gr.Textbox(label=i18n("eval_rows"), max_lines=1, max_length=9, elem_id="rows", min_width=150)
-                    data = gr.Textbox(
-                        label=i18n("eval_data"), max_lines=1, max_length=500, elem_id="eval-data", min_width=150
-                    )
+                    rows, data = field("rows", label="eval_rows", max_length=9), field("eval-data", label="eval_data")
                 with gr.Row():
-                    called = [
-                        gr.Textbox(
-                            label=i18n(name),
-                            placeholder=i18n("as_trained"),
-                            max_lines=1,
-                            max_length=500,
-                            elem_id=f"eval-{name}",
-                            min_width=150,
-                        )
-                        for name in COLUMNS
-                    ]
+                    how = {"placeholder": i18n("as_trained")}
+                    called = [field(f"eval-{name}", label=name, **how) for name in COLUMNS]
                 with gr.Row():
                     evaluate = button("evaluate", variant="primary")
                     end_evaluation = gr.Button(
@@ -194,12 +165,7 @@ def build(page: Page):
             with gr.Tab(i18n("tab_export"), id="export", elem_id="tab-export") as tabs["export"]:
                 with gr.Row():
                     export_step = choose("export-step", [], "", label="checkpoint")
-                    export_bits = gr.Radio(
-                        [(i18n("bits_float"), ""), (i18n("bits_8"), "8"), (i18n("bits_4"), "4")],
-                        value="",
-                        label=i18n("bits"),
-                        elem_id="export-bits",
-                    )
+                    export_bits = bits("export-bits")
                     export = button("export", variant="primary")
                 export_said, exported = html("export-said"), html("exported")
         command = gr.Textbox(
@@ -210,14 +176,8 @@ def build(page: Page):
         f["sources"] = sources
         fields = [f[name] for name in NAMES]
         shown = [command, wrong, kept, will_train]
-        now = [run, strip, card, plots, tail, stop, go_on, adopt, end_evaluation, step, chat_step, export_step] + [
-            evaluated,
-            chat,
-            exported,
-            compared,
-            run_said,
-            seen,
-        ]
+        now = [run, strip, card, plots, tail, stop, go_on, adopt, end_evaluation, step, chat_step, export_step]
+        now += [evaluated, chat, exported, compared, run_said, seen]
         looking = {"fn": page.tick, "inputs": [run, tab, seen], "outputs": now, **QUICK}
         latest = {**QUICK, "trigger_mode": "always_last"}  # what changes while an answer is on its way counts, too
         refreshing = {"fn": page.refresh, "inputs": fields, "outputs": shown, **latest}
