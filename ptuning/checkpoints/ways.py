@@ -30,9 +30,7 @@ class Rules:
 RULES = {
     "p_tuning": Rules(flags=("pre_seq_len", "prefix_projection"), needs_prefix=True, official=True, swaps=True),
     "full": Rules(
-        shards=True,
-        weights="trains the weights themselves, and {} weights cannot be trained",
-        only_while_training=True,
+        shards=True, weights="trains the weights themselves, and {} weights cannot be trained", only_while_training=True
     ),
     "freeze": Rules(
         flags=("num_layer_trainable", "name_module_trainable"),

@@ -27,17 +27,9 @@ FINGERPRINT_TENSORS = (FINGERPRINT_TENSOR, official_name(FINGERPRINT_TENSOR))  #
 EMBEDDINGS = ("transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight")
 # Copied with a model, beside its weights. Python files are there for the official code, and never run here.
 COPIED = (
-    "generation_config.json",
-    "tokenizer.model",
-    "ice_text.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "configuration_chatglm.py",
-    "modeling_chatglm.py",
-    "tokenization_chatglm.py",
-    "quantization.py",
-    "*LICENSE*",
-)
+    "generation_config.json tokenizer.model ice_text.model tokenizer_config.json special_tokens_map.json "
+    "configuration_chatglm.py modeling_chatglm.py tokenization_chatglm.py quantization.py *LICENSE*"
+).split()
 
 
 def read_tensors(file: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
