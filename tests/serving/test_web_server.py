@@ -93,6 +93,13 @@ def test_a_body_over_one_mebibyte_is_refused_and_the_page_lives_on(url):
     assert request(url, "GET", "/")[0] == 200
 
 
+def test_half_a_character_is_refused_and_the_page_lives_on(url):
+    headers = {"content-type": "application/json"}
+    status, answer = request(url, "POST", "/gradio_api/run/predict", b'{"data": ["\\ud800"]}', headers)
+    assert status == 400 and b"half a surrogate pair" in answer
+    assert request(url, "GET", "/config")[0] == 200
+
+
 def test_the_page_asks_nothing_of_other_hosts(url):
     page = request(url, "GET", "/")[1].decode()
     loaded = re.findall(r"<(?:script|link|iframe|img)[^>]*?(?:src|href)=\"(https?://[^\"]+)", page)
