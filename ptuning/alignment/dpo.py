@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from chatglm2.loss import next_tokens, row_log_probs
-from chatglm2.modeling_chatglm import Packing
+from chatglm2.loss import Packing, next_tokens, row_log_probs
 from checkpoints.file_names import REFERENCE_FILE
 from checkpoints.run_folder import verify_checkpoint
 from checkpoints.weight_files import read_tensors

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from alignment.value_head import ValueHead, fill_value_head, read_value_head, save_value_head
-from chatglm2.modeling_chatglm import Packing
+from chatglm2.loss import Packing
 from checkpoint import fingerprint_of
 from checkpoints.sidecar import read_sidecar
 from common.files import write_text

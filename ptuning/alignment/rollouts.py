@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 
 from alignment.ppo import in_rows, token_entropies
-from chatglm2.loss import next_tokens, supervised_states
-from chatglm2.modeling_chatglm import Packing
+from chatglm2.loss import Packing, next_tokens, supervised_states
 from data.batches import BLANK_ROW, collate_training
 from data.encoding import IGNORED_LABEL
 

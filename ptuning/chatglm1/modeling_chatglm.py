@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from chatglm1.configuration_chatglm import ChatGLMConfig
 from chatglm2 import modeling_chatglm as chatglm2
-from chatglm2.matmul import Linear, OwnGradient
+from chatglm2.gradients import OwnGradient, is_transformed
+from chatglm2.matmul import Linear
 from chatglm2.modeling_chatglm import rotary_frequencies
 
 # Marks that the model's answer to Chinese text has in their narrow form, and what is shown beside a Chinese character.
@@ -50,6 +51,8 @@ def rotate(x, cos, sin):
 
 class Rotary(OwnGradient):
     """`rotate`, whose gradient is the rotation back: keeps nothing of x."""
+
+    by_torch = staticmethod(rotate)
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -145,7 +148,7 @@ class ChatGLMModel(chatglm2.ChatGLMModel):
         )
         marks = torch.where(marks.any(1, keepdim=True), marks, others)
         whole = ~(ends.any(1) & marks.any(1))
-        if is_answered and bool(whole.any()):
+        if is_answered and not is_transformed() and bool(whole.any()):
             raise ValueError(
                 f"A row has no [gMASK] <sop> (ids {config.gmask_token_id}, {config.bos_token_id}), behind which ChatGLM-6B "
                 "answers. Let the tokenizer add them: add_special_tokens=True."

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from chatglm2.gradients import OwnGradient, is_transformed
 from chatglm2.kernels import kernels_for, num_splits
-from chatglm2.matmul import OwnGradient, multiply, onednn_runs
+from chatglm2.matmul import multiply, onednn_runs
 
 QUERY_BLOCK = 256  # queries that are attended for at once where there is a mask of numbers
 LONG_BLOCK = 1024  # rows of scores that exist at once in LongAttention: queries times the heads of a group
@@ -68,6 +69,8 @@ def make_mask(query_length, key_length, first_slot, padding_mask, repeats, dropo
     mask_numbers().
     """
     leave_out_cudnn(device)
+    if is_transformed():  # attend() lays no queries end to end then
+        return mask_numbers(query_length, key_length, first_slot, padding_mask, 1, dtype, device, contexts)
     causal = contexts is None and padding_mask is None and query_length > 1 and key_length == first_slot + query_length
     if causal and flash_attention_runs(device, dtype):
         return causal_lower_right(query_length, key_length)  # the last query sees all keys
@@ -87,12 +90,17 @@ def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dt
     if query_length == 1 and first_slot + 1 == key_length and padding_mask is None:
         return None
     slots = torch.arange(key_length, device=device)
-    longest = 0 if contexts is None else int(contexts.max())
+    if torch.compiler.is_compiling() or is_transformed():  # no number may decide what they record
+        spans = [(0, query_length, key_length)]
+    else:
+        longest = 0 if contexts is None else int(contexts.max())
+        stops = [*range(QUERY_BLOCK, query_length, QUERY_BLOCK), query_length]
+        spans = [
+            (start, stop, max(first_slot + stop, longest)) for start, stop in zip([0, *stops], stops, strict=False)
+        ]
     masks = []
-    for start in range(0, query_length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, query_length)
+    for start, stop, keys in spans:
         own_slots = slots[first_slot + start : first_slot + stop, None]
-        keys = max(first_slot + stop, longest)
         hidden = (slots[None, :keys] > own_slots)[None, None]
         if contexts is not None:
             hidden = hidden & (slots[:keys] >= contexts[:, None, None, None])
@@ -106,6 +114,13 @@ def mask_numbers(query_length, key_length, first_slot, padding_mask, repeats, dt
     return masks
 
 
+def in_blocks(query, masks):
+    """Pairs of queries (B, N, at most S, D) and their mask among `masks`, which are from mask_numbers()."""
+    if masks is None or len(masks) == 1:
+        return [(query, masks and masks[0])]
+    return zip(query.split(QUERY_BLOCK, dim=2), masks, strict=True)
+
+
 def attend(query, key, value, mask, dropout=0.0):
     """Attention of query (B, N, S, D) to key and value (B, G, T, D): (B, N, S, D). `mask` is from make_mask()."""
     if isinstance(mask, CausalBias):
@@ -115,12 +130,13 @@ def attend(query, key, value, mask, dropout=0.0):
         missing = (0, 0, 0, -length % LONG_STEP)  # behind all keys that a query of the row sees
         query, key, value = (F.pad(x, missing).contiguous() for x in (query, key, value))
         return LongAttention.apply(query * query.shape[-1] ** -0.5, key, value)[:, :, :length]
+    if is_transformed():  # a shape folded would depend on the length
+        return F.scaled_dot_product_attention(query, key, value, mask and mask[0], dropout, enable_gqa=True)
     # The R query heads of a group share their keys, so they are laid end to end as R * S queries of
     # one head: the KV groups need no expansion, and any attention kernel takes the shape.
     batch_size, _, _, head_channels = query.shape
-    blocks, masks = ([query], [None]) if mask is None else (query.split(QUERY_BLOCK, dim=2), mask)
     contexts = []
-    for block, numbers in zip(blocks, masks, strict=True):
+    for block, numbers in in_blocks(query, mask):
         keys = key.shape[2] if numbers is None else numbers.shape[3]
         folded = block.reshape(batch_size, key.shape[1], -1, head_channels)  # (B, G, R * S, D)
         context = F.scaled_dot_product_attention(folded, key[:, :, :keys], value[:, :, :keys], numbers, dropout)
@@ -131,9 +147,8 @@ def attend(query, key, value, mask, dropout=0.0):
 def attend_showing(query, key, value, masks, dropout=0.0):
     """What attend() returns, and the probabilities (B, N, S, T) that it never holds. `masks` is from mask_numbers()."""
     batch_size, num_groups, num_keys, _ = key.shape
-    blocks, masks = ([query], [None]) if masks is None else (query.split(QUERY_BLOCK, dim=2), masks)
     shown = []
-    for block, numbers in zip(blocks, masks, strict=True):
+    for block, numbers in in_blocks(query, masks):
         folded = block.reshape(batch_size, num_groups, -1, block.shape[-1])  # (B, G, R * S, D)
         scores = folded @ key.transpose(2, 3) * block.shape[-1] ** -0.5
         if numbers is not None:  # rows of padding see nothing, and shall still have numbers

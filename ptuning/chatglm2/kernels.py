@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from chatglm2.gradients import is_transformed
 from common.files import file_sha256
 from common.machine_cache import kept_or_measured, processor_name
 from common.slowness import runs_slower
@@ -40,7 +41,7 @@ NONE = Kernels()
 
 def kernels_for(x: torch.Tensor) -> Kernels:
     """The kernels for tensors such as x."""
-    return chosen(x.device, x.dtype) if x.is_cuda else NONE
+    return chosen(x.device, x.dtype) if x.is_cuda and not is_transformed() else NONE
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from chatglm2.gradients import is_transformed
 from chatglm2.matmul_choice import mkl_is_faster, onednn
 
 # Without AVX (on ARM, say) torch's own choice is as good.
@@ -34,7 +35,7 @@ def round_rows(count):
 
 def onednn_runs(device, dtype):
     """True where products of tensors of such a device and dtype may go to oneDNN: float32 on an x86 CPU."""
-    if not ONEDNN or torch.compiler.is_compiling():  # which knows no gradient of oneDNN's operation
+    if not ONEDNN or torch.compiler.is_compiling() or is_transformed():  # they know no gradient of oneDNN's operation
         return False
     return device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
@@ -81,24 +82,6 @@ def convert(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         part = weight[start : start + 1024]
         converted[start : start + 1024] = part.t().contiguous().t() if outputs > inputs else part
     return converted
-
-
-class OwnGradient(torch.autograd.Function):
-    """A function that states its own gradient. Where none is wanted its forward runs alone: to record it takes longer
-    than many an operation of a decoding step."""
-
-    @classmethod
-    def apply(cls, *arguments):
-        return super().apply(*arguments) if torch.is_grad_enabled() else cls.forward(NoGradient(), *arguments)
-
-
-class NoGradient:
-    """Stands for the context of forward() where no gradient is wanted: it keeps no tensors."""
-
-    needs_input_grad = (False,) * 3
-
-    def save_for_backward(self, *tensors):
-        pass
 
 
 class FrozenProduct(torch.autograd.Function):

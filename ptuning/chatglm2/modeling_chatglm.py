@@ -12,7 +12,6 @@ V padded vocabulary (65024), U supervised tokens. The figures are ChatGLM2-6B's.
 """
 
 import contextlib
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +25,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from chatglm2.attention import DecodeStep, attend, attend_showing, make_mask, mask_numbers
 from chatglm2.chat import ChatMethods
 from chatglm2.configuration_chatglm import ChatGLMConfig
+from chatglm2.gradients import OwnGradient, is_transformed
 from chatglm2.kernels import kernels_for, rotate, swiglu, swiglu_backward
-from chatglm2.loss import OutputLayer, next_tokens, supervised_loss
-from chatglm2.matmul import Linear, OwnGradient, round_rows
+from chatglm2.loss import OutputLayer, Packing, next_tokens, supervised_loss
+from chatglm2.matmul import Linear
 from chatglm2.norms import AddNorm, RMSNorm, make_norm
 from chatglm2.prefix_encoder import PrefixEncoder
 from chatglm2.prefix_generation import PrefixGeneration
@@ -67,37 +67,12 @@ class Rotary(OwnGradient):
         cos, sin = ctx.saved_tensors
         return (kernels_for(gradient).rotate or rotate)(gradient, cos, sin, back=True), None, None
 
-
-class Packing(NamedTuple):
-    """Which tokens of a right-padded batch are computed: all work but attention's is done on those alone.
-
-    They are the tokens up to the last that predicts a label. A row of ADGEN has 129 of them on average, the longest
-    of 8 rows 167, so this saves a fifth of the arithmetic, whatever rows meet in a batch.
-    """
-
-    places: torch.Tensor  # (tokens,) int64, among the B * S of the batch
-    batch_size: int
-    length: int  # S
-
-    @classmethod
-    def of_targets(cls, targets):
-        """The packing of targets (B, S), -100 where not supervised.
-
-        Its number is rounded up, as products like it, by padding behind the rows: nothing looks there.
-        """
-        predicts = targets != -100
-        needed = predicts.flip(1).cummax(1).values.flip(1).flatten()  # from the last predicting token to the left
-        count = min(round_rows(int(needed.sum())), needed.numel())
-        return cls(needed.int().argsort(descending=True, stable=True)[:count], *targets.shape)
-
-    def pack(self, x):
-        """(B, S, ·) -> (tokens, ·)"""
-        return x.flatten(0, 1).index_select(0, self.places)
-
-    def unpack(self, x):
-        """(tokens, ·) -> (B, S, ·), with zeros at padding"""
-        padded = x.new_zeros(self.batch_size * self.length, x.shape[-1])
-        return padded.index_copy(0, self.places, x).view(self.batch_size, self.length, -1)
+    @staticmethod
+    def by_torch(x, cos, sin):
+        rotated, kept = x.chunk(2, dim=-1)
+        even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+        return torch.cat((turned.flatten(-2), kept), dim=-1)
 
 
 class SelfAttention(nn.Module):
@@ -160,6 +135,11 @@ class SwiGLU(OwnGradient):
     def backward(ctx, gradient):
         (gate_value,) = ctx.saved_tensors
         return (kernels_for(gradient).swiglu_backward or swiglu_backward)(gradient, gate_value)
+
+    @staticmethod
+    def by_torch(gate_value):
+        gate, value = gate_value.chunk(2, dim=-1)
+        return F.silu(gate) * value
 
 
 class MLP(nn.Module):
@@ -391,7 +371,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         # The prefix enters once per sequence: in front of an empty cache, or at every call without one.
         prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
-        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(past_length, torch.Tensor):  # of a static cache
+            past_length = int(past_length)
         prefixes = [(None, None)] * self.config.num_layers
         first_slot = past_length  # slot of the first query token among the keys
         if prefix_length and past_length == 0:
@@ -401,7 +383,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if past_key_values is not None and past_key_values.is_compileable:  # a static cache is all there at once
             key_length = past_key_values.get_mask_sizes(query_length, 0)[0]
 
-        if self.training and position_ids is not None and past_length == 0:
+        if self.training and position_ids is not None and past_length == 0 and not is_transformed():
             check_positions(position_ids, attention_mask)
         position_ids, contexts = self.locate(
             inputs, attention_mask, position_ids, past_key_values, first_slot - prefix_length
@@ -549,7 +531,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         shift_labels = kwargs.pop("shift_labels", None)
         targets = next_tokens(labels) if shift_labels is None and labels is not None else shift_labels
         only_loss = self.training and targets is not None
-        unchecked = not self.transformer.training  # which looks at them itself while it trains
+        unchecked = not self.transformer.training and not is_transformed()  # it looks at them itself while it trains
         if unchecked and targets is not None and position_ids is not None and past_key_values is None:
             check_positions(position_ids, attention_mask)
         config = self.config
@@ -557,7 +539,7 @@ class ChatGLMForConditionalGeneration(ChatMethods, PrefixGeneration, ChatGLMPreT
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         whole = use_cache or output_attentions or output_hidden_states or attention_mask is not None
-        packing = Packing.of_targets(targets) if only_loss and not whole else None
+        packing = Packing.of_targets(targets) if only_loss and not (whole or is_transformed()) else None
         output = self.transformer(
             input_ids,
             attention_mask,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from chatglm2.gradients import OwnGradient
 from chatglm2.kernels import kernels_for
-from chatglm2.matmul import OwnGradient
 
 
 class NormProduct(OwnGradient):
@@ -38,6 +38,11 @@ class NormProduct(OwnGradient):
         gradient = gradient * weight
         along = (gradient * normed).mean(-1, keepdim=True)
         return gradient.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+
+    @staticmethod
+    def by_torch(x, weight, eps):
+        wide = x.float()
+        return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(weight.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from chatglm2 import quantization_cpu
-from chatglm2.matmul import OwnGradient, multiply
+from chatglm2.gradients import OwnGradient, is_transformed
+from chatglm2.matmul import multiply
 from chatglm2.matmul_choice import shortest_seconds
 from common.slowness import runs_slower
 
@@ -325,6 +326,10 @@ class _FrozenQuantizedProduct(OwnGradient):
         grad_input = grad_input.to(grad_output.dtype).view(*grad_output.shape[:-1], in_features)
         return grad_input, None, None, None, None
 
+    @staticmethod
+    def by_torch(input, weight, scale, bits, backend):
+        return F.linear(input, dequantize_weight(weight, scale, bits, input.dtype))
+
 
 class QuantizedLinear(nn.Module):
     """`nn.Linear` with frozen int8 or int4 weights. Input (..., in) float32 / bf16 / fp16, output (..., out) alike.
@@ -392,6 +397,8 @@ class QuantizedLinear(nn.Module):
 
     def _is_for_inference(self, input: Tensor) -> bool:
         """True where the packed kernel multiplies `input`."""
+        if is_transformed():
+            return False
         few_rows = 0 < input.numel() <= self.backend.few_rows * self.in_features
         if not (few_rows and self.backend.for_inference) or self.training or torch.is_grad_enabled():
             return False  # in training, checkpointing may run a pass without a gradient that is repeated with one

@@ -14,8 +14,7 @@ for 48 answers of 32 tokens, where the logits would take 200 MB. So a measuremen
 
 import torch
 
-from chatglm2.loss import next_tokens, supervised_states
-from chatglm2.modeling_chatglm import Packing
+from chatglm2.loss import Packing, next_tokens, supervised_states
 from common.ranks import gather
 from data.batches import collate_training
 from data.encoding import IGNORED_LABEL
