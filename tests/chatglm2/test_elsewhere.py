@@ -75,6 +75,15 @@ def test_ids_or_embeddings_are_fed_and_not_both(inputs, model):
         model(**inputs)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_without_rows_or_tokens_is_refused(shape, training):
+    empty = torch.zeros(shape, dtype=torch.long)
+    model = synthetic_model().train(training)
+    with pytest.raises(ValueError, match=r"have the shape \(\d, \d\), expected a row and a token at least"):
+        model(empty, labels=empty)
+
+
 def test_a_cache_of_the_official_form_is_refused(model):
     layers = [(layer.keys, layer.values) for layer in model(torch.ones(1, 2).long()).past_key_values.layers]
     with pytest.raises(ValueError, match="past_key_values is a tuple, expected a Cache"):

@@ -6,6 +6,7 @@ from conftest import relative_difference, synthetic_model
 from support.small_chatglm1 import CONFIG as SMALL_CHATGLM1
 from support.small_chatglm1 import GMASK, SOP
 from support.small_model import batch
+from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -152,3 +153,15 @@ def test_an_exported_step_continues_caches_of_other_lengths_and_rows(prefix):
     program = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
     inputs, token_ids = step(2, 8, 3)
     assert relative_difference(program(**inputs).logits, model(token_ids).logits[:, -3:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_model_that_is_compiled_for_any_length_is_compiled_once():
+    model, compilations = synthetic_model(), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=True, backend=compilations)
+    for length in (9, 15, 7):
+        input_ids = batch()[0][:, :length]
+        expected = model(input_ids).logits
+        assert relative_difference(compiled(input_ids, use_cache=False).logits, expected) < 1e-5
+    assert compilations.frame_count == 1
