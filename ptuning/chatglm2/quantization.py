@@ -305,6 +305,9 @@ class _FrozenQuantizedProduct(OwnGradient):
             return backend.multiply_few_rows(input_rows, weight, scale, bits).view(*input.shape[:-1], -1)
         if not _in_blocks(weight, backend):
             return F.linear(input, backend.dequantize(weight, scale, bits, input.dtype))
+        if quantization_cpu.takes_some_rows(input, weight):
+            rows = input.reshape(-1, input.shape[-1])
+            return quantization_cpu.multiply_some_rows(rows, weight, scale).view(*input.shape[:-1], -1)
         outputs = [multiply(input, block) for _, block in _dequantized_blocks(weight, scale, bits, input.dtype)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

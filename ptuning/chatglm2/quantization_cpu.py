@@ -13,6 +13,10 @@ The int8 kernel takes the official layout. The int4 kernel wants another one, of
                                       each plus 8
 
 The dtype tells the two layouts apart. A range of whole blocks of rows is a packed weight too.
+
+More rows are multiplied in float32. Up to SOME_ROWS of them a processor core unpacks a few blocks and multiplies them
+itself, so that no weight moves from core to core: on machines whose cores do not share a cache, such as many rented
+ones, handing 2 MB over takes twice as long as multiplying them.
 """
 
 from functools import cache
@@ -24,6 +28,8 @@ CAPABILITY = torch.backends.cpu.get_cpu_capability()
 BLOCK = {"AVX512": 64, "AVX2": 32}.get(CAPABILITY, 0)  # rows; 0 where the layout of torch's kernel is not known
 GROUPS = (256, 128, 64, 32)  # columns that share a scale in the int4 kernel: fewer scales, fewer bytes
 FEW_ROWS = 32  # more of them take longer than dequantizing the weight once and multiplying in float32
+SOME_ROWS = 256  # more of them are quicker in one large product, whoever unpacks
+BLOCKS_AT_ONCE = 4  # 1 MB of integers of the 6B's layers, 4 MB in float32
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -80,3 +86,29 @@ def multiply_few_rows(input: Tensor, weight: Tensor, scale: Tensor, bits: int) -
         group, numbers = scales_and_zeros(input.shape[1], len(weight))
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight, group, numbers)
     return product.to(input.dtype).mul_(scale)
+
+
+def takes_some_rows(input: Tensor, weight: Tensor) -> bool:
+    """True where `multiply_some_rows` multiplies input (…, in) by a weight, in either layout."""
+    return is_packed(weight) and input.dtype == torch.float32 and 0 < input.numel() <= SOME_ROWS * input.shape[-1]
+
+
+def multiply_some_rows(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """input (rows, in) times a packed int4 weight (out, in), transposed: (rows, out), all in float32.
+
+    Every operation below divides its blocks among the cores in the same way.
+    """
+    rows, in_features = input.shape
+    half = BLOCK // 2
+    blocks = weight.view(-1, in_features, half)
+    integers = torch.empty(BLOCKS_AT_ONCE, 2, in_features, half, dtype=torch.uint8)
+    floats = torch.empty(integers.shape)
+    product = torch.empty(len(blocks), 2, rows, half)
+    for start in range(0, len(blocks), BLOCKS_AT_ONCE):
+        part, result = (all_blocks[start : start + BLOCKS_AT_ONCE] for all_blocks in (blocks, product))
+        unpacked, converted = integers[: len(part)], floats[: len(part)]
+        torch.bitwise_and(part, 0x0F, out=unpacked[:, 0])
+        torch.bitwise_right_shift(part, 4, out=unpacked[:, 1])
+        converted.copy_(unpacked.view(torch.int8).sub_(8))
+        torch.bmm(input.expand(2 * len(part), -1, -1), converted.flatten(0, 1), out=result.flatten(0, 1))
+    return product.permute(2, 0, 1, 3).reshape(rows, -1).mul_(scale)

@@ -56,6 +56,17 @@ def test_a_last_block_of_fewer_rows_is_as_dense_as_the_others(monkeypatch):
 
 
 @needs_packed
+@pytest.mark.parametrize("shape", [*SHAPES, (64 * 6, 64)])
+@pytest.mark.parametrize("rows", [1, 33, quantization_cpu.SOME_ROWS])
+def test_some_rows_times_a_packed_weight_are_exact(shape, rows):
+    weight, scale = quantize_weight(torch.randn(shape), 4)
+    input = torch.randn(rows, shape[1])
+    product = quantization_cpu.multiply_some_rows(input, pack_for_cpu(weight, 4), scale)
+    expected = input.double() @ dequantize_weight(weight, scale, 4, torch.float64).T
+    assert product.dtype == torch.float32 and relative_difference(product, expected.float()) < 1e-6
+
+
+@needs_packed
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_layout_is_that_of_torchs_own_packing(shape):
     integers = torch.randint(-7, 8, shape, dtype=torch.int8)
