@@ -1,17 +1,19 @@
-"""Teach a preference that can be measured, answers that name the colour, and put what it took into one table.
+"""Teach a preference that can be measured, and put what it took into one table.
 
     python -m benchmarks.preference                              tiny and the sample, prefix and LoRA, float and int4
     python -m benchmarks.preference --model ../shared/chatglm2-mini --data ../shared/AdvertiseGen --methods lora \
-        --bits 0 --length 32 --steps 300 --reward_steps 300 --rounds 40 --ppo_rate 1e-3 --ppo_epochs 2
+        --bits 0 --length 32 --steps 300 --reward_steps 300 --rounds 40 --rates ppo=1e-3 --ppo_epochs 2
     python -m benchmarks.preference --only_write                 the rows alone: 500 pairs, 100 dev pairs
 
-A pair is a row of ADGEN that asks for a colour: its chosen answer is the row's own text, which names it, the rejected one
-the same text without the sentences that do. Every line begins with a model that was tuned on answers, of which one in
-five names the colour. `rate` is the share of sampled answers to the dev prompts that name it, `any` that of those that
-name any of the pairs' colours: a model too small to copy the right one learns no more than this. `KL` is the mean over
-these answers of log p(answer) - log p_reference(answer), in nats, `dev loss` that of answers that are held out, before
-and after. A step of PPO answers --answers prompts. A stage that has ended is not run again: what was stopped goes on. Each stage is a run of main.py; its peak memory is that of its
-process, its samples/s count rows, pairs or answered prompts in training alone.
+There are two preferences. --prefer colour: a pair is a row of ADGEN that asks for a colour, its chosen answer is the row's
+own text, which names it, the rejected one the same text without the sentences that do. --prefer short: the chosen answer
+is the first clause of the row's text, closed with a full stop, the rejected one its first three. Every line begins with a
+model that was tuned on answers, of which one in five is as is preferred. `rate` is the share of sampled answers to the
+dev prompts that name the colour that is asked for, or are one closed clause; `any` that of those that name any of the
+pairs' colours: a model too small to copy the right one learns no more than this. `KL` is the mean over these answers of
+log p(answer) - log p_reference(answer), in nats, `dev loss` that of answers that are held out, before and after. A step of
+PPO answers --answers prompts. A stage that has ended is not run again: what was stopped goes on. Each stage is a run of
+main.py; its peak memory is that of its process, its samples/s count rows, pairs or answered prompts in training alone.
 """
 
 import argparse
@@ -33,7 +35,7 @@ RATES = {
 }
 MAX_LENGTH = 64  # of a prompt, and of an answer without --length
 PAIRS, DEV_PAIRS, ANSWERS = 500, 100, 3000
-NAMES_COLOUR = 0.2  # of the answers that the model is tuned on before
+PREFERRED = 0.2  # of the answers that the model is tuned on before
 
 
 # ---- rows
@@ -45,16 +47,35 @@ def colour_of(content):
     return found[1] if found else None
 
 
-def make_pairs(file, length=None):
-    """The pairs that the rows of a file give; with `length` those that name the colour in so many characters."""
+def clauses_of(text):
+    return re.findall(r"[^。！；，]+[。！；，]?", text)
+
+
+def colour_answers(row, length):
+    """(chosen, rejected), or None; with `length` the colour is named in so many characters."""
+    colour, text = colour_of(row["content"]), row["summary"]
+    without = "".join(clause for clause in clauses_of(text) if colour is None or colour not in clause)
+    return (text, without) if colour and colour in text[:length] and len(without) >= 10 else None
+
+
+def short_answers(row, length):
+    """(chosen, rejected), or None; with `length` of no more than so many characters."""
+    clauses = clauses_of(row["summary"])
+    chosen, rejected = ("".join(clauses[:number]).rstrip("。！；，") + "。" for number in (1, 3))
+    return (chosen, rejected) if len(clauses) > 3 and len(rejected) <= (length or MAX_LENGTH) else None
+
+
+PREFERENCES = {"colour": colour_answers, "short": short_answers}
+SAMPLING = {"colour": [], "short": ["--top_p", 1, "--temperature", 1]}  # top_p 0.7 cuts off what one answer in five is
+
+
+def make_pairs(file, prefer="colour", length=None):
+    """The pairs that the rows of a file give."""
     pairs = []
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        colour = colour_of(row["content"])
-        sentences = re.findall(r"[^。！；，]+[。！；，]?", row["summary"])
-        without = "".join(sentence for sentence in sentences if colour is None or colour not in sentence)
-        if colour and colour in row["summary"][:length] and len(without) >= 10:
-            pairs.append({"prompt": row["content"], "history": [], "chosen": row["summary"], "rejected": without})
+        if found := PREFERENCES[prefer](row, length):
+            pairs.append({"prompt": row["content"], "history": [], "chosen": found[0], "rejected": found[1]})
     return pairs
 
 
@@ -63,17 +84,17 @@ def write(file, rows):
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_rows(data, folder, length=None):
+def write_rows(data, folder, prefer="colour", length=None):
     """Write train.json and dev.json of pairs/ and of answers/ into a folder, from a folder of ADGEN; see make_pairs."""
     rng = random.Random(0)
-    train, dev = make_pairs(data / "train.json", length), make_pairs(data / "dev.json", length)
+    train, dev = (make_pairs(data / f"{split}.json", prefer, length) for split in ("train", "dev"))
     rng.shuffle(train)
-    dev = (dev + train[PAIRS:])[:DEV_PAIRS]  # the sample has fewer dev rows that ask for a colour
+    dev = (dev + train[PAIRS:])[:DEV_PAIRS]  # the sample has fewer dev rows that give a pair
     held = {pair["prompt"] for pair in dev}
     train = [pair for pair in train if pair["prompt"] not in held]
 
     def answers(pairs):
-        kinds = ("chosen" if rng.random() < NAMES_COLOUR else "rejected" for _ in pairs)
+        kinds = ("chosen" if rng.random() < PREFERRED else "rejected" for _ in pairs)
         return [
             {"prompt": pair["prompt"], "history": [], "response": pair[kind]}
             for pair, kind in zip(pairs, kinds, strict=True)
@@ -116,7 +137,7 @@ def train(stage, method, bits, rows, folder, args, *more):
             *(("--response_column", "response") if stage == "sft" else ()),
             *("--model_name_or_path", args.model, "--output_dir", folder, "--overwrite_output_dir", *lengths),
             *("--per_device_train_batch_size", batch, "--max_steps", steps, "--save_steps", steps),
-            *("--learning_rate", args.ppo_rate if stage == "ppo" and args.ppo_rate else RATES[method][stage]),
+            *("--learning_rate", args.rates.get(stage, RATES[method][stage])),
             *("--logging_steps", 10, "--report_to", "none"),
             *("--disable_tqdm", "true", "--plot_loss", "false", *(("--quantization_bit", bits) if bits else ())),
             *METHODS[method],
@@ -131,22 +152,26 @@ def train(stage, method, bits, rows, folder, args, *more):
     return {"checkpoint": folder / f"checkpoint-{steps}", "gb": results["train_peak_memory_gb"], "speed": speed, **dev}
 
 
-def sample(checkpoint, rows, folder):
-    """(share of the sampled answers to the dev prompts that name the colour, that name any, these answers as rows)."""
+def sample(checkpoint, rows, folder, prefer):
+    """(share of the sampled answers to the dev prompts that are as is preferred, share of `any`, these answers as rows)."""
     run_main(
         [
             *("--do_predict", "--test_file", rows / "answers/dev.json", "--ptuning_checkpoint", checkpoint),
             *("--output_dir", folder, "--disable_tqdm", "true", "--do_sample", "true", "--seed", 0),
+            *SAMPLING[prefer],
         ]
     )
     prompts = [json.loads(line)["prompt"] for line in (rows / "answers/dev.json").read_text("utf-8").splitlines()]
     lines = (folder / "generated_predictions.txt").read_text("utf-8").splitlines()
     answers = [json.loads(line)["predict"] for line in lines]
-    colours = {
-        colour_of(json.loads(line)["prompt"]) for line in (rows / "pairs/train.json").read_text("utf-8").splitlines()
-    }
-    named = sum(colour_of(prompt) in answer for prompt, answer in zip(prompts, answers, strict=True))
-    named_any = sum(any(colour in answer for colour in colours) for answer in answers)
+    if prefer == "short":
+        named = sum(bool(re.fullmatch("[^。！；，]+[。！；]", answer)) for answer in answers)
+        named_any = named
+    else:
+        pairs = (rows / "pairs/train.json").read_text("utf-8").splitlines()
+        colours = {colour_of(json.loads(line)["prompt"]) for line in pairs}
+        named = sum(colour_of(prompt) in answer for prompt, answer in zip(prompts, answers, strict=True))
+        named_any = sum(any(colour in answer for colour in colours) for answer in answers)
     return (
         named / len(prompts),
         named_any / len(prompts),
@@ -209,10 +234,10 @@ def lines_of(method, bits, args, rows):
     ppo = train("ppo", method, bits, rows, folder / "ppo", args, *begin, *judge)
     dpo = train("dpo", method, bits, rows, folder / "dpo", args, *begin)
     cached = train("dpo", method, bits, rows, folder / "dpo-cache", args, *begin, "--dpo_cache")
-    before, any_before, _ = sample(sft["checkpoint"], rows, folder / "sampled-before")
+    before, any_before, _ = sample(sft["checkpoint"], rows, folder / "sampled-before", args.prefer)
     name, figures = f"| {method} | {f'int{bits}' if bits else 'float'} |", []
     for stage, found in (("dpo", dpo), ("ppo", ppo)):
-        after, any_after, answers = sample(found["checkpoint"], rows, folder / f"sampled-after-{stage}")
+        after, any_after, answers = sample(found["checkpoint"], rows, folder / f"sampled-after-{stage}", args.prefer)
         kl, dev_before, dev_after = cost(
             found["checkpoint"], sft["checkpoint"], answers, rows, args.length or MAX_LENGTH
         )
@@ -234,6 +259,7 @@ def main():
     parser.add_argument(
         "--data", type=Path, default=ROOT / "AdvertiseGen/sample", help="folder with train.json and dev.json of ADGEN"
     )
+    parser.add_argument("--prefer", choices=list(PREFERENCES), default="colour")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output/preference")
     parser.add_argument("--steps", type=int, default=200, help="of tuning on answers")
     parser.add_argument("--pair_steps", type=int, default=120, help="of dpo")
@@ -241,19 +267,20 @@ def main():
     parser.add_argument(
         "--length",
         type=int,
-        help="take pairs that name the colour in so many characters, and cut answers at so many tokens [all pairs, 64]",
+        help="take pairs that are as is preferred in so many characters, and cut answers at so many tokens [all, 64]",
     )
     parser.add_argument("--batch", type=int, default=16, help="rows, or pairs, of a step")
     parser.add_argument("--rounds", type=int, default=30, help="steps of ppo")
     parser.add_argument("--answers", type=int, default=32, help="of such a step")
-    parser.add_argument("--ppo_rate", help="its learning rate [that of tuning on answers]")
+    parser.add_argument("--rates", default="", help="learning rates in place of RATES: sft=1e-1,ppo=5e-2")
     parser.add_argument("--ppo_epochs", type=int, default=4, help="optimizer steps with the answers of such a step")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--bits", default="0,4", help="0: float weights")
     parser.add_argument("--only_write", action="store_true")
     args = parser.parse_args()
+    args.rates = dict(pair.split("=") for pair in args.rates.split(",") if pair)
     rows = args.output_dir
-    write_rows(args.data, rows, args.length)
+    write_rows(args.data, rows, args.prefer, args.length)
     if args.only_write:
         return
     sys.path.insert(0, str(ROOT / "ptuning"))
