@@ -11,11 +11,9 @@ has been done (with CMAKE_POLICY_VERSION_MINIMUM=3.5 set): its q4_0 and q8_0 qua
 
 import argparse
 import importlib.util
-import itertools
 import multiprocessing
 import os
 import statistics
-import time
 from pathlib import Path
 
 from common.environment import KEEP_MEMORY
@@ -52,8 +50,8 @@ def random_model(layers):
 def build_ours(name, layers):
     """turn(prompts, new_tokens): (seconds of prompt and first token, [seconds of each further token])."""
     import torch
+    from benchmarks.full_size import next_tokens, timed
 
-    from chatglm2.generation import Batch, choose
     from chatglm2.quantization import QuantizedLinear, choose_backend, quantize_model_, use_backend_
 
     model = random_model(layers)
@@ -65,36 +63,17 @@ def build_ours(name, layers):
     for bits in (4, 8):
         use_backend_(model, choose_backend("auto", "cpu", bits, torch.float32), bits)
 
-    def turn(prompts, new_tokens):
-        batch = Batch(model, len(prompts), len(prompts[0]) + new_tokens)
-        zeros = [0.0] * len(prompts)
-        start = time.perf_counter()
-        chosen = choose(batch.admit(prompts, []), zeros, zeros, zeros)
-        first = time.perf_counter() - start
-        seconds = []
-        for _ in range(new_tokens):
-            start = time.perf_counter()
-            chosen = choose(batch.step(chosen), zeros, zeros, zeros)
-            seconds.append(time.perf_counter() - start)
-        return first, seconds
-
-    return turn
+    return lambda prompts, new_tokens: timed(next_tokens(model, prompts, new_tokens + 1))
 
 
 def build_chatglm_cpp(name, layers):
     """As build_ours; one conversation at a time, which is all that chatglm.cpp takes."""
     from benchmarks.contenders.chatglmcpp import next_tokens, open_in_chatglm_cpp
+    from benchmarks.full_size import timed
 
     pipeline = open_in_chatglm_cpp(random_model(layers), CHATGLM_CPP[name])
 
-    def turn(prompts, new_tokens):
-        seconds = [time.perf_counter()]
-        for _ in next_tokens(pipeline, prompts[0], new_tokens + 1):
-            seconds.append(time.perf_counter())
-        first, *further = (end - start for start, end in itertools.pairwise(seconds))
-        return first, further
-
-    return turn
+    return lambda prompts, new_tokens: timed(next_tokens(pipeline, prompts[0], new_tokens + 1))
 
 
 def serve(name, layers, connection):

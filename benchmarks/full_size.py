@@ -207,26 +207,33 @@ def measure(folder, data_file, bits, num_rows, new_tokens):
     prompt = prompts[0]["input_ids"]
     result["prompt_tokens"] = len(prompt)
     for _ in range(2):
-        result["prompt_seconds"], result["token_seconds"] = answer(model, prompt, new_tokens)
+        result["prompt_seconds"], further = timed(next_tokens(model, [prompt], new_tokens + 1))
+    result["token_seconds"] = statistics.median(further)
     result["generate"] = watch.restart()
     if device.type == "cuda":
         result["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
 
 
-def answer(model, prompt, new_tokens):
-    """Seconds that a prompt takes with its first token, and the median of those that each of `new_tokens` more takes."""
-    seconds = [time.monotonic()]
+def next_tokens(model, prompts, count):
+    """Yield `count` times the token ids that follow each of `prompts` (token ids), greedily, with the model's prefix."""
+    encoder = model.transformer.prefix_encoder
     with torch.inference_mode():
-        prefix = model.transformer.prefix_encoder(1, model.transformer.dtype_of_blocks)
-    batch = Batch(model, 1, PREFIX_TOKENS + len(prompt) + new_tokens)
-    chosen = choose(batch.admit([prompt], prefix), [0.0], [0.0], [0.0])
-    for _ in range(new_tokens):
-        seconds.append(time.monotonic())
-        chosen = choose(batch.step(chosen), [0.0], [0.0], [0.0])
-    seconds.append(time.monotonic())
+        prefix = [] if encoder is None else encoder(1, model.transformer.dtype_of_blocks)
+    zeros = [0.0] * len(prompts)
+    batch = Batch(model, len(prompts), model.prefix_length + len(prompts[0]) + count - 1)
+    yield (chosen := choose(batch.admit(prompts, prefix), zeros, zeros, zeros))
+    for _ in range(count - 1):
+        yield (chosen := choose(batch.step(chosen), zeros, zeros, zeros))
+
+
+def timed(tokens):
+    """(seconds until the first of `tokens` is there, [seconds that each further one takes])."""
+    seconds = [time.perf_counter()]
+    for _ in tokens:
+        seconds.append(time.perf_counter())
     first, *further = (end - start for start, end in itertools.pairwise(seconds))
-    return first, statistics.median(further)
+    return first, further
 
 
 # ---- the table

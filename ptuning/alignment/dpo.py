@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from chatglm2.loss import Packing, next_tokens, row_log_probs
 from checkpoints.file_names import REFERENCE_FILE
-from checkpoints.run_folder import verify_checkpoint
+from checkpoints.run_folder import check_holds, verify_checkpoint
 from checkpoints.weight_files import read_tensors
 from common.ranks import gather
-from training.stages import FIGURES, check_holds_reference
+from training.stages import FIGURES
 from tuning.swapping import fill_values, swapped
 
 
@@ -90,7 +90,7 @@ def save_reference(reference, folder):
 
 def load_reference(reference, folder, stage):
     """Fill a reference from a checkpoint of `stage`. FileNotFoundError and ValueError where it has none that fits."""
-    file = check_holds_reference(folder, stage)
+    file = check_holds(folder, REFERENCE_FILE, stage=stage)
     verify_checkpoint(folder, [REFERENCE_FILE])
     try:
         fill_values(reference, dict(read_tensors(file)))

@@ -336,8 +336,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         `hidden_states` are those before each block and the last, `attentions` the probabilities (B, N, S, T), for which
         attention is computed plainly.
 
-        Raises ValueError for no rows, no tokens and more tokens than the configuration's `seq_length`, for masks that are not (B, past + S), and
-        while training for positions that do not count one text a row.
+        Raises ValueError for no rows, no tokens and more tokens than the configuration's `seq_length`, for masks that
+        are not (B, past + S), and while training for positions that do not count one text a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"Give input_ids or inputs_embeds, found {'none' if input_ids is None else 'both'}.")
@@ -365,8 +365,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         (batch_size, query_length), device = inputs.shape[:2], inputs.device
         if not is_transformed() and 0 in (batch_size, query_length):
             raise ValueError(
-                f"The input_ids have the shape ({batch_size}, {query_length}), expected a row and a token at least. Leave empty "
-                "batches out."
+                f"The input_ids have the shape ({batch_size}, {query_length}), expected a row and a token at least. "
+                "Leave empty batches out."
             )
         if query_length > self.config.seq_length:
             raise ValueError(

@@ -286,11 +286,14 @@ def _dequantized_blocks(weight: Tensor, scale: Tensor, bits: int, dtype: torch.d
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         count = rows.stop - start
-        block = buffer[
-            : count * in_features
-        ]  # dense: with gaps between its columns oneDNN computes by a slow reference
+        block = buffer[: count * in_features]  # without gaps, for which oneDNN has only a slow reference
         block = block.view(in_features, count).t() if packed else block.view(count, in_features)
         yield rows, dequantize_weight(weight[rows], scale[rows], bits, dtype, out=block)
+
+
+def _by_rows(product: Callable[..., Tensor], input: Tensor, *weight) -> Tensor:
+    """product(rows (N, in), *weight) of input (..., in), in its shape: (..., out)."""
+    return product(input.reshape(-1, input.shape[-1]), *weight).view(*input.shape[:-1], -1)
 
 
 class _FrozenQuantizedProduct(OwnGradient):
@@ -301,13 +304,11 @@ class _FrozenQuantizedProduct(OwnGradient):
         ctx.save_for_backward(weight, scale)  # references to the buffers, no copies
         ctx.bits, ctx.backend = bits, backend
         if 0 < input.numel() <= backend.few_rows * input.shape[-1] and not backend.for_inference:
-            input_rows = input.reshape(-1, input.shape[-1])
-            return backend.multiply_few_rows(input_rows, weight, scale, bits).view(*input.shape[:-1], -1)
+            return _by_rows(backend.multiply_few_rows, input, weight, scale, bits)
         if not _in_blocks(weight, backend):
             return F.linear(input, backend.dequantize(weight, scale, bits, input.dtype))
         if quantization_cpu.takes_some_rows(input, weight):
-            rows = input.reshape(-1, input.shape[-1])
-            return quantization_cpu.multiply_some_rows(rows, weight, scale).view(*input.shape[:-1], -1)
+            return _by_rows(quantization_cpu.multiply_some_rows, input, weight, scale)
         outputs = [multiply(input, block) for _, block in _dequantized_blocks(weight, scale, bits, input.dtype)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
@@ -391,9 +392,7 @@ class QuantizedLinear(nn.Module):
             if self.bits == 4 and not quantization_cpu.is_packed(self.weight):
                 with torch.inference_mode(False):  # else a later backward could not use the weight
                     self.weight = pack_for_cpu(self.weight, self.bits)
-            rows = input.reshape(-1, self.in_features)
-            output = self.backend.multiply_few_rows(rows, self.weight, self.weight_scale, self.bits)
-            output = output.view(*input.shape[:-1], -1)
+            output = _by_rows(self.backend.multiply_few_rows, input, self.weight, self.weight_scale, self.bits)
         else:
             output = _FrozenQuantizedProduct.apply(input, self.weight, self.weight_scale, self.bits, self.backend)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -6,10 +6,6 @@ prompts, whose answers a reward model scores.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from checkpoints.file_names import REFERENCE_FILE
-from checkpoints.run_folder import check_holds
 from checkpoints.ways import SWAPPED, default_method
 
 OWN_FLAGS = {  # {flag: the stage that reads it}
@@ -88,11 +84,6 @@ def check_stage(model_args, data_args, training_args) -> None:
         raise ValueError(
             f"--stage {stage} without --do_train evaluates what was trained: give --ptuning_checkpoint, a checkpoint of it."
         )
-
-
-def check_holds_reference(folder: Path | str, stage: str) -> Path:
-    """The file of the reference in a checkpoint of dpo or ppo. FileNotFoundError where `stage` has not written it."""
-    return check_holds(folder, REFERENCE_FILE, stage=stage)
 
 
 def check_stage_of_run(session, stage: str) -> None:
