@@ -5,8 +5,8 @@
 The model has the layers of ChatGLM2-6B, --layers of them, with the full vocabulary and random weights. A turn feeds a
 prompt of --prompt tokens and then decodes --new_tokens greedily. The contenders are processes of their own that take
 turns; the figures are medians over --repeats turns. chatglm.cpp takes part where `pip install chatglm-cpp tabulate`
-has been done (with CMAKE_POLICY_VERSION_MINIMUM=3.5 set): its q4_0 and q8_0 quantize embedding and head, too, which are float here; "int8 head" stands for
---quantize_output_layer.
+has been done (with CMAKE_POLICY_VERSION_MINIMUM=3.5 set): its q4_0 and q8_0 quantize embedding and head, too, which are
+float here; "int8 head" stands for --quantize_output_layer, "bfloat16" for --bf16.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from common.environment import KEEP_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 INT8_HEAD = ", int8 head"
-OURS = {"int4": 4, f"int4{INT8_HEAD}": 4, "int8": 8, f"int8{INT8_HEAD}": 8, "float32": 0}
+BFLOAT16 = ", bfloat16"  # --bf16
+OURS = {f"int{bits}{kind}": bits for bits in (4, 8) for kind in ("", INT8_HEAD, BFLOAT16)}
+OURS |= {"float32": 0, f"float{BFLOAT16}": 0}
 CHATGLM_CPP = {"chatglm.cpp q4_0": "Q4_0", "chatglm.cpp q8_0": "Q8_0"}
 BLOCK = 2**24  # random numbers drawn, and used again and again
 
@@ -52,16 +54,21 @@ def build_ours(name, layers):
     import torch
     from benchmarks.full_size import next_tokens, timed
 
+    from chatglm2.matmul import Linear, convert
     from chatglm2.quantization import QuantizedLinear, choose_backend, quantize_model_, use_backend_
 
     model = random_model(layers)
     if bits := OURS[name]:
         quantize_model_(model, bits)
-    model.float()
+    dtype = torch.bfloat16 if name.endswith(BFLOAT16) else torch.float32
     if name.endswith(INT8_HEAD):
         model.transformer.output_layer = QuantizedLinear.from_linear(model.transformer.output_layer, 8).eval()
+    for layer in model.modules():  # as load_model does
+        if isinstance(layer, Linear):
+            layer.weight.data = convert(layer.weight.data, dtype)
+    model.to(dtype)
     for bits in (4, 8):
-        use_backend_(model, choose_backend("auto", "cpu", bits, torch.float32), bits)
+        use_backend_(model, choose_backend("auto", "cpu", bits, dtype), bits)
 
     return lambda prompts, new_tokens: timed(next_tokens(model, prompts, new_tokens + 1))
 
@@ -89,7 +96,8 @@ def main():
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=[*OURS, *CHATGLM_CPP], default=[*OURS, *CHATGLM_CPP])
+    names = [*OURS, *CHATGLM_CPP]  # of four layers all together take more than 24 GB
+    parser.add_argument("--contenders", nargs="+", choices=names, default=[n for n in names if BFLOAT16 not in n])
     settings = parser.parse_args()
     names = [name for name in settings.contenders if name in OURS]
     if all(importlib.util.find_spec(package) for package in ("chatglm_cpp", "tabulate")):

@@ -159,7 +159,7 @@ class MemoryWatch(threading.Thread):
         return peaks
 
 
-def measure(folder, data_file, bits, num_rows, new_tokens):
+def measure(folder, data_file, bits, num_rows, new_tokens, bf16=False):
     """Times in seconds and memory in bytes of one setting, as a dict."""
     watch = MemoryWatch()
     watch.start()
@@ -173,7 +173,7 @@ def measure(folder, data_file, bits, num_rows, new_tokens):
     result = {"bits": bits or "float", "device": device.type, "start": watch.restart()}
 
     started = time.monotonic()
-    dtype, _ = choose_dtype(device)
+    dtype, _ = choose_dtype(device, bf16=bf16)
     model = load_model(folder, config=config, dtype=dtype, device=device, quantization_bit=bits)
     result.update(dtype=str(dtype).removeprefix("torch."), load_seconds=time.monotonic() - started)
     result["load"] = watch.restart()
@@ -256,7 +256,7 @@ def table(results):
     for result in results:
         own = max(result[phase]["own"] for phase in ("load", "train", "generate"))
         cells = [
-            f"int{result['bits']}" if isinstance(result["bits"], int) else result["dtype"],
+            (f"int{result['bits']}, " if isinstance(result["bits"], int) else "") + result["dtype"],
             result["device"]
             + (f" (GPU peak {result['gpu_peak_bytes'] / 1e9:.2f} GB)" if "gpu_peak_bytes" in result else ""),
             f"{result['weight_bytes'] / 1e9:.2f}",
@@ -275,14 +275,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=ROOT / "AdvertiseGen/sample/train.json", help="ADGEN-like rows")
     parser.add_argument("--tokenizer", default=ROOT / "ptuning/tiny", help="folder with tokenizer.model")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], help="0: float weights, for GPUs")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], help="0: float weights")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 in place of float32 on a CPU, too")
     parser.add_argument("--rows", type=int, default=1, help="rows in a training batch")
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens of an answer after the first")
     parser.add_argument("--workdir", help="where the 12.5 GB go for a while [the system's temporary folder]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the folder, in the process that measures one setting
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure, args.data, args.bits[0] or None, args.rows, args.new_tokens)))
+        how = args.bits[0] or None, args.rows, args.new_tokens, args.bf16
+        print(json.dumps(measure(args.measure, args.data, *how)))
         return
     results = []
     with tempfile.TemporaryDirectory(prefix="chatglm2-6b-", dir=args.workdir) as folder:
@@ -293,6 +295,7 @@ def main():
             command = [sys.executable, "-m", "benchmarks.full_size", "--measure", folder, "--bits", str(bits)]
             command += ["--data", str(Path(args.data).resolve())]
             command += ["--rows", str(args.rows), "--new_tokens", str(args.new_tokens)]
+            command += ["--bf16"] * args.bf16
             environment = {**os.environ, **KEEP_MEMORY}  # as the scripts
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=environment)
             results.append(json.loads(done.stdout.splitlines()[-1]))

@@ -422,6 +422,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_trained_arguments(parser)
     parser.add_argument("--quantization_bit", type=int, help="4 or 8. Read from the checkpoint, else float weights.")
     parser.add_argument("--quantize_output_layer", action="store_true", help="The output layer in int8, too.")
+    parser.add_argument(
+        "--bf16",
+        type=true_or_false,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Float weights in bfloat16; on a CPU half the memory of float32 [what the GPU has; float32 on a CPU].",
+    )
     parser.add_argument("--pre_seq_len", type=int, help="Not needed: read from the checkpoint, only compared with it.")
     parser.add_argument(
         "--prompt_template", choices=TEMPLATES, help="Read from the checkpoint, else the base model's own."

@@ -30,7 +30,7 @@ from chatglm2 import modeling_chatglm
 from chatglm2.bits import check_quantization_bit
 from chatglm2.chat import unknown_token_ids
 from chatglm2.configuration_chatglm import ChatGLMConfig
-from chatglm2.matmul import Linear, convert
+from chatglm2.matmul import MULTIPLIES_BFLOAT16, Linear, convert
 from chatglm2.quantization import QuantizedLinear, choose_backend, prepare_output_layer_, quantize_weight
 from chatglm2.tokenization_chatglm import ChatGLMTokenizer
 from checkpoints.file_names import weight_files
@@ -156,8 +156,12 @@ def choose_dtype(
     if torch.device(device).type == "mps":
         return torch.float16, "an Apple GPU, on which this has not been tried"
     if torch.device(device).type != "cuda":
-        reason = "half precision is slower and less exact on a CPU" if fp16 or bf16 else "no GPU"
-        return torch.float32, reason
+        if bf16:
+            return (
+                torch.bfloat16,
+                "--bf16" if MULTIPLIES_BFLOAT16 else "--bf16, slow: this processor has no instructions for it",
+            )
+        return torch.float32, "float16 is slow on a CPU; --bf16 halves the memory" if fp16 else "no GPU"
     if fp16:
         return torch.float16, "--fp16, with loss scaling"
     if bf16:

@@ -179,11 +179,20 @@ def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_batches(monkeypatc
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("flag", ["fp16", "bf16", "fp16_full_eval"])
-def test_half_precision_flags_on_a_cpu_train_in_float32_and_say_so(flag, trained, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["fp16", "fp16_full_eval"])
+def test_float16_flags_on_a_cpu_train_in_float32_and_say_so(flag, trained, monkeypatch, tmp_path, capsys):
     run(monkeypatch, {**TRAIN_SETTINGS, flag: True}, output_dir=tmp_path)
-    assert "float32 on cpu (half precision is slower" in capsys.readouterr().out
+    assert "float32 on cpu (float16 is slow on a CPU; --bf16 halves the memory)" in capsys.readouterr().out
     assert losses(tmp_path) == losses(trained[0])
+
+
+def test_bf16_on_a_cpu_trains_a_float32_prefix_over_bfloat16_weights(trained, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, {**TRAIN_SETTINGS, "bf16": True}, output_dir=tmp_path)
+    assert "Weights: bfloat16 on cpu (--bf16" in capsys.readouterr().out
+    assert losses(tmp_path) != losses(trained[0])
+    assert losses(tmp_path) == pytest.approx(losses(trained[0]), rel=0.02)
+    prefix = torch.load(tmp_path / "checkpoint-5" / "pytorch_model.bin", weights_only=True)
+    assert {tensor.dtype for tensor in prefix.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -26,6 +26,9 @@ from chatglm2.matmul_choice import mkl_is_faster, onednn
 # Without AVX (on ARM, say) torch's own choice is as good.
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
+# Without these instructions a product in bfloat16 takes longer than in float32, and not half the time.
+MULTIPLIES_BFLOAT16 = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16", "bf16")))
+
 
 def round_rows(count):
     """`count` rounded up: to 8 from 8 on, to 64 from 64 on."""
@@ -66,21 +69,22 @@ def multiply(x, weight, bias=None):
 def convert(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight (out, in) in `dtype`; where that takes memory of its own, in the memory `multiply` reads fastest.
 
-    The shape stays (out, in), but the longer side lies contiguous, in huge pages where the system gives them: a step
-    of decoding reads all weights once, and with pages of 4 kB waits for their addresses. A weight that has the dtype
-    is left where it is, which may be a mapped file that processes share.
+    The shape stays (out, in), but in float32 the longer side lies contiguous, and all of it in huge pages where the
+    system gives them: a step of decoding reads all weights once, and with pages of 4 kB waits for their addresses. A
+    weight that has the dtype is left where it is, which may be a mapped file that processes share.
     """
-    if weight.dtype == dtype or not onednn_runs(weight.device, dtype):
+    if weight.dtype == dtype or not weight.is_cpu:
         return weight.to(dtype)
     outputs, inputs = weight.shape
+    by_columns = outputs > inputs and onednn_runs(weight.device, dtype)
     memory = mmap.mmap(-1, weight.numel() * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     converted = torch.frombuffer(memory, dtype=dtype)
-    converted = converted.view(inputs, outputs).t() if outputs > inputs else converted.view(outputs, inputs)
+    converted = converted.view(inputs, outputs).t() if by_columns else converted.view(outputs, inputs)
     for start in range(0, outputs, 1024):  # turned a part at a time, because that takes memory, and is quicker
         part = weight[start : start + 1024]
-        converted[start : start + 1024] = part.t().contiguous().t() if outputs > inputs else part
+        converted[start : start + 1024] = part.t().contiguous().t() if by_columns else part
     return converted
 
 

@@ -14,15 +14,17 @@ The int8 kernel takes the official layout. The int4 kernel wants another one, of
 
 The dtype tells the two layouts apart. A range of whole blocks of rows is a packed weight too.
 
-More rows are multiplied in float32. Up to SOME_ROWS of them a processor core unpacks a few blocks and multiplies them
-itself, so that no weight moves from core to core: on machines whose cores do not share a cache, such as many rented
-ones, handing 2 MB over takes twice as long as multiplying them.
+More rows are multiplied in their own dtype. Up to SOME_ROWS of them a processor core unpacks a few blocks and
+multiplies them itself, so that no weight moves from core to core: on machines whose cores do not share a cache, such as
+many rented ones, handing 2 MB over takes twice as long as multiplying them.
 """
 
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from chatglm2.matmul import MULTIPLIES_BFLOAT16
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 BLOCK = {"AVX512": 64, "AVX2": 32}.get(CAPABILITY, 0)  # rows; 0 where the layout of torch's kernel is not known
@@ -90,20 +92,22 @@ def multiply_few_rows(input: Tensor, weight: Tensor, scale: Tensor, bits: int) -
 
 def takes_some_rows(input: Tensor, weight: Tensor) -> bool:
     """True where `multiply_some_rows` multiplies input (…, in) by a weight, in either layout."""
-    return is_packed(weight) and input.dtype == torch.float32 and 0 < input.numel() <= SOME_ROWS * input.shape[-1]
+    multiplies = input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16)
+    return is_packed(weight) and multiplies and 0 < input.numel() <= SOME_ROWS * input.shape[-1]
 
 
 def multiply_some_rows(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """input (rows, in) times a packed int4 weight (out, in), transposed: (rows, out), all in float32.
+    """input (rows, in) times a packed int4 weight (out, in), transposed: (rows, out), all in the input's dtype.
 
-    Every operation below divides its blocks among the cores in the same way.
+    The integers are exact in either dtype; the product is rounded to it, and again when it is scaled. Every operation
+    below divides its blocks among the cores in the same way.
     """
     rows, in_features = input.shape
     half = BLOCK // 2
     blocks = weight.view(-1, in_features, half)
     integers = torch.empty(BLOCKS_AT_ONCE, 2, in_features, half, dtype=torch.uint8)
-    floats = torch.empty(integers.shape)
-    product = torch.empty(len(blocks), 2, rows, half)
+    floats = torch.empty(integers.shape, dtype=input.dtype)
+    product = torch.empty(len(blocks), 2, rows, half, dtype=input.dtype)
     for start in range(0, len(blocks), BLOCKS_AT_ONCE):
         part, result = (all_blocks[start : start + BLOCKS_AT_ONCE] for all_blocks in (blocks, product))
         unpacked, converted = integers[: len(part)], floats[: len(part)]

@@ -76,7 +76,7 @@ def describe(error):
     if lacks_memory(error):
         detail = f" ({error})" if str(error) else ""
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        remedy = "Lower the batch size or the lengths, or take a smaller model, such as --quantization_bit 4 makes."
+        remedy = "Lower the batch size or the lengths, or take a smaller model, such as --quantization_bit 4 or --bf16 makes."
         if limit != resource.RLIM_INFINITY:
             remedy = f"The shell allows {limit / 1e9:.1f} GB of addresses; lift that limit: ulimit -v unlimited."
         return f"This machine has not enough memory{detail}. {remedy}", 2

@@ -47,7 +47,7 @@ def load_server(args, say=print):
 
     tokenizer = load_tokenizer(folder, config, prompt_template=session.data_fields["prompt_template"])
     device = choose_device()
-    dtype, reason = choose_dtype(device)
+    dtype, reason = choose_dtype(device, bf16=args.bf16)
     output_layer = " with the output layer in int8" if args.quantize_output_layer else ""
     precision = f"{f'int{bits} and ' if bits else ''}{dtype_name(dtype)}{output_layer}"
     say(f"Loading {session.base} on {device}: {precision} ({reason}).")

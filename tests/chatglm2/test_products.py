@@ -68,6 +68,12 @@ def test_the_longer_side_of_a_converted_weight_lies_contiguous(monkeypatch):
     assert convert(numbers(IN, OUT).half(), torch.float32).stride() == (OUT, 1)
 
 
+def test_a_weight_in_bfloat16_keeps_its_rows_contiguous(kernel):
+    weight = numbers(OUT, IN).half()
+    converted = convert(weight, torch.bfloat16)
+    assert converted.stride() == (IN, 1) and torch.equal(converted, weight.bfloat16())
+
+
 def test_a_weight_that_has_the_dtype_is_left_where_it_is(kernel):
     weight = numbers(OUT, IN)
     assert convert(weight, torch.float32).data_ptr() == weight.data_ptr()

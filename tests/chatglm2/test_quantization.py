@@ -151,6 +151,30 @@ def test_output_and_input_gradient_equal_the_dequantized_layer(block_elements, b
 
 
 @both_bits
+def test_a_gradient_of_many_rows_takes_larger_blocks_up_to_a_bound(bits, monkeypatch):
+    monkeypatch.setattr(quantization, "CPU_BLOCK_ROWS", 2)
+    monkeypatch.setattr(quantization, "CPU_BLOCK_ELEMENTS", 32 * 2)
+    monkeypatch.setattr(quantization, "CPU_LARGE_BLOCK", 32 * 16)
+    blocks, dequantize = [], quantization._dequantized_blocks
+
+    def counting(*args):
+        for rows, block in dequantize(*args):
+            blocks.append(len(block))
+            yield rows, block
+
+    layer, linear = layer_pair(bits, bias=False)
+    input = torch.randn(40, 32, requires_grad=True)
+    for rows, sizes in ((1, [2] * 24), (5, [5] * 9 + [3]), (40, [16] * 3)):
+        output = layer(input[:rows])
+        blocks.clear()
+        monkeypatch.setattr(quantization, "_dequantized_blocks", counting)
+        (gradient,) = torch.autograd.grad(output.sum(), input)
+        monkeypatch.setattr(quantization, "_dequantized_blocks", dequantize)
+        (expected,) = torch.autograd.grad(linear(input[:rows]).sum(), input)
+        assert blocks == sizes and relative_difference(gradient, expected) < 1e-5
+
+
+@both_bits
 def test_input_gradient_equals_finite_differences(bits):
     layer, _ = layer_pair(bits, bias=True, rows=6, columns=4)
     assert torch.autograd.gradcheck(layer, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
@@ -158,9 +182,13 @@ def test_input_gradient_equals_finite_differences(bits):
 
 @both_bits
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("instructions", [False, True])  # of the CPU, for bfloat16
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-def test_half_precision_activations_give_half_precision_results(dtype, tolerance, bias, bits, monkeypatch):
+def test_half_precision_activations_give_half_precision_results(
+    dtype, tolerance, instructions, bias, bits, monkeypatch
+):
     monkeypatch.setattr(quantization, "CPU_BLOCK_ELEMENTS", 32 * 7)
+    monkeypatch.setattr(quantization, "MULTIPLIES_BFLOAT16", instructions)
     layer, linear = layer_pair(bits, bias)
     input = torch.randn(2, 5, 32).to(dtype).requires_grad_()
     float_input = input.detach().float().requires_grad_()

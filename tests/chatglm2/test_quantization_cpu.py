@@ -58,12 +58,28 @@ def test_a_last_block_of_fewer_rows_is_as_dense_as_the_others(monkeypatch):
 @needs_packed
 @pytest.mark.parametrize("shape", [*SHAPES, (64 * 6, 64)])
 @pytest.mark.parametrize("rows", [1, 33, quantization_cpu.SOME_ROWS])
-def test_some_rows_times_a_packed_weight_are_exact(shape, rows):
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_some_rows_times_a_packed_weight_are_as_exact_as_their_dtype(shape, rows, dtype, most):
     weight, scale = quantize_weight(torch.randn(shape), 4)
-    input = torch.randn(rows, shape[1])
+    input = torch.randn(rows, shape[1]).to(dtype)
     product = quantization_cpu.multiply_some_rows(input, pack_for_cpu(weight, 4), scale)
     expected = input.double() @ dequantize_weight(weight, scale, 4, torch.float64).T
-    assert product.dtype == torch.float32 and relative_difference(product, expected.float()) < 1e-6
+    assert product.dtype == dtype and relative_difference(product, expected.float()) < most
+
+
+@pytest.mark.parametrize(
+    "dtype, instructions, taken",
+    [
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float16, True, False),
+    ],
+)
+def test_some_rows_are_multiplied_in_a_dtype_that_the_processor_has(dtype, instructions, taken, monkeypatch):
+    monkeypatch.setattr(quantization_cpu, "MULTIPLIES_BFLOAT16", instructions)
+    weight = torch.zeros(64, 16, dtype=torch.uint8)
+    assert quantization_cpu.takes_some_rows(torch.zeros(2, 32, dtype=dtype), weight) == taken
 
 
 @needs_packed

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from chatglm2.quantization import quantize_model_
 from checkpoint import (
-    choose_dtype,
     generation_config,
     load_model,
     load_prefix,
@@ -359,10 +358,6 @@ def test_a_folder_without_weights_says_what_is_expected(folder):
         file.unlink()
     with pytest.raises(FileNotFoundError, match="holds no weights.*pytorch_model.bin"):
         load_model(folder)
-
-
-def test_weights_on_a_cpu_are_float32_whatever_is_asked():
-    assert choose_dtype("cpu")[0] == choose_dtype("cpu", fp16=True)[0] == torch.float32
 
 
 # ---- the prefix

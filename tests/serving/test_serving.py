@@ -52,6 +52,16 @@ def test_a_greedy_answer_is_the_one_chat_gives(server, run, name):
         assert finish(server, query, history, model=name).text == chat(run, name, query, history)
 
 
+@pytest.mark.parametrize("words, dtype", [(["--bf16"], torch.bfloat16), (["--bf16", "false"], torch.float32)])
+def test_weights_are_in_bfloat16_where_that_is_asked_for(run, words, dtype):
+    server = open_server("--ptuning_checkpoint", run, *words)
+    try:
+        assert server.model.transformer.output_layer.weight.dtype == dtype
+        assert finish(server, QUERIES[0], model="checkpoint-10").text
+    finally:
+        server.close()
+
+
 def encoded_for_prediction(tokenizer, folder, source_prefix, query, history):
     """Token ids of the prompt as evaluation makes them from a data file."""
     (folder / "rows.json").write_text(json.dumps({"q": query, "a": "x", "h": [list(turn) for turn in history]}))
