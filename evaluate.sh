@@ -12,6 +12,8 @@ MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH-}    # longest prompt, tokens; empty: as i
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH-}    # longest reference, tokens; prompt and answer get both together and 1
 defaults_of_tiny                           # with tiny: smaller defaults for the variables below
 DATA=${DATA:-AdvertiseGen}                 # folder with dev.json, or .jsonl, .csv, or these with .gz
+DEV_RATIO=${DEV_RATIO:-}                   # as in train.sh: the rows that the run has held out; empty: those of DATA, or
+                                           # where it has no dev file those held out
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}            # as in train.sh: part of the run's default name
 LR=${LR:-2e-2}                             # as in train.sh: part of the run's default name
 STEP=${STEP:-}                             # which checkpoint: 3000, best (lowest dev loss), last, or all in one table
@@ -27,15 +29,15 @@ CHECKPOINT=${CHECKPOINT:-adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR} # name 
 checkpoint_flag=${checkpoint_flag:-ptuning_checkpoint} # the flag for a prefix; evaluate_finetune.sh sets its own
 official_length=${official_length:-64}     # prompt and reference, tokens, in the official script
 
-dev_file=$(data_file dev)
-check_model_and_data "$dev_file"
+choose_rows
+check_model_and_data ${dev_file:+"$dev_file"}
 check_run
 [[ $typed_flags != *" --device_map"[\ =]* ]] || NUM_GPUS=1 # one process spreads the model over all of them
 defaults_of_official_checkpoint
 launch ptuning/main.py \
   --do_predict \
-  --validation_file "$dev_file" \
-  --test_file "$dev_file" \
+  ${dev_file:+--validation_file "$dev_file" --test_file "$dev_file"} \
+  ${data_sets:+--dataset "$data_sets" --dataset_dir "$DATA"} \
   ${PROMPT_COLUMN:+--prompt_column "$PROMPT_COLUMN"} \
   ${RESPONSE_COLUMN:+--response_column "$RESPONSE_COLUMN"} \
   ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \

@@ -47,10 +47,40 @@ data_file() {
   echo "$DATA/$1.json"
 }
 
+# True where a flag names the checkpoint, and not CHECKPOINT and STEP.
+names_checkpoint() {
+  [[ $typed_flags == *" --ptuning_checkpoint"[\ =]* || $typed_flags == *" --checkpoint_dir"[\ =]* ]]
+}
+
+# Set dev_file, or the names data_sets, to the rows to answer: those of DATA; where it has none, or DEV_RATIO is set, those
+# that the run has held out of its training rows. ptuning/data/held_out.py has written these.
+choose_rows() {
+  local held_out=output/$CHECKPOINT/held_out
+  dev_file=$(data_file dev) data_sets=
+  if [ -n "$DEV_RATIO" ] && names_checkpoint; then
+    echo "error: DEV_RATIO=$DEV_RATIO takes rows of the run that CHECKPOINT names, and a flag names another checkpoint." >&2
+    echo "  Leave DEV_RATIO out, and name the rows of its run:  DATA=RUN/held_out bash $PTUNING_SCRIPT" >&2
+    exit 2
+  fi
+  if [ -n "$DEV_RATIO" ] || { [ ! -f "$dev_file" ] && ! names_checkpoint; }; then
+    if [ -f "$held_out/dev.json" ] || [ -f "$held_out/dataset_info.json" ]; then
+      DATA=$held_out dev_file=$held_out/dev.json
+    elif [ -n "$DEV_RATIO" ] && [ -d "output/$CHECKPOINT" ]; then
+      echo "error: DEV_RATIO=$DEV_RATIO: there is no $held_out, where a run keeps the rows that it holds out." >&2
+      echo "  Leave DEV_RATIO out, and name a folder with dev.json:  DATA=FOLDER bash $PTUNING_SCRIPT" >&2
+      exit 2
+    fi
+  fi
+  if [[ $DATA == */held_out && ! -f $dev_file && -f $DATA/dataset_info.json ]]; then
+    data_sets=$(sed -n 's/^  "\(.*\)": {$/\1/p' "$DATA/dataset_info.json" | paste -sd ,)
+    dev_file=
+  fi
+}
+
 # Stop where output/$CHECKPOINT is no run, or has no checkpoint of that STEP, unless a flag names another one.
 check_run() {
   local run=output/$CHECKPOINT found
-  if [[ $typed_flags == *" --ptuning_checkpoint"[\ =]* || $typed_flags == *" --checkpoint_dir"[\ =]* ]]; then
+  if names_checkpoint; then
     return
   fi
   if [ ! -d "$run" ]; then
@@ -106,8 +136,8 @@ say_what_to_do_next() {
   export PTUNING_TALK="$variables bash ${folder#./}web_demo.sh"
   [ "$DATA" = "$data" ] || variables+=" DATA=$(printf %q "$DATA")"
   export PTUNING_EVALUATE="$variables bash ${folder#./}$1"
-  if [ -n "$DEV_RATIO" ] && [ ! -f "$(data_file dev)" ]; then
-    PTUNING_EVALUATE="DATA=FOLDER-WITH-dev.json ${variables%% DATA=*} bash ${folder#./}$1"
+  if [ -n "$DEV_RATIO" ]; then # the run keeps its dev rows
+    PTUNING_EVALUATE="DEV_RATIO=$DEV_RATIO ${variables%% DATA=*} bash ${folder#./}$1"
   fi
 }
 
@@ -172,7 +202,7 @@ TEXT
     if [[ ${DEV_RATIO:-} && ${file##*/} = dev.* ]]; then
       continue
     fi
-    if [ ! -f "$file" ] && [[ ${file##*/} = dev.* ]] && [ -n "${DEV_RATIO+set}" ]; then
+    if [ ! -f "$file" ] && [[ ${file##*/} = dev.* ]] && [ $# -gt 1 ]; then
       echo "error: $file does not exist (DATA=$DATA), nor dev.jsonl, dev.csv, or one of them with .gz." >&2
       echo "  Hold out a part of the training rows instead:  DEV_RATIO=0.05 bash $PTUNING_SCRIPT" >&2
       exit 2

@@ -108,7 +108,7 @@ def main():
 
     # ------------------------------------------------------------------ 6. Trainer
     # Only now: what is refused leaves no folder behind.
-    record = begin_run(training_args, data_args, data.train, session.quantization_bit) if trains else None
+    record = begin_run(training_args, data_args, data, session.quantization_bit, say) if trains else None
     generation = answer_settings(data_args, training_args, longest, config.seq_length)
     trainer = GeneralTrainer(
         model=model,

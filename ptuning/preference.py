@@ -100,7 +100,7 @@ def main(model_args, data_args, training_args, notes):
 
     # ------------------------------------------------------------------ 6. Trainer
     # Only now: what is refused leaves no folder behind.
-    record = begin_run(training_args, data_args, data.train, session.quantization_bit) if trains else None
+    record = begin_run(training_args, data_args, data, session.quantization_bit, say) if trains else None
     collate = partial(stage.collate, pad_token_id=tokenizer.pad_token_id)
     if training_args.dpo_cache:
         cached = {"reference": objective.reference, "collate": collate, "args": training_args}

@@ -142,6 +142,61 @@ def test_without_a_dev_file_a_share_of_the_training_rows_is_offered(folder):
     assert value_of(words, "--dev_ratio") == "0.05" and "--validation_file" not in words
 
 
+def held_out(folder, **files):
+    """The folder of rows that the run `mine` has held out."""
+    place = folder / "output" / "mine" / "held_out"
+    place.mkdir()
+    for name, value in files.items():
+        (place / f"{name}.json").write_text(json.dumps(value, indent=2))
+    return {"MODEL": "tiny", "CHECKPOINT": "mine"}
+
+
+@pytest.mark.parametrize("script", ["evaluate.sh", "evaluate_finetune.sh"])
+def test_rows_that_a_run_has_held_out_are_evaluated_where_they_are_asked_for_and_where_there_are_no_others(
+    script, folder
+):
+    of_run, rows = held_out(folder, dev=[]), "output/mine/held_out/dev.json"
+    (folder / "mine").mkdir()
+    files = [
+        value_of(words_of(starts(folder, f"bash {script}", **of_run, **more)), "--test_file")
+        for more in ({}, {"DEV_RATIO": "0.05"}, {"DATA": "mine"}, {"DATA": "mine", "DEV_RATIO": "0.05"})
+    ]
+    assert files == ["AdvertiseGen/sample/dev.json", rows, rows, rows]
+    words = words_of(starts(folder, f"bash {script}", **of_run, DEV_RATIO="0.05"))
+    assert "--dev_ratio" not in words and value_of(words, "--validation_file") == rows
+    done = starts(folder, f"bash {script} --ptuning_checkpoint other", **of_run, DATA="mine")
+    assert done.stderr.startswith("error: mine/dev.json does not exist (DATA=mine)")  # not those of `mine`
+    done = starts(folder, f"bash {script} --ptuning_checkpoint=other", **of_run, DEV_RATIO="0.05")
+    assert done.returncode == 2 and "name the rows of its run:  DATA=RUN/held_out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "asked", [{"DEV_RATIO": "0.05"}, {"DATA": "output/mine/held_out"}, {"DATA": "nowhere"}], ids=str
+)
+def test_rows_held_out_of_several_data_sets_are_evaluated_by_their_names(asked, folder):
+    info = {"b": {"file_name": "1.json", "columns": {"prompt": "x"}}, "a": {"file_name": "2.json"}}
+    of_run = held_out(folder, dataset_info=info)
+    words = words_of(starts(folder, "bash evaluate.sh", **of_run, **asked))
+    assert (value_of(words, "--dataset"), value_of(words, "--dataset_dir")) == ("b,a", "output/mine/held_out")
+    assert "--test_file" not in words and "--validation_file" not in words
+
+
+def test_a_run_that_has_kept_no_rows_is_named_where_they_are_asked_for(folder):
+    done = starts(folder, "bash evaluate.sh", MODEL="tiny", CHECKPOINT="mine", DEV_RATIO="0.05")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: DEV_RATIO=0.05: there is no output/mine/held_out, where a run keeps the rows")
+    assert done.stderr.endswith(
+        "  Leave DEV_RATIO out, and name a folder with dev.json:  DATA=FOLDER bash evaluate.sh\n"
+    )
+    done = starts(folder, "bash evaluate.sh", MODEL="tiny", CHECKPOINT="nosuch", DEV_RATIO="0.05")
+    assert done.stderr.startswith("error: there is no run output/nosuch")
+
+
+def test_the_command_behind_a_training_with_rows_held_out_evaluates_these(folder):
+    done = starts(folder, "bash train.sh", MODEL="tiny", DATA="AdvertiseGen/sample", DEV_RATIO="0.05")
+    assert done.stdout.splitlines()[1].startswith("DEV_RATIO=0.05 MODEL=tiny CHECKPOINT=? bash evaluate.sh MODEL=")
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.csv.gz", "q,a\n1,2\n"), ("a.jsonl.gz", '{"q": "1", "a": "2"}\n')])
 def test_a_file_behind_gzip_is_read_as_what_is_in_it(name, text, tmp_path):
     (tmp_path / name).write_bytes(gzip.compress(text.encode()))

@@ -29,6 +29,8 @@ from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import cut_short
 from common.quoting import NEEDS_EQUALS, as_typed
+from data.held_out import FOLDER as HELD_OUT
+from data.held_out import words_for_held_out
 from families import SUPPORTED, local_folder, read_base_settings
 
 TINY = "ptuning/tiny"
@@ -375,8 +377,8 @@ def method_of(folder: Path) -> str:
 def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: Roots, columns=("",) * 4) -> Command:
     """The command that answers dev rows with a checkpoint of the run in a folder, or with all.
 
-    `data` is a file of rows, or a folder with dev.json; empty means the rows of the run. `columns` are what COLUMNS are
-    called there; an empty one is called as in training.
+    `data` is a file of rows, or a folder with dev.json; empty means the rows of the run, those that it has held out where
+    it has. `columns` are what COLUMNS are called there; an empty one is called as in training.
     """
     step = plain_text(step, "The checkpoint", 20)
     if not re.fullmatch(r"|\d{1,9}|best|last|all", step):
@@ -387,6 +389,8 @@ def evaluation_command(folder: Path, step, data, rows, variables: dict, roots: R
     if data:
         path = roots.checked(data, "The file of rows")
         chosen["DATA"] = shown_path(link_rows([], path, folder.parent) if path.is_file() else path)
+    elif words_for_held_out(folder):
+        chosen["DATA"] = shown_path(roots.checked(str(folder / HELD_OUT), "The rows that were held out"))
     elif "DATA" in variables:
         chosen["DATA"] = variables["DATA"]
     if "NUM_GPUS" in variables:

@@ -33,6 +33,7 @@ from board.starting import is_alive, log_file, output_of, read_record, runs_in, 
 from board.words import said_in
 from common.languages import is_chinese
 from common.messages import cut_short, in_words
+from data.held_out import words_for_held_out
 from families import FAMILY_KEY
 
 MOST_PAGE_BYTES = 16 * 2**20  # of a comparison
@@ -175,7 +176,7 @@ class Page(Choices):
         """Start evaluate.sh for the run that is shown; the last four are the names of columns."""
         folder = self.folder(name)
         variables = read_run(folder).variables
-        if variables.get("DEV_RATIO") and not data:
+        if variables.get("DEV_RATIO") and not data and not words_for_held_out(folder):  # trained by an earlier version
             return show.said(said_in(request)["held_out"].format(name=name), "bad")
         command = evaluation_command(
             folder, step or "", data, rows, variables, self.roots, (prompt, response, history, messages)

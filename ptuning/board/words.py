@@ -180,8 +180,8 @@ WORDS = {  # name -> English, Chinese
     "evaluate": ("Evaluate", "评估"),
     "evaluating": ("Evaluating {name} …", "正在评估 {name}……"),
     "held_out": (
-        "{name} held out its dev rows from its own file, and no file lists them. Name a file of rows to answer above.",
-        "{name} 的验证数据是从训练文件中留出的，没有单独的文件。请在上面填写要回答的数据文件。",
+        "{name} held out its dev rows from its own file, and has not kept them. Name a file of rows to answer above.",
+        "{name} 的验证数据是从训练文件中留出的，但没有保存下来。请在上面填写要回答的数据文件。",
     ),
     "not_evaluated": ("This run has no answers yet.", "该任务还没有回答。"),
     "figure": ("Figure", "指标"),

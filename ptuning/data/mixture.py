@@ -47,6 +47,11 @@ def number_rows(dataset, position: int):
     return dataset.remove_columns("row").add_column("row", numbers)
 
 
+def numbers_in_file(dataset) -> list[int]:
+    """The row numbers of one data set, each in its own file, also where number_rows has marked them."""
+    return [row % ROWS_OF_A_DATASET for row in dataset["row"][:]]
+
+
 def shown_rows(rows: list[int], limit: int = 32) -> str:
     """Row numbers for a message: "3, 17, 40", cut after `limit`; of several data sets "3 of data set 2"."""
     places = (divmod(row, ROWS_OF_A_DATASET) for row in sorted(rows)[:limit])

@@ -11,7 +11,7 @@ from data.dataset_info import read_dataset_info
 from data.description import describe_training
 from data.encoding import encode_prediction, encode_prompts, encode_training
 from data.examples import COLUMNS, load_examples, shown_columns
-from data.mixture import draw_shares, hold_out, join, number_rows
+from data.mixture import draw_shares, hold_out, join, number_rows, numbers_in_file
 from data.rows import read_rows
 from data.sources import FILES, check_columns, source_of, split_ratios
 
@@ -22,6 +22,7 @@ class Splits:
 
     train: object = None
     train_skipped: int = 0  # rows
+    held_out: dict = field(default_factory=dict)  # what --dev_ratio takes of the training rows; see write_held_out
     dev: object = None  # with labels, for the dev loss
     dev_prompts: object = None  # the dev rows to be answered during training
     prompts: dict = field(default_factory=dict)  # {"eval" or "predict": (rows to be answered, number skipped)}
@@ -30,9 +31,10 @@ class Splits:
 def read_splits(data_args, training_args, tokenizer, say):
     """The Splits that a run's flags ask for, for answers. Raises as read_split."""
     splits = Splits()
-    read = partial(read_split, data_args=data_args, training_args=training_args, tokenizer=tokenizer, say=say)
+    files = {"data_args": data_args, "training_args": training_args, "tokenizer": tokenizer, "say": say}
+    read = partial(read_split, **files)
     if training_args.do_train:
-        splits.train, splits.train_skipped = read("train", encode=encode_training)
+        splits.train, splits.train_skipped, splits.held_out = read_divided("train", encode=encode_training, **files)
         if training_args.eval_strategy != "no":
             splits.dev, _ = read("eval", encode=encode_training)
         elif (data_args.validation_file or data_args.dev_ratio) and not training_args.do_eval:
@@ -49,9 +51,10 @@ def read_stage_splits(data_args, training_args, tokenizer, say, encode, load):
     """The Splits that a run on pairs or prompts asks for: dev rows also with --do_eval. Raises as read_split."""
     splits = Splits()
     files = {"data_args": data_args, "training_args": training_args, "tokenizer": tokenizer, "say": say}
-    read = partial(read_split, encode=encode, load=load, **files)
+    files |= {"encode": encode, "load": load}
+    read = partial(read_split, **files)
     if training_args.do_train:
-        splits.train, splits.train_skipped = read("train")
+        splits.train, splits.train_skipped, splits.held_out = read_divided("train", **files)
     if training_args.do_eval or (training_args.do_train and training_args.eval_strategy != "no"):
         splits.dev, _ = read("eval")
     if training_args.do_predict:
@@ -64,11 +67,17 @@ def read_split(split, data_args, training_args, tokenizer, encode, say, load=loa
 
     `load` makes examples or pairs of a file. With --dev_ratio the training rows are what the dev rows leave over.
     """
+    return read_divided(split, data_args, training_args, tokenizer, encode, say, load)[:2]
+
+
+def read_divided(split, data_args, training_args, tokenizer, encode, say, load=load_examples):
+    """What read_split gives, and third the rows that --dev_ratio holds out, as write_held_out takes them; {} without it."""
     divided = data_args.dev_ratio and split in ("train", "eval")
     keep_unlabelled = (encode is encode_prediction or split == "predict") and not divided
     keep_unlabelled = keep_unlabelled or encode is encode_prompts
     how = {"encode": encode, "keep_unlabelled": keep_unlabelled, "say": say, "load": load}
-    parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, **how)
+    files, parts, rows_skipped, notes = read_files(split, data_args, training_args, tokenizer, **how)
+    held_out = {}
     seed = seed_of_rows(training_args)
     sizes = {name: len(part) for name, part in parts.items()}
     if split == "train" or divided:
@@ -77,18 +86,20 @@ def read_split(split, data_args, training_args, tokenizer, encode, say, load=loa
         for line in (*notes, describe_mixture(split, parts, sizes)):
             say(line)
     if divided:
-        halves = [hold_out(part, data_args.dev_ratio, seed) for part in parts.values()]
-        rows = join(dev if split == "eval" else rest for rest, dev in halves)
+        halves = {name: hold_out(part, data_args.dev_ratio, seed) for name, part in parts.items()}
+        rows = join(dev if split == "eval" else rest for rest, dev in halves.values())
+        held_out = {name: {**files[name], "rows": numbers_in_file(dev)} for name, (_, dev) in halves.items()}
         say(f"{split}: {len(rows)} rows, divided by --dev_ratio {data_args.dev_ratio}.")
         if split == "eval" and data_args.max_eval_samples:
             rows = rows.select(range(min(data_args.max_eval_samples, len(rows))))
     else:
         rows = join(parts.values())
-    return rows, sum(rows_skipped.values())
+    return rows, sum(rows_skipped.values()), held_out
 
 
 def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabelled, say, load=load_examples):
-    """({name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files of one split.
+    """({name: arguments of `load`}, {name: encoded rows}, {name: number of rows skipped}, lines for the user) of the files
+    of one split.
 
     Data sets have their names; the one file of a flag has the name "". A damaged cache is told to `say`. With
     --overwrite_cache the first process of a machine encodes anew, and the others read what it has written.
@@ -132,7 +143,7 @@ def read_files(split, data_args, training_args, tokenizer, encode, keep_unlabell
             parts[name] = parts[name].add_column("dataset", [name] * len(examples))
         elif len(files) > 1:
             parts[name] = number_rows(parts[name], len(parts))
-    return parts, rows_skipped, notes
+    return files, parts, rows_skipped, notes
 
 
 def without_missing_response(file, limit, say):
@@ -189,7 +200,7 @@ def check_data(
     for split, flag in FILES.items():
         if not getattr(training_args, f"do_{split}"):
             continue
-        parts, rows_skipped, notes = read_files(
+        _, parts, rows_skipped, notes = read_files(
             split, data_args, training_args, tokenizer, encode, split == "predict", say, load
         )
         for note in notes:

@@ -9,6 +9,7 @@ from common.plots import plot_loss
 from common.quoting import as_typed
 from common.script_words import next_commands
 from common.slowness import slow_because
+from data.held_out import words_for_held_out
 from training.memory import count_weights, peak_memory_gb
 from training.run_log import DRIFT_FIGURES
 from training.watch import describe_checkpoints
@@ -88,10 +89,10 @@ def describe_end(state, args, dev_file: str | None) -> str:
     scores = getattr(args, "stage", "sft") == "rm"  # a reward model gives no answers
     commands = {} if scores else next_commands(folder)
     if not commands:
-        test_file = as_typed(str(dev_file)) if dev_file else "FILE"
+        rows = " ".join(map(as_typed, words_for_held_out(folder) or ["--test_file", str(dev_file or "FILE")]))
         trained, out = f"--ptuning_checkpoint {as_typed(folder)}", f"--output_dir {as_typed(folder)}"
         commands = {
-            "evaluate": f"python ptuning/main.py{' --stage rm' * scores} --do_predict --test_file {test_file} {trained} {out}",
+            "evaluate": f"python ptuning/main.py{' --stage rm' * scores} --do_predict {rows} {trained} {out}",
             "talk": f"python ptuning/web_demo.py {trained}",
         }
     plot = Path(folder) / PLOT_FILE

@@ -31,6 +31,7 @@ from common.files import STATE_FILE, read_json
 from common.messages import first_line
 from common.ranks import on_first_rank
 from data.encoding import digest
+from data.held_out import write_held_out
 from training.schedule import rows_of_whole_step
 from training.shards import SHARD_FOLDERS, check_shards, refusing_unreadable
 
@@ -205,11 +206,15 @@ def training_record(training_args, train_file: str | None, train_rows: str, quan
     return record | {name: getattr(value, "value", value) for name, value in others.items()}  # without enumerations
 
 
-def begin_run(training_args, data_args, rows, quantization_bit: int | None) -> dict:
-    """Make the run's folder this process's own, as lock_run; the training_record of a run on the encoded `rows`."""
+def begin_run(training_args, data_args, data, quantization_bit: int | None, say) -> dict:
+    """Make the run's folder this process's own, as lock_run, and write the rows there that it holds out.
+
+    The training_record of a run on `data`, the Splits of data/splits.py; `say` is told what could not be written.
+    """
     on_first_rank(lock_run, training_args.output_dir)
+    on_first_rank(write_held_out, training_args.output_dir, data.held_out, say)
     files = data_args.dataset or data_args.train_file
-    return training_record(training_args, files, digest(rows), quantization_bit)
+    return training_record(training_args, files, digest(data.train), quantization_bit)
 
 
 def describe_differences(before: dict, now: dict) -> str:

@@ -5,7 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, SAMPLE, TINY
 from support.over_http import call, serve
 
 from board import show
@@ -174,11 +174,19 @@ def test_a_folder_that_does_not_tell_its_model_is_asked_about(page, tmp_path):
     assert "bash train.sh --model_family chatglm3" in page.refresh(REQUEST, *values.values())[0]
 
 
-def test_an_evaluation_of_rows_that_were_held_out_asks_for_a_file(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(page.starter, "start", lambda *_: pytest.fail("started"))
+def test_an_evaluation_takes_the_rows_that_were_held_out_and_asks_for_a_file_where_none_were_kept(
+    page, tmp_path, monkeypatch
+):
+    started = []
+    monkeypatch.setattr(page.starter, "start", lambda folder, kind, command: started.append(command.variables["DATA"]))
     (tmp_path / "mine").mkdir()
-    write_json(tmp_path / "mine" / "web.json", {"command": "x", "variables": {"DEV_RATIO": "0.05"}})
-    assert "Name a file of rows" in page.evaluate(REQUEST, "mine", "", "", "")
+    write_json(tmp_path / "mine" / "web.json", {"command": "x", "variables": {"DEV_RATIO": "0.05", "DATA": "d"}})
+    assert "Name a file of rows" in page.evaluate(REQUEST, "mine", "", "", "") and not started
+    kept = tmp_path / "mine" / "held_out"
+    kept.mkdir()
+    (kept / "dev.json").write_text("{}")
+    assert page.evaluate(REQUEST, "mine", "", "", "") == "" and started == [str(kept)]
+    assert page.evaluate(REQUEST, "mine", "", str(SAMPLE), "") == "" and started[1:] == ["AdvertiseGen/sample"]
 
 
 def test_what_others_wrote_is_text():

@@ -251,6 +251,25 @@ def test_an_evaluation_and_an_export_name_the_run_and_its_checkpoint(tmp_path):
         evaluation_command(run, "--help", "", "", {}, ROOTS)
 
 
+@pytest.mark.parametrize("kept", ["dev.json", "dataset_info.json"])
+def test_an_evaluation_takes_the_rows_that_a_run_has_held_out_wherever_it_was_started(kept, tmp_path):
+    held_out = tmp_path / "mine" / "held_out"
+    held_out.mkdir(parents=True)
+    (held_out / kept).write_text('{"a": {}}')
+    for variables in ({}, {"DATA": "AdvertiseGen/sample", "DEV_RATIO": "0.05"}):
+        command = evaluation_command(tmp_path / "mine", "", "", "", variables, Roots([tmp_path]))
+        assert command.variables["DATA"] == str(held_out)
+
+
+def test_held_out_rows_that_lead_elsewhere_are_refused(tmp_path):
+    for folder in ("inside/mine", "outside"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "outside" / "dev.json").write_text("{}")
+    (tmp_path / "inside" / "mine" / "held_out").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="leads out of the folders"):
+        evaluation_command(tmp_path / "inside" / "mine", "", "", "", {}, Roots([tmp_path / "inside"]))
+
+
 @pytest.mark.parametrize("name", ["../../x.json", "a/b/..\\c.json", "<img src=x>.csv", "-x.jsonl", ".hidden.json"])
 def test_an_upload_keeps_its_name_made_harmless(name, tmp_path):
     file = tmp_path / "incoming"
