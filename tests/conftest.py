@@ -1,5 +1,6 @@
 """What several test files share: the reference data's place, the weight formula, the small configuration."""
 
+import gc
 import json
 import os
 import signal
@@ -51,6 +52,14 @@ def pytest_collection_modifyitems(config, items):
     # The files with the most slow tests come first, so that no worker has a long one left when the others have ended.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish(session):
+    """Leave the modules and tests that are loaded now out of garbage collections: every run of main.py in this process
+    asks for one, which else takes a second to look at them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

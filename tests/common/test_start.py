@@ -12,6 +12,7 @@ def collector():
     yield
     gc.enable()
     gc.unfreeze()
+    gc.freeze()  # as conftest.py has left it
 
 
 def test_the_collector_rests_while_the_libraries_load_and_works_again_after_it():
