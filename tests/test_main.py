@@ -41,7 +41,7 @@ def run_program(settings, **more):
 def trained(tmp_path_factory):
     """Folder of a run of 5 steps with checkpoints 3 and 5, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    done = run_program(TRAIN_SETTINGS, output_dir=folder, report_to=None)
+    done = run_program(TRAIN_SETTINGS, output_dir=folder, report_to=None, plot_loss=None)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 

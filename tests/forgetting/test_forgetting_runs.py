@@ -15,7 +15,7 @@ from first_look import look_at_run
 from forgetting.page import page_of
 
 SHORT = {**TRAIN, "max_train_samples": 24, "pre_seq_len": 4, "eval_strategy": "steps", "max_eval_samples": 4}
-SHORT |= {"validation_file": SAMPLE / "dev.json", "plot_loss": False}
+SHORT |= {"validation_file": SAMPLE / "dev.json"}
 GENERAL = SAMPLE / "general_dev.json"
 
 

@@ -11,7 +11,7 @@ from support.finetuned import TRAIN, run
 from forgetting.keeping import KeptRows
 
 GENERAL = {"general_file": SAMPLE / "general_dev.json", "keep_base": 2, "keep_base_rows": 0.5}
-SHORT = {**TRAIN, "max_train_samples": 24, "max_steps": 2, "save_steps": 1, "plot_loss": False}
+SHORT = {**TRAIN, "max_train_samples": 24, "max_steps": 2, "save_steps": 1}
 METHODS = {
     "prefix": {"pre_seq_len": 4, "prefix_dropout": 0},
     "int4 lora": {"finetuning_type": "lora", "quantization_bit": 4, "lora_dropout": 0},

@@ -22,6 +22,7 @@ TRAIN = {
     "learning_rate": 1e-3,
     "report_to": "none",
     "disable_tqdm": True,
+    "plot_loss": False,  # which takes as long as five steps; None leaves the flag out, and the plot is drawn
 }
 METHODS = {
     "full": {"finetuning_type": "full"},

@@ -26,6 +26,7 @@ TRAIN_SETTINGS = {
     "pre_seq_len": 8,
     "report_to": "none",
     "disable_tqdm": True,
+    "plot_loss": False,  # which takes as long as five steps; None leaves the flag out, and the plot is drawn
 }
 PREDICT_SETTINGS = {
     "do_predict": True,

@@ -122,7 +122,7 @@ def test_a_logger_that_fails_on_the_way_is_said_once_and_left_out(tmp_path, monk
 
 def test_a_plot_that_cannot_be_written_is_said_and_the_results_are_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "training_loss.png").mkdir()
-    run(monkeypatch, TWO_STEPS, output_dir=tmp_path)
+    run(monkeypatch, TWO_STEPS, output_dir=tmp_path, plot_loss=None)
     assert f"{tmp_path}/training_loss.png could not be written: Is a directory." in capsys.readouterr().out
     assert "train_loss" in json.loads((tmp_path / "all_results.json").read_text())
 

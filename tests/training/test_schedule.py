@@ -67,7 +67,7 @@ def test_too_few_rows_for_one_batch_are_refused_where_incomplete_ones_are_droppe
         plan_steps(flags(16, drop_last=True), 6)
 
 
-SMALL = {**TRAIN_SETTINGS, "max_steps": 4, "save_steps": 2, "max_target_length": 8, "plot_loss": False}
+SMALL = {**TRAIN_SETTINGS, "max_steps": 4, "save_steps": 2, "max_target_length": 8}
 
 
 def fed(folder):
