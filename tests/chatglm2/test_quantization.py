@@ -3,15 +3,14 @@
 import copy
 import json
 import runpy
-import shlex
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, relative_difference, synthetic_model
+from conftest import ROOT, SAMPLE, relative_difference, synthetic_model
 from support.integer_layers import both_bits, layer_pair, random_weight
-from support.shell import bash
+from support.runs import TRAIN_SETTINGS, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -452,13 +451,20 @@ def test_the_full_size_folder_has_the_official_names_sizes_and_shards(shared):
     assert 2 * sum(shape.numel() for shape in shapes.values()) == official["total_size"]
 
 
-# ---- train.sh
+# ---- training
+
+AS_TRAIN_SH = {
+    **TRAIN_SETTINGS,
+    **{"max_train_samples": None, "max_target_length": 64, "pre_seq_len": 32, "max_steps": 60, "save_steps": 100},
+    **{"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "per_device_eval_batch_size": 60},
+    **{"validation_file": SAMPLE / "dev.json", "eval_strategy": "steps", "eval_steps": 100, "eval_on_start": True},
+}
 
 
-def dev_losses(folder, *words):
-    """Dev loss at the start and the end of a short `MODEL=tiny bash train.sh`."""
-    done = bash(shlex.join(["bash", "train.sh", "--output_dir", str(folder), *words]), MODEL="tiny", MAX_STEPS=60)
-    assert done.returncode == 0, done.stderr[-3000:]
+def dev_losses(folder, **more):
+    """Dev loss at the start and the end of what `MODEL=tiny MAX_STEPS=60 bash train.sh` trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, AS_TRAIN_SH, output_dir=folder, **more)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return losses[0], losses[-1]
@@ -469,5 +475,5 @@ def test_a_quantized_model_trains_to_within_3_percent_of_the_float_models_dev_lo
     start, expected = dev_losses(tmp_path / "float")
     assert expected < 0.75 * start
     for bits in (4, 8):
-        _, loss = dev_losses(tmp_path / str(bits), "--quantization_bit", str(bits))
+        _, loss = dev_losses(tmp_path / str(bits), quantization_bit=bits)
         assert loss == pytest.approx(expected, rel=0.03)
