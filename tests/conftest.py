@@ -86,6 +86,16 @@ def ranks(tmp_path_factory):
     ranks.close()
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts of any program, which take no time, with a cache of rows of their own."""
+    from support.forked import Forks
+
+    forks = Forks(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path_factory.mktemp("cache")))
+    yield forks
+    forks.close()
+
+
 def formula_weights(state_dict, scale=0.02, bias_scale=0.01):
     """The weights of the reference runs: normal numbers seeded by the CRC of each parameter's name."""
     weights = {}

@@ -4,7 +4,7 @@ import json
 
 from conftest import TINY
 from support.damage import deep
-from support.refusals import TRAIN, forks, here, refuse, table, train_flags  # noqa: F401, fixtures
+from support.refusals import TRAIN, here, refuse, table, train_flags  # noqa: F401, fixtures
 
 # What is wrong with the words behind a good command line for training, and what the message says.
 FLAGS = [

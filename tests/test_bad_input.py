@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from support.refusals import assert_refused, forks, here, refuse, table, train_flags, trained  # noqa: F401, fixtures
+from support.refusals import assert_refused, here, refuse, table, train_flags, trained  # noqa: F401, fixtures
 
 # ---------------------------------------------------------------------- environments
 

@@ -7,7 +7,6 @@ import pytest
 from conftest import TINY
 from support.finetuned import TRAIN as FINETUNING
 from support.finetuned import run as run_here
-from support.refusals import forks  # noqa: F401, fixture
 
 import api_demo
 import cli_demo
@@ -80,7 +79,7 @@ def test_a_command_for_its_export_is_one_for_ours(tmp_path):
     assert (args.ptuning_checkpoint, args.finetuning_type, args.notes) == ("lora", "lora", [])
 
 
-def test_its_commands_train_evaluate_predict_answer_and_export_one_after_the_other(forks, tmp_path):  # noqa: F811
+def test_its_commands_train_evaluate_predict_answer_and_export_one_after_the_other(forks, tmp_path):
     (tmp_path / "data").mkdir()
     rows = [{"instruction": f"介绍{number}号裙子", "input": "", "output": "好看的裙子。"} for number in range(20)]
     (tmp_path / "data" / "rows.json").write_text(json.dumps(rows), encoding="utf-8")

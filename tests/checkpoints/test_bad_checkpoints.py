@@ -25,7 +25,7 @@ from support.damage import (
     torch_payload,
     write,
 )
-from support.refusals import COLUMNS, TRAIN, flags, forks, here, predict_flags, refuse, table, trained  # noqa: F401, fixtures
+from support.refusals import COLUMNS, TRAIN, flags, here, predict_flags, refuse, table, trained  # noqa: F401, fixtures
 
 KEY = "transformer.prefix_encoder.embedding.weight"
 

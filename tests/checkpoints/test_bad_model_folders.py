@@ -22,7 +22,7 @@ from support.damage import (
     torch_payload,
     write,
 )
-from support.refusals import forks, here, refuse, table, train_flags  # noqa: F401, fixtures
+from support.refusals import here, refuse, table, train_flags  # noqa: F401, fixtures
 
 
 def as_safetensors(edit):

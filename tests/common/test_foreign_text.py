@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from conftest import SAMPLE, TINY
-from support.refusals import PREDICT, TRAIN, flags, forks  # noqa: F401, fixtures
+from support.refusals import PREDICT, TRAIN, flags
 
 import compare
 from common.failure import printable

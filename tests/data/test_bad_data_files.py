@@ -7,7 +7,7 @@ import os
 
 from conftest import TINY
 from support.damage import deep
-from support.refusals import COLUMNS, LINE, ROW, forks, here, predict_flags, refuse, table, train_flags  # noqa: F401, fixtures
+from support.refusals import COLUMNS, LINE, ROW, here, predict_flags, refuse, table, train_flags  # noqa: F401, fixtures
 
 
 def rows(*values, **row):

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from conftest import TINY
-from support.refusals import forks, here, refuse, table, trained  # noqa: F401, fixtures
+from support.refusals import here, refuse, table, trained  # noqa: F401, fixtures
 
 # What is wrong, the program, its words, what the message says.
 DEMOS = [

@@ -5,6 +5,7 @@ A program starts in 0.1 s instead of 6, so that hundreds of starts can be tested
 """
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -128,6 +129,8 @@ def serve():
 
     arguments.library_flags()
     transformers.Seq2SeqTrainer  # noqa: B018 - imported on first use
+    gc.collect()
+    gc.freeze()  # what is loaded is not searched again in every fork
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLE, TINY
 
-from support.forked import Forks
-
 TRAIN = {
     "do_train": True,
     "prompt_column": "content",
@@ -28,13 +26,6 @@ TRAIN = {
 PREDICT = {"do_predict": True, "max_target_length": 8, "disable_tqdm": True}
 ROW = {"content": "类型#裙", "summary": "好看的裙子。"}
 LINE = json.dumps(ROW, ensure_ascii=False) + "\n"
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    forks = Forks(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path_factory.mktemp("cache")))
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

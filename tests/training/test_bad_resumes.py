@@ -1,7 +1,7 @@
 """Runs that cannot be continued: each is refused in one message."""
 
 from support.damage import PREFIX, copy_run, cut, edit_json, remove, torch_payload, write
-from support.refusals import forks, here, refuse, table, train_flags, trained  # noqa: F401, fixtures
+from support.refusals import here, refuse, table, train_flags, trained  # noqa: F401, fixtures
 
 # What is wrong, how a run is damaged before it is continued, what the message says.
 RESUMES = [
