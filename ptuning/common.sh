@@ -113,7 +113,7 @@ defaults_of_official_checkpoint() {
 
 # Tell the program which of its flags are variables of this script, so that its messages name these.
 name_variables_of_flags() {
-  local pair flag name pattern='s/^  (\$\{[A-Z_]+:\+)?--([a-z_]+) "\$([A-Z_]+)"\}? \\$/\2=\3/p'
+  local pair flag name pattern='s/^  (\$\{[A-Za-z_]+:\+)?--([a-z_]+) "\$([A-Z_]+)"\}? \\$/\2=\3/p'
   export PTUNING_FLAGS=
   for pair in $(sed -nE "$pattern" "${0##*/}"); do
     flag=${pair%=*} name=${pair#*=}

@@ -234,6 +234,13 @@ def test_a_flag_that_was_typed_stays_a_flag():
     assert bash("bash train.sh --max_steps 0", **variables).stderr.startswith("error: --max_steps 0: expected")
 
 
+def test_a_variable_that_a_script_gives_in_some_ways_of_tuning_only_is_named_too():
+    said = bash("bash train.sh", PRE_SEQ_LEN=0, MODEL="tiny", NUM_GPUS=1).stderr
+    assert said.startswith("error: PRE_SEQ_LEN=0: expected at least 1 virtual token")
+    said = bash("bash train.sh --finetuning_type lora", MODEL="tiny", NUM_GPUS=1).stderr
+    assert said.startswith("error: PRE_SEQ_LEN=32 belongs to --finetuning_type p_tuning") and "finetune.sh" in said
+
+
 def test_a_checkpoint_of_another_base_names_both_before_any_weight_is_read(tmp_path):
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_layers": 28}))

@@ -18,7 +18,7 @@ def check_method(model_args, training_args):
         if value not in (None, False) and method != owner and rules.trains:
             raise ValueError(
                 f"--{name} {value} belongs to --finetuning_type {owner}, but this run's is {method}. "
-                f"Leave the flag out, or give --finetuning_type {owner}."
+                f"Leave the flag out{' (finetune.sh does)' * (name == 'pre_seq_len')}, or give --finetuning_type {owner}."
             )
     if training_args.do_train and not rules.trains:
         raise ValueError(
