@@ -189,6 +189,7 @@ def at_least(least):
 
 
 PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
+LARGEST = 2**32 - 1  # whole number of any flag; libraries give up in words of their own at 2**63, after minutes of work
 # Flag -> (what its values must be, in words). NaN is never within a range.
 RANGES = {
     "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
@@ -223,11 +224,14 @@ RANGES = {
 
 
 def check_ranges(args) -> None:
-    """Raise ValueError for a flag of `args` that is outside its range."""
+    """Raise ValueError for a flag of `args` that is outside its range, or that no program could count up to."""
     for name, (fits, expected) in RANGES.items():
         value = getattr(args, name, None)
         if value is not None and not fits(value):
             raise ValueError(f"--{name} {value}: expected {expected}.")
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"--{name} {value}: expected at most {LARGEST}.")
 
 
 def check_object(name: str, value: str) -> None:
