@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import math
+import re
 import secrets
 import sys
 import time
@@ -30,7 +31,19 @@ def parse_arguments(argv):
     parser.add_argument("--server_port", type=int, default=8000, help="Port to listen on [8000].")
     parser.add_argument("--api_key", help="Ask clients for this key (Authorization: Bearer …).")
     parser.add_argument("--cors_origin", action="append", default=[], help="Let pages of this origin ask; repeatable.")
-    return parse_demo_words(parser, argv)
+    args = parse_demo_words(parser, argv)
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):
+        raise ValueError(
+            "--api_key: expected a key of visible ASCII characters, which is all that a header carries, without spaces. An "
+            "empty one, as of a variable that is not set, would let everybody in."
+        )
+    for origin in args.cors_origin:
+        if origin != "*" and not re.fullmatch("[a-z][a-z0-9+.-]*://[^/\\s]+", origin):
+            raise ValueError(
+                f"--cors_origin {origin}: expected what browsers call a page's origin, such as https://example.org:8080, "
+                "with nothing behind it."
+            )
+    return args
 
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch takes seconds to load

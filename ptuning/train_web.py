@@ -18,6 +18,7 @@ from arguments import parse_words
 from common.failure import catch_signals, leave_on_signal
 from common.processes import check_port
 from common.start import look_first, work
+from common.text import decode_text
 
 AUTH = "PTUNING_AUTH"  # environment variable with user:password
 PROJECT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def read_auth(file):
     if file:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--auth {file}: there is no such file; it holds one line, user:password.")
-        text = Path(file).read_text(encoding="utf-8")[:1000].strip()
+        text = decode_text(Path(file).read_bytes()[:1000], f"--auth {file}").strip()
     if not file and not text:
         return None
     user, colon, password = text.partition(":")

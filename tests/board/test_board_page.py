@@ -349,6 +349,18 @@ def test_the_program_refuses_what_would_open_it_to_others(words, password, messa
         train_web.parse_arguments(words)
 
 
+def test_a_password_file_may_be_in_any_encoding_of_data_files(tmp_path, monkeypatch):
+    import train_web
+
+    monkeypatch.setattr("train_web.check_port", lambda *_: None)
+    for encoding in ("utf-8-sig", "utf-16", "gb18030"):
+        (tmp_path / "auth").write_text("admin:管理员的密码是很长的\r\n", encoding=encoding)
+        assert train_web.parse_arguments(["--auth", str(tmp_path / "auth")]).auth == ("admin", "管理员的密码是很长的")
+    (tmp_path / "auth").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match="--auth .*auth line 2, byte 128 .* is no text"):
+        train_web.parse_arguments(["--auth", str(tmp_path / "auth")])
+
+
 def test_a_password_comes_from_a_file_and_opens_other_addresses(tmp_path, monkeypatch):
     import train_web
 

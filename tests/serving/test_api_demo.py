@@ -341,6 +341,18 @@ def test_a_key_is_asked_for_where_one_is_set(server):
         end()
 
 
+@pytest.mark.parametrize("key", ["", " ", "two words", "秘密", "a\n"])
+def test_a_key_that_no_client_could_send_or_that_locks_nothing_is_refused(key):
+    with pytest.raises(ValueError, match="--api_key: expected a key of visible ASCII characters"):
+        api_demo.parse_arguments(["--model_name_or_path", str(TINY), "--api_key", key])
+
+
+@pytest.mark.parametrize("origin", ["", "a.example", "http://a.example/", "http://a.example/page", "localhost:3000"])
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    with pytest.raises(ValueError, match="--cors_origin .*: expected what browsers call a page's origin"):
+        api_demo.parse_arguments(["--model_name_or_path", str(TINY), "--cors_origin", origin])
+
+
 def test_other_origins_may_ask_only_where_that_was_said(port, server):
     def allowed(port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -356,8 +368,12 @@ def test_other_origins_may_ask_only_where_that_was_said(port, server):
 
 
 def test_the_program_listens_on_this_machine_only_unless_told():
-    args = api_demo.parse_arguments(["--model_name_or_path", str(TINY)])
+    words = ["--model_name_or_path", str(TINY)]
+    args = api_demo.parse_arguments(words)
     assert (args.server_name, args.server_port, args.api_key, args.cors_origin) == ("127.0.0.1", 8000, None, [])
+    told = {"--api_key": "sk-1", "--cors_origin": "http://[::1]:3000"}
+    args = api_demo.parse_arguments([*words, *(word for pair in told.items() for word in pair)])
+    assert (args.api_key, args.cors_origin) == ("sk-1", ["http://[::1]:3000"])
 
 
 @pytest.mark.slow
