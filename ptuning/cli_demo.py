@@ -10,6 +10,7 @@ Ctrl-C ends an answer and not the program.
 
 import argparse
 import os
+import signal
 import sys
 
 from arguments import add_model_arguments, parse_demo_words
@@ -181,6 +182,7 @@ def main(argv):
     server = load_server(args, say=lambda line: print(printable(line), file=sys.stderr))
     try:
         if sys.stdin.isatty():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer
             talk(server, sampling)
         else:
             answer_lines(server, sampling, sys.stdin)

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from functools import partial
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from arguments import add_trained_arguments, parse_words
 from chatglm2.bits import check_quantization_bit
+from common.failure import catch_signals
 from common.start import look_first, work
 from first_look import NO_BASE_OF, look_at_model
 
@@ -250,4 +252,5 @@ def computed_prefix(prefix_encoder, config):
 
 
 if __name__ == "__main__":
+    catch_signals(signal.default_int_handler)  # an exception, so that what is half written goes
     work(main, sys.argv[1:])

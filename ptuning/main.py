@@ -14,13 +14,12 @@ import time
 from functools import partial
 
 from arguments import check_complete, parse_arguments, parse_flags
-from common.failure import catch_signals, end_with_launcher, leave_on_signal
+from common.failure import end_with_launcher
 from common.start import look_first, work
 from first_look import look_at_run
 from tuning.rules import engine_of
 
 if __name__ == "__main__":  # --help and mistakes are answered now: torch and transformers take seconds to load
-    catch_signals(leave_on_signal)
     end_with_launcher()
     look_first(lambda argv: look_at_run(*parse_flags(argv)), sys.argv[1:])
 

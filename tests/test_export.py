@@ -137,6 +137,25 @@ def test_an_export_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_signal_leaves_nothing_half_written(tmp_path):
+    code = (
+        "import os, runpy, signal, sys, checkpoint\n"
+        "save = checkpoint.save_model\n"
+        "def stop(*words, **named):\n"
+        "    save(*words, **named)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "checkpoint.save_model = stop\n"
+        f"sys.argv = ['export_model.py', '--model_name_or_path', {str(TINY)!r}, '--output_dir', {str(tmp_path / 'out')!r}]\n"
+        "runpy.run_path('ptuning/export_model.py', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning")}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_logits_that_are_no_number_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(export_model, "probe", lambda model, tokenizer: torch.full((2, 3), float("nan")))
     with pytest.raises(ValueError, match="largest difference nan"):

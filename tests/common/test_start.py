@@ -1,18 +1,27 @@
 """A program looks at its command, loads its libraries, then works."""
 
 import gc
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from common.start import look_first, work
 
 
 @pytest.fixture(autouse=True)
-def collector():
+def collector_and_signals():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     gc.enable()
     gc.unfreeze()
     gc.freeze()  # as conftest.py has left it
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_the_collector_rests_while_the_libraries_load_and_works_again_after_it():
@@ -37,3 +46,20 @@ def test_a_mistake_ends_the_program_before_the_libraries_load():
         look_first(exit, 2)
     assert end.value.code == 2
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_where_python_loses_exceptions(number):
+    """In the callback of a reference, as Python's import has them: an exception there is printed, and nothing ends."""
+    code = (
+        "import os, weakref\n"
+        "from common.start import look_first\n"
+        "look_first(lambda: None)\n"
+        "library = type('Library', (), {})()\n"
+        f"reference = weakref.ref(library, lambda _: os.kill(os.getpid(), {int(number)}))\n"
+        "del library\n"
+        "print('goes on')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "ptuning")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", f"Stopped by {number.name}.\n")
