@@ -172,6 +172,7 @@ def test_a_json_file_gives_the_same_arguments_as_the_command_line(tmp_path):
         (f"{MINIMAL} --pre_seq_len 0", "--pre_seq_len 0: expected at least 1"),
         (f"{MINIMAL} --prefix_dropout 1.5", "--prefix_dropout 1.5"),
         (f"{MINIMAL} --per_device_train_batch_size 99999999999999999999", "batch_size 9+: expected at most 4294967295"),
+        (f"{MINIMAL} --source_prefix \udcd0", "--source_prefix is not text in UTF-8. Set the terminal"),
         (f"{MINIMAL} --save_total_limit 4294967296", "--save_total_limit 4294967296: expected at most 4294967295"),
         (f"{MINIMAL} --max_source_length 0", "--max_source_length 0"),
         (f"{MINIMAL} --max_train_samples 0", "--max_train_samples 0"),

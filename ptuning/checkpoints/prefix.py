@@ -16,7 +16,7 @@ from chatglm2 import modeling_chatglm
 from chatglm2.bits import SUPPORTED_BITS
 from checkpoints.file_names import INDEX_FILES, TENSORS_FILE
 from checkpoints.run_folder import check_holds, verify_checkpoint
-from checkpoints.sidecar import SIDECAR_FILE, check_sidecar, read_sidecar
+from checkpoints.sidecar import SIDECAR_FILE, read_sidecar
 from checkpoints.weight_files import PREFIX_KEY, check_trained, read_tensors
 from common.files import read_json, write_json
 from common.messages import dtype_name
@@ -82,14 +82,13 @@ def read_prefix_settings(checkpoint: Path | str) -> dict:
     checkpoint = Path(checkpoint)
     tensors = read_prefix(checkpoint)
     settings = {}
-    config_file, sidecar_file = checkpoint / "config.json", checkpoint / SIDECAR_FILE
+    config_file = checkpoint / "config.json"
     if config_file.is_file():
         bits = read_json(config_file).get("quantization_bit") or 0
         if bits not in (0, *SUPPORTED_BITS):
             raise ValueError(f"{config_file}: quantization_bit is {bits!r}, expected 4, 8, or 0 for float weights.")
         settings["quantization_bit"] = bits
     settings.update(read_sidecar(checkpoint))
-    check_sidecar(settings, sidecar_file)
     settings["pre_seq_len"] = tensors["embedding.weight"].shape[0]
     settings["prefix_projection"] = "trans.0.weight" in tensors
     return settings

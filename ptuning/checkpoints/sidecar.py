@@ -9,7 +9,7 @@ from checkpoints.file_names import FINETUNING_FILE
 from checkpoints.ways import DEFAULT_METHOD, RULES, TRAINED
 from common.files import read_json
 from common.messages import short_json
-from common.values import is_count, is_number
+from common.values import is_count, is_number, is_text
 
 SIDECAR_FILE = "ptuning.json"
 TELLING_FILES = (SIDECAR_FILE, FINETUNING_FILE)  # of the way in which a checkpoint was trained
@@ -36,9 +36,11 @@ KIND_NAMES = {
 
 
 def read_sidecar(checkpoint: Path | str) -> dict:
-    """The settings in the sidecar of a checkpoint, {} where there is none."""
+    """The settings in the sidecar of a checkpoint, {} where there is none. ValueError where one has the wrong type."""
     file = Path(checkpoint) / SIDECAR_FILE
-    return read_json(file) if file.is_file() else {}
+    settings = read_json(file) if file.is_file() else {}
+    check_sidecar(settings, file)
+    return settings
 
 
 def finetuning_type(checkpoint: Path | str) -> str | None:
@@ -62,6 +64,8 @@ def check_sidecar(settings: dict, file: Path | str) -> None:
             fits = is_number(value)
         if kind is list and fits:
             fits = all(isinstance(item, str) for item in value)
+        if kind is str and fits:
+            fits = is_text(value)
         if value is not None and not fits:
             raise ValueError(
                 f"{file}: {name} is {short_json(value)}, expected {KIND_NAMES[kind]}. Repair or delete that file."

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common.quoting import as_typed
 from common.text import load_json, load_yaml, parse_json
+from common.values import is_text
 
 YAML_ENDS = (".yaml", ".yml")
 
@@ -190,6 +191,8 @@ def at_least(least):
 
 PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
 LARGEST = 2**32 - 1  # whole number of any flag; libraries give up in words of their own at 2**63, after minutes of work
+# Flags that a tokenizer or a data file is asked with; a path may have any bytes.
+TEXTS = "source_prefix query_separator prompt_column response_column history_column messages_column".split()
 # Flag -> (what its values must be, in words). NaN is never within a range.
 RANGES = {
     "pre_seq_len": (lambda value: value >= 1, "at least 1 virtual token (leave it out for no prefix)"),
@@ -232,6 +235,8 @@ def check_ranges(args) -> None:
     for name, value in vars(args).items():
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"--{name} {value}: expected at most {LARGEST}.")
+        if name in TEXTS and isinstance(value, str) and not is_text(value):
+            raise ValueError(f"--{name} is not text in UTF-8. Set the terminal, or the script it is in, to UTF-8.")
 
 
 def check_object(name: str, value: str) -> None:

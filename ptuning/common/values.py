@@ -16,3 +16,12 @@ def is_count(value, least: int = 0) -> bool:
 def is_number(value) -> bool:
     """True for a number that can be computed with, NaN and Infinity among them."""
     return isinstance(value, float) or (is_integer(value) and abs(value) < LARGEST)
+
+
+def is_text(value: str) -> bool:
+    """True for a text that UTF-8 can hold: without halves of characters, as which Python reads other bytes of a command."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

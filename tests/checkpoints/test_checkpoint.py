@@ -28,6 +28,7 @@ from checkpoint import (
     save_prefix,
 )
 from checkpoints.run_folder import find_checkpoints, point_to_best
+from checkpoints.sidecar import read_sidecar
 
 CONFIG = {"model_type": "chatglm", "model_family": "chatglm2", "torch_dtype": "float16"}
 CONFIG |= {**OFFICIAL_FIELDS, **SYNTHETIC["config"]}
@@ -421,6 +422,20 @@ def test_the_sidecar_is_read_back(tmp_path):
     assert settings["base_model"] == "THUDM/chatglm2-6b"
     assert settings["prompt_column"] == "问题"
     assert settings["quantization_bit"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_model": {"a": 1}}, 'base_model is {"a": 1}, expected text'),
+        ({"model_family": ["chatglm2"]}, r'model_family is \["chatglm2"\], expected text'),
+        ({"source_prefix": "\ud800"}, "source_prefix is .*, expected text"),
+    ],
+)
+def test_a_sidecar_of_a_wrong_kind_is_refused_wherever_it_is_read(settings, message, tmp_path):
+    (tmp_path / "ptuning.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"ptuning.json: {message}. Repair or delete that file"):
+        read_sidecar(tmp_path)
 
 
 def test_a_saved_prefix_loads_bit_for_bit(tmp_path):
