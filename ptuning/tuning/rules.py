@@ -84,8 +84,10 @@ def check_engines(method, training_args):
         raise ValueError("--deepspeed and --fsdp both shard the model over the processes; give one of them.")
     if not RULES[method].shards:
         raise ValueError(
-            f"--{engine} shards what --finetuning_type full trains; {method} trains so little that launch.py alone "
-            f"(one copy of the model for each GPU) serves it. Leave --{engine} out."
+            f"--{engine} divides what --finetuning_type full trains, and this run's is {method}, which trains so little that "
+            f"launch.py alone (one copy of the model for each GPU) serves it. Leave --{engine} out, or to tune all weights, "
+            f"as the official ds_train_finetune.sh, give --finetuning_type full (ENGINE={engine} FINETUNING_TYPE=full bash "
+            "finetune.sh)."
         )
     if not training_args.do_train or training_args.do_predict or training_args.do_eval:
         raise ValueError(

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from support.resuming import flip_bit, names, write_checkpoint
 
-from checkpoint import read_prefix
+from checkpoint import read_prefix, read_prefix_settings
 from checkpoints import run_folder
 from checkpoints.run_folder import (
     clear_leftovers,
+    find_checkpoints,
     newest_checkpoint,
+    point_to_best,
     publish_checkpoint,
     rotate_checkpoints,
     verify_checkpoint,
@@ -194,3 +196,89 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path):
     resume.lock_run(tmp_path)
     assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
     resume.release_run(tmp_path)
+
+
+# ---- which checkpoint of a run
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """The folder of a run with checkpoints 9, 10 and 200, of which 10 is the best."""
+    for step in (9, 10, 200):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "pytorch_model.bin").touch()
+    point_to_best(tmp_path, 10)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps"),
+    [("", [10]), ("best", [10]), ("last", [200]), ("all", [9, 10, 200]), ("checkpoint-9", [9]), ("checkpoint-7", [7])],
+)
+def test_a_run_or_a_word_names_its_checkpoints(wanted, steps, a_run):
+    assert find_checkpoints(a_run / wanted) == ([a_run / f"checkpoint-{step}" for step in steps], [])
+
+
+def test_without_a_best_a_run_means_its_last_checkpoint(a_run):
+    point_to_best(a_run, None)
+    assert not (a_run / "best").is_symlink()
+    assert find_checkpoints(a_run) == ([a_run / "checkpoint-200"], [])
+    with pytest.raises(
+        FileNotFoundError, match="no best checkpoint is known.*checkpoint-9, checkpoint-10, checkpoint-"
+    ):
+        find_checkpoints(a_run / "best")
+
+
+def test_a_folder_without_checkpoints_has_no_last_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no complete checkpoint"):
+        find_checkpoints(tmp_path / "last")
+
+
+@pytest.mark.parametrize(("wanted", "steps"), [("", [10]), ("last", [10]), ("all", [9, 10])])
+def test_a_damaged_checkpoint_is_passed_over_and_named(wanted, steps, a_run):
+    point_to_best(a_run, None)
+    (a_run / "checkpoint-200" / "checksums.json").write_text('{"pytorch_model.bin": {"size": 7, "sha256": "0"}}')
+    found, damaged = find_checkpoints(a_run / wanted)
+    assert found == [a_run / f"checkpoint-{step}" for step in steps]
+    assert len(damaged) == 1 and "checkpoint-200 is damaged" in damaged[0]
+
+
+def test_a_run_that_does_not_exist_is_answered_with_those_that_do(a_run):
+    output = a_run / "output"
+    for name in ("one", "two"):
+        (output / name / "checkpoint-5").mkdir(parents=True)
+        (output / name / "checkpoint-5" / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=rf"{output} has the runs one, two\."):
+        read_prefix_settings(find_checkpoints(output / "misspelt")[0][-1])
+
+
+def test_a_run_may_be_called_best(a_run):
+    run = a_run / "runs" / "best"
+    (run / "checkpoint-5").mkdir(parents=True)
+    (run / "checkpoint-5" / "pytorch_model.bin").touch()
+    assert find_checkpoints(run) == ([run / "checkpoint-5"], [])
+
+
+def test_the_link_to_the_best_checkpoint_is_relative_and_moves_with_the_run(a_run):
+    moved = a_run.rename(a_run.with_name("moved"))
+    assert os.readlink(moved / "best") == "checkpoint-10"
+    assert find_checkpoints(moved) == ([moved / "checkpoint-10"], [])
+
+
+def test_a_folder_called_best_is_used_where_it_is_and_renamed_by_training(a_run):
+    (a_run / "best").unlink()
+    for name in ("best", "best-1"):
+        (a_run / name).mkdir()
+        (a_run / name / "pytorch_model.bin").write_text(name)
+    assert find_checkpoints(a_run / "best") == find_checkpoints(a_run) == ([a_run / "best"], [])
+    assert "best is a folder, where this run keeps a link" in point_to_best(a_run, 10)
+    assert point_to_best(a_run, 10) == ""
+    assert os.readlink(a_run / "best") == "checkpoint-10"
+    assert [(a_run / name / "pytorch_model.bin").read_text() for name in ("best-1", "best-2")] == ["best-1", "best"]
+
+
+@pytest.mark.parametrize("name", ["last", "all"])
+def test_a_checkpoint_that_is_called_like_a_word_is_itself(name, a_run):
+    (a_run / name).mkdir()
+    (a_run / name / "pytorch_model.bin").touch()
+    assert find_checkpoints(a_run / name) == ([a_run / name], [])

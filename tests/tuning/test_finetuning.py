@@ -326,6 +326,11 @@ REFUSALS = {
     "dropout 1": ("lora", {"lora_dropout": 1}, "--lora_dropout 1.0: expected from 0 up to"),
     "an unknown method": ("qlora", {}, "finetuning_type"),
     "DeepSpeed with LoRA": ("lora", {"deepspeed": "ptuning/deepspeed.json"}, "Leave --deepspeed out"),
+    "DeepSpeed with no way named": (
+        None,
+        {"pre_seq_len": None, "deepspeed": "ptuning/deepspeed.json"},
+        "as the official ds_train_finetune.sh, give --finetuning_type full",
+    ),
     "FSDP with a prefix": (None, {"pre_seq_len": 8, "fsdp": "full_shard"}, "Leave --fsdp out"),
     "official precision": ("lora", {"precision": "official"}, "--precision official is how .* train a prefix"),
     "both engines": ("full", {"deepspeed": "x.json", "fsdp": "full_shard"}, "give one of them"),
