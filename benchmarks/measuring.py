@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.contenders import FLOAT, make_contender, only_answers, taking_part
+from benchmarks.contenders import OURS, make_contender, only_answers, taking_part
 from benchmarks.contenders.base import (
     COMMON,
     MAX_SOURCE,
@@ -70,7 +70,7 @@ def work(settings):
     """Obey the parent: train, memory, answer, growth <tokens>."""
     import torch
 
-    contender = make_contender("ours" if settings.worker == FLOAT else settings.worker, settings)
+    contender = make_contender("ours" if settings.worker in OURS else settings.worker, settings)
 
     def timed(action, *args):
         started = time.perf_counter()
@@ -249,7 +249,7 @@ def start_workers(settings):
             official = Path(__file__).with_name("official_scripts.py")
             workers[name] = Worker([settings.official_python, str(official), *official_words(settings)])
         else:
-            workers[name] = Worker([*command, name], {**os.environ, **KEEP_MEMORY} if name == "ours" else None)
+            workers[name] = Worker([*command, name], {**os.environ, **KEEP_MEMORY} if name in OURS else None)
     return workers
 
 

@@ -4,7 +4,7 @@ import datetime
 import platform
 from pathlib import Path
 
-from benchmarks.contenders import only_answers, titles
+from benchmarks.contenders import BFLOAT16, only_answers, titles
 from benchmarks.contenders.base import (
     ROOT,
     SIZES,
@@ -80,9 +80,9 @@ def print_training(settings, figures):
 def print_prediction(settings, figures):
     """Prediction of every contender, that of ours a second time in the batches that it takes on its own."""
     prompts, title = figures["prompts"], titles(settings)
-    element = 2 if settings.device == "cuda" else 4
 
     def bytes_read(name):
+        element = 2 if settings.device == "cuda" or name == BFLOAT16 else 4
         sizes = {"automatic": figures["automatic_batch_size"]}
         size = 1 if only_answers(name) else sizes.get(name, settings.batch_size)
         steps, num_rows = -(-len(prompts) // size), min(size, len(prompts))

@@ -31,7 +31,7 @@ The contenders stand in contenders/, the clock in measuring.py, tables and plots
 import argparse
 import sys
 
-from benchmarks.contenders import CONTENDERS, FLOAT
+from benchmarks.contenders import BFLOAT16, CONTENDERS, FLOAT
 from benchmarks.contenders.base import SIZES
 from benchmarks.measuring import measure, work
 from benchmarks.report import describe_machine, plot, report
@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--official", help="folder with the official ptuning/main.py and the model's Python files")
     parser.add_argument("--official_python", help="the Python of its environment (transformers 4.30.2)")
     parser.add_argument("--no_growth", dest="growth", action="store_false", help="leave the longer rows out")
-    parser.add_argument("--worker", choices=(*CONTENDERS, FLOAT), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*CONTENDERS, FLOAT, BFLOAT16), help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.worker == FLOAT:
         settings.quantization_bit = 0

@@ -21,6 +21,8 @@ CONTENDERS = {
     "chatglmcpp": Entry("chatglm.cpp, one prompt at a time", only_answers=True, package="chatglm_cpp"),
 }
 FLOAT = "float"  # ours without --quantization_bit, beside those that take it
+BFLOAT16 = "bfloat16"  # ours with --bf16, on a CPU
+OURS = ("ours", FLOAT, BFLOAT16)
 
 
 def taking_part(settings):
@@ -29,7 +31,7 @@ def taking_part(settings):
         name for name, entry in CONTENDERS.items() if not entry.package or importlib.util.find_spec(entry.package)
     ]
     if not settings.quantization_bit:
-        return at_hand
+        return [*at_hand, BFLOAT16] if settings.device == "cpu" else at_hand
     return [*(name for name in at_hand if CONTENDERS[name].takes_bits), FLOAT]
 
 
@@ -43,7 +45,7 @@ def titles(settings):
     found = {name: entry.title for name, entry in CONTENDERS.items()}
     if settings.official:
         found["official"] = "official scripts"
-    return {**found, "automatic": "ours, automatic batch size", FLOAT: "ours, float"}
+    return {**found, "automatic": "ours, automatic batch size", FLOAT: "ours, float", BFLOAT16: "ours, --bf16"}
 
 
 def make_contender(name, settings):

@@ -5,6 +5,8 @@ The module needs no torch, so that `python -m benchmarks.speed --help` does not 
 
 from pathlib import Path
 
+from benchmarks.contenders import BFLOAT16
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {  # small: every width of the 6b divided by eight
     "6b": {
@@ -133,7 +135,7 @@ class Contender:
         torch.manual_seed(0)
         self.settings, self.sizes = settings, SIZES[settings.size]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" or settings.worker == BFLOAT16 else torch.float32
         self.data = read_data(settings)
         self.build()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -289,7 +289,7 @@ def choose(logits: torch.Tensor, temperatures: list[float], top_ps: list[float],
         temperature < MIN_TEMPERATURE or top_p == 0 for temperature, top_p in zip(temperatures, top_ps, strict=True)
     ]
     if all(greedy):
-        return logits.argmax(-1).tolist()
+        return logits.float().argmax(-1).tolist()  # of bfloat16 it takes four times as long on a CPU
     numbers = torch.tensor([greedy, temperatures, top_ps, draws], dtype=torch.float64)  # to the GPU all at once
     greedy, temperatures, top_ps, draws = numbers.to(logits.device)[..., None]
     scores, token_ids = logits.float().topk(min(TOP_K, logits.shape[1]))  # (B, TOP_K), the likeliest first
