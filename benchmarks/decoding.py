@@ -21,7 +21,7 @@ from common.environment import KEEP_MEMORY
 ROOT = Path(__file__).resolve().parents[1]
 INT8_HEAD = ", int8 head"
 BFLOAT16 = ", bfloat16"  # --bf16
-OURS = {f"int{bits}{kind}": bits for bits in (4, 8) for kind in ("", INT8_HEAD, BFLOAT16)}
+OURS = {f"int{bits}{kind}": bits for bits in (4, 8) for kind in ("", INT8_HEAD, BFLOAT16, INT8_HEAD + BFLOAT16)}
 OURS |= {"float32": 0, f"float{BFLOAT16}": 0}
 CHATGLM_CPP = {"chatglm.cpp q4_0": "Q4_0", "chatglm.cpp q8_0": "Q8_0"}
 BLOCK = 2**24  # random numbers drawn, and used again and again
@@ -61,7 +61,7 @@ def build_ours(name, layers):
     if bits := OURS[name]:
         quantize_model_(model, bits)
     dtype = torch.bfloat16 if name.endswith(BFLOAT16) else torch.float32
-    if name.endswith(INT8_HEAD):
+    if INT8_HEAD in name:
         model.transformer.output_layer = QuantizedLinear.from_linear(model.transformer.output_layer, 8).eval()
     for layer in model.modules():  # as load_model does
         if isinstance(layer, Linear):
