@@ -157,10 +157,8 @@ def choose_dtype(
         return torch.float16, "an Apple GPU, on which this has not been tried"
     if torch.device(device).type != "cuda":
         if bf16:
-            return (
-                torch.bfloat16,
-                "--bf16" if MULTIPLIES_BFLOAT16 else "--bf16, slow: this processor has no instructions for it",
-            )
+            slow = "" if MULTIPLIES_BFLOAT16 else ", slow: this processor has no instructions for it"
+            return torch.bfloat16, f"--bf16{slow}"
         return torch.float32, "float16 is slow on a CPU; --bf16 halves the memory" if fp16 else "no GPU"
     if fp16:
         return torch.float16, "--fp16, with loss scaling"

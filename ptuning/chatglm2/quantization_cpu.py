@@ -92,8 +92,8 @@ def multiply_few_rows(input: Tensor, weight: Tensor, scale: Tensor, bits: int) -
 
 def takes_some_rows(input: Tensor, weight: Tensor) -> bool:
     """True where `multiply_some_rows` multiplies input (…, in) by a weight, in either layout."""
-    multiplies = input.dtype == torch.float32 or (input.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16)
-    return is_packed(weight) and multiplies and 0 < input.numel() <= SOME_ROWS * input.shape[-1]
+    dtypes = (torch.float32, torch.bfloat16) if MULTIPLIES_BFLOAT16 else (torch.float32,)
+    return is_packed(weight) and input.dtype in dtypes and 0 < input.numel() <= SOME_ROWS * input.shape[-1]
 
 
 def multiply_some_rows(input: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
