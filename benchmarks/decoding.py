@@ -52,9 +52,9 @@ def random_model(layers):
 def build_ours(name, layers):
     """turn(prompts, new_tokens): (seconds of prompt and first token, [seconds of each further token])."""
     import torch
+    from benchmarks.contenders.ours import lay_out
     from benchmarks.full_size import next_tokens, timed
 
-    from chatglm2.matmul import Linear, convert
     from chatglm2.quantization import QuantizedLinear, choose_backend, quantize_model_, use_backend_
 
     model = random_model(layers)
@@ -63,9 +63,7 @@ def build_ours(name, layers):
     dtype = torch.bfloat16 if name.endswith(BFLOAT16) else torch.float32
     if INT8_HEAD in name:
         model.transformer.output_layer = QuantizedLinear.from_linear(model.transformer.output_layer, 8).eval()
-    for layer in model.modules():  # as load_model does
-        if isinstance(layer, Linear):
-            layer.weight.data = convert(layer.weight.data, dtype)
+    lay_out(model, dtype)
     model.to(dtype)
     for bits in (4, 8):
         use_backend_(model, choose_backend("auto", "cpu", bits, dtype), bits)
@@ -96,8 +94,9 @@ def main():
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    names = [*OURS, *CHATGLM_CPP]  # of four layers all together take more than 24 GB
-    parser.add_argument("--contenders", nargs="+", choices=names, default=[n for n in names if BFLOAT16 not in n])
+    everyone = [*OURS, *CHATGLM_CPP]
+    usual = [name for name in everyone if BFLOAT16 not in name]  # with four layers all together take more than 24 GB
+    parser.add_argument("--contenders", nargs="+", choices=everyone, default=usual)
     settings = parser.parse_args()
     names = [name for name in settings.contenders if name in OURS]
     if all(importlib.util.find_spec(package) for package in ("chatglm_cpp", "tabulate")):

@@ -159,7 +159,7 @@ class MemoryWatch(threading.Thread):
         return peaks
 
 
-def measure(folder, data_file, bits, num_rows, new_tokens, bf16=False):
+def measure(folder, data_file, bits, num_rows, new_tokens, bf16):
     """Times in seconds and memory in bytes of one setting, as a dict."""
     watch = MemoryWatch()
     watch.start()

@@ -63,7 +63,7 @@ def read_auth(file):
     if file:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--auth {file}: there is no such file; it holds one line, user:password.")
-        text = decode_text(Path(file).read_bytes()[:1000], f"--auth {file}").strip()
+        text = decode_text(Path(file).read_bytes(), f"--auth {file}")[:1000].strip()
     if not file and not text:
         return None
     user, colon, password = text.partition(":")

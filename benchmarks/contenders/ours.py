@@ -10,15 +10,19 @@ from data.batches import RowOrder, collate_training
 from training.memory import rows_that_fit
 
 
+def lay_out(model, dtype):
+    """Let float weights lie in memory, in `dtype`, as load_model() leaves those of a float16 folder."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.weight = nn.Parameter(convert(module.weight.half(), dtype), requires_grad=False)
+
+
 class Ours(Contender):
     def build(self):
-        """With weights as load_model() leaves those of a float16 folder."""
         self.model = self.chatglm()
         if bits := self.settings.quantization_bit:
             use_backend_(self.model, choose_backend("auto", self.device, bits, self.dtype))
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                module.weight = nn.Parameter(convert(module.weight.half(), self.dtype), requires_grad=False)
+        lay_out(self.model, self.dtype)
 
     def batches(self, rows, size=None):
         if isinstance(rows[0], dict) and self.settings.group_by_length:

@@ -190,7 +190,7 @@ def at_least(least):
 
 
 PROBABILITY = (lambda value: 0 <= value <= 1, "from 0 to 1")
-LARGEST = 2**32 - 1  # whole number of any flag; libraries give up in words of their own at 2**63, after minutes of work
+LARGEST_FLAG = 2**32 - 1  # a whole number; libraries give up in words of their own at 2**63, after minutes of work
 # Flags that a tokenizer or a data file is asked with; a path may have any bytes.
 TEXTS = "source_prefix query_separator prompt_column response_column history_column messages_column".split()
 # Flag -> (what its values must be, in words). NaN is never within a range.
@@ -233,8 +233,8 @@ def check_ranges(args) -> None:
         if value is not None and not fits(value):
             raise ValueError(f"--{name} {value}: expected {expected}.")
     for name, value in vars(args).items():
-        if isinstance(value, int) and value > LARGEST:
-            raise ValueError(f"--{name} {value}: expected at most {LARGEST}.")
+        if isinstance(value, int) and value > LARGEST_FLAG:
+            raise ValueError(f"--{name} {value}: expected at most {LARGEST_FLAG}.")
         if name in TEXTS and isinstance(value, str) and not is_text(value):
             raise ValueError(f"--{name} is not text in UTF-8. Set the terminal, or the script it is in, to UTF-8.")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.failure import going_on_without
 from common.files import read_json, write_text
 from common.messages import silent
+from common.values import is_text
 from data.dataset_info import DATASET_INFO_FILE, PAIR_COLUMNS
 from data.examples import COLUMNS
 from data.rows import read_rows
@@ -53,12 +54,8 @@ def remove_held_out(folder):
 
 def line_of(row):
     """A row as a line of JSON, in escapes where a text has half of a character that only escapes can hold."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(row) + "\n"
-    return line
+    line = json.dumps(row, ensure_ascii=False)
+    return f"{line if is_text(line) else json.dumps(row)}\n"
 
 
 def words_for_held_out(run_folder: Path | str) -> list[str]:
